@@ -1,0 +1,117 @@
+"""Names: which files are jobs, and how a dropped name becomes one every client can store."""
+
+import difflib
+import fnmatch
+import os
+import unicodedata
+from collections.abc import Container, Iterable
+
+JOB_SUFFIXES = (".txt", ".prompt", ".yaml", ".yml", ".json", ".jsonl", ".csv")
+NAME_BYTES = 80  # of a job's folder name, so that suffixes and temporaries still fit into 255
+
+IGNORED_ENDINGS = (
+    "~", ".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", ".download",
+    ".aria2", ".swp", ".swx", ".lock", ".bak", ".done",
+)  # fmt: skip
+IGNORED_FILES = frozenset({"thumbs.db", "desktop.ini"})
+IGNORED_FOLDERS = frozenset(
+    name.casefold()
+    for name in ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found")
+)  # fmt: skip
+# https://learn.microsoft.com/en-us/windows/win32/fileio/naming-a-file
+WINDOWS_RESERVED = frozenset(
+    {"con", "prn", "aux", "nul", "conin$", "conout$"}
+    | {f"{device}{n}" for device in ("com", "lpt") for n in range(10)}
+)
+
+
+def is_job_name(name: str) -> bool:
+    """Whether a file of this name in the inbox is a job, once it is complete."""
+    lower = name.casefold()
+    return (
+        not lower.startswith((".", "~$"))
+        and lower.endswith(JOB_SUFFIXES)
+        and not lower.endswith(IGNORED_ENDINGS)
+        and lower not in IGNORED_FILES
+    )
+
+
+def is_ignored_folder(name: str) -> bool:
+    """Whether a sub-folder of the inbox is some program's own and never entered."""
+    return name.startswith(".") or name.casefold() in IGNORED_FOLDERS
+
+
+def printable(name: str) -> str:
+    r"""`name` as shown to people and written to JSON: undecodable bytes as \xNN, controls escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(c)[1:-1]
+        for c in text
+    )
+
+
+def split(name: str) -> tuple[str, str]:
+    """`cat.txt` -> (`cat`, `.txt`)."""
+    stem, suffix = os.path.splitext(name)
+    return stem, suffix
+
+
+def safe(stem: str) -> str:
+    """The stem as a folder name that is legal on Linux, Windows and macOS; `job` if nothing is left.
+
+    At most 80 bytes of UTF-8, NFC; Unicode letters, marks, digits and `._-` stay, the rest is `_`.
+    """
+    text = unicodedata.normalize("NFC", stem)
+    text = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LM" or c.isdecimal() else "_" for c in text)  # fmt: skip
+    text = text.lstrip(".-")
+    text = unicodedata.normalize("NFC", _cut(text, NAME_BYTES)).rstrip(".")
+    head, dot, rest = text.partition(".")
+    if head.casefold() in WINDOWS_RESERVED:
+        text = _cut(f"{head}_{dot}{rest}", NAME_BYTES).rstrip(".")
+    return text or "job"
+
+
+def numbered(stem: str, suffix: str, n: int, limit: int = 255) -> str:
+    """`cat`, `.txt`, 1 -> `cat.txt`; 2 -> `cat~2.txt`. The stem is cut to `limit` bytes in all."""
+    tail = f"~{n}{suffix}" if n > 1 else suffix
+    return cut(stem, limit - len(os.fsencode(tail))) + tail
+
+
+def fold(name: str) -> str:
+    """Names that a case-insensitive client cannot tell apart are equal after this."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def first_free(stem: str, taken: Container[str]) -> str:
+    """The first of `stem`, `stem~2`, `stem~3` ... whose `fold` is not in `taken`."""
+    n = 1
+    while fold(name := numbered(stem, "", n, NAME_BYTES + 10)) in taken:
+        n += 1
+    return name
+
+
+def is_stem(name: str) -> bool:
+    """Whether `name` is already what `safe` would make of it."""
+    return safe(name) == name
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` for the nearest known name, or the empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Case-sensitive shell pattern match."""
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def cut(text: str, limit: int) -> str:
+    """`text` cut to at most `limit` bytes (as the file system counts them), never inside a character."""
+    while len(os.fsencode(text)) > limit:
+        text = text[:-1]
+    return text
+
+
+def _cut(text: str, limit: int) -> str:
+    return text.encode("utf-8")[:limit].decode("utf-8", "ignore")

@@ -1,0 +1,166 @@
+"""YAML as people mean it, from people we do not know: the core schema of YAML 1.2, bounded.
+
+PyYAML's parser gives events; the tree is built here, so that every value knows its line and
+its text as written, and nothing recursive or expanding ever runs (a 414-byte alias bomb, 25,000
+opening brackets). https://yaml.org/spec/1.2.2/#103-core-schema
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import yaml
+
+MAX_DEPTH = 16
+MAX_NODES = 250_000  # 10,000 images with a dozen fields each
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the wheel has C; a source build may not
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_TRUE = frozenset({"true", "True", "TRUE"})
+_FALSE = frozenset({"false", "False", "FALSE"})
+_INT = re.compile(r"[-+]?[0-9]+\Z")
+_RADIX = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+_MAX_DIGITS = 400  # no number of ours is longer; int() refuses 4,300 itself
+
+Plain = bool | int | float | str | None
+
+
+class YamlError(Exception):
+    """The text is not YAML we accept. `line` counts from 1."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass(slots=True)
+class Scalar:
+    """One value. `text` is as written; `plain` is False where it was quoted or a block."""
+
+    text: str
+    plain: bool
+    line: int | None
+
+    @property
+    def value(self) -> Plain:
+        """What the core schema says the text means."""
+        return _resolve(self.text) if self.plain else self.text
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A list of nodes."""
+
+    items: list["Node"] = field(default_factory=list)
+    line: int | None = None
+
+
+@dataclass(slots=True)
+class Mapping:
+    """Keys as written, in order. `key_lines` says where each key stands."""
+
+    items: dict[str, "Node"] = field(default_factory=dict)
+    line: int | None = None
+    key_lines: dict[str, int | None] = field(default_factory=dict)
+
+
+Node = Scalar | Sequence | Mapping
+
+
+def documents(text: str) -> list[Node]:
+    """Parse every document of `text`; an empty document is a null Scalar.
+
+    Raises YamlError: not YAML, or anchors, aliases, tags, duplicate or non-scalar keys, deeper
+    than 16, more than 250,000 values.
+    """
+    try:
+        return list(_build(yaml.parse(text, Loader=_Loader)))
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        raise YamlError(f"not valid YAML: {e.problem or e.context}", mark.line + 1 if mark else None) from None  # fmt: skip
+    except yaml.reader.ReaderError as e:
+        line = text.count("\n", 0, e.position) + 1 if isinstance(e.position, int) else None
+        raise YamlError(f"not valid YAML: {e.reason}", line) from None
+
+
+def plain(node: Node) -> object:
+    """The tree as Python values: dict, list and what the core schema makes of scalars."""
+    if isinstance(node, Scalar):
+        return node.value
+    if isinstance(node, Sequence):
+        return [plain(item) for item in node.items]
+    return {key: plain(value) for key, value in node.items.items()}
+
+
+def _build(events: Iterator[yaml.Event]) -> Iterator[Node]:
+    stack: list[Sequence | Mapping] = []
+    keys: list[str | None] = []  # the pending key of each open mapping
+    nodes = 0
+    for event in events:
+        line = event.start_mark.line + 1
+        node: Node
+        if isinstance(event, yaml.AliasEvent):
+            raise YamlError(f"aliases are not allowed: *{event.anchor}", line)
+        if isinstance(event, yaml.CollectionEndEvent):
+            node = stack.pop()
+            keys.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            _refuse_extras(event, line)
+            nodes += 1
+            if nodes > MAX_NODES:
+                raise YamlError(f"more than {MAX_NODES} values", line)
+            if isinstance(event, yaml.CollectionStartEvent):
+                if len(stack) >= MAX_DEPTH:
+                    raise YamlError(f"nested deeper than {MAX_DEPTH}", line)
+                is_mapping = isinstance(event, yaml.MappingStartEvent)
+                if stack and isinstance(stack[-1], Mapping) and keys[-1] is None:
+                    raise YamlError("a key must be a single value", line)
+                stack.append(Mapping(line=line) if is_mapping else Sequence(line=line))
+                keys.append(None)
+                continue
+            assert isinstance(event, yaml.ScalarEvent)
+            node = Scalar(event.value, not event.style, line)
+        else:
+            continue
+        if not stack:
+            yield node
+        elif isinstance(parent := stack[-1], Sequence):
+            parent.items.append(node)
+        elif (key := keys[-1]) is None:
+            assert isinstance(node, Scalar)
+            if node.text in parent.items:
+                raise YamlError(f"duplicate key {node.text!r}", line)
+            keys[-1] = node.text
+            parent.key_lines[node.text] = line
+        else:
+            parent.items[key] = node
+            keys[-1] = None
+
+
+def _refuse_extras(event: yaml.NodeEvent, line: int) -> None:
+    if event.anchor:
+        raise YamlError(f"anchors are not allowed: &{event.anchor}", line)
+    if getattr(event, "tag", None):
+        raise YamlError(f"tags are not allowed: {event.tag}", line)
+
+
+def _resolve(text: str) -> Plain:
+    if text in _NULL:
+        return None
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    if len(text) > _MAX_DIGITS:
+        return text
+    if _INT.match(text):
+        return int(text)
+    if _RADIX.match(text):
+        return int(text, 0)
+    if _FLOAT.match(text):
+        return float(text)
+    if _SPECIAL.match(text):
+        return float(text.replace(".", "", 1))
+    return text
