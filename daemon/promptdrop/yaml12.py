@@ -81,7 +81,7 @@ def documents(text: str) -> list[Node]:
         mark = e.problem_mark or e.context_mark
         raise YamlError(f"not valid YAML: {e.problem or e.context}", mark.line + 1 if mark else None) from None  # fmt: skip
     except yaml.reader.ReaderError as e:
-        line = text.count("\n", 0, e.position) + 1 if isinstance(e.position, int) else None
+        line = text.encode().count(b"\n", 0, e.position) + 1  # the C reader counts bytes
         raise YamlError(f"not valid YAML: {e.reason}", line) from None
 
 
@@ -94,56 +94,96 @@ def plain(node: Node) -> object:
     return {key: plain(value) for key, value in node.items.items()}
 
 
+class Builder:
+    """Puts one tree together from parts in document order, with no recursion.
+
+    `open`, `scalar` and `close` raise YamlError: deeper than 16, more than 250,000 values, a key
+    that is no single value or stands twice.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[Sequence | Mapping] = []
+        self._keys: list[str | None] = []  # the pending key of each open collection
+        self._nodes = 0
+
+    def open(self, node: Sequence | Mapping) -> None:
+        """Begin a collection; what follows goes into it until `close`."""
+        self._count(node.line)
+        if len(self._stack) >= MAX_DEPTH:
+            raise YamlError(f"nested deeper than {MAX_DEPTH}", node.line)
+        if self._stack and isinstance(self._stack[-1], Mapping) and self._keys[-1] is None:
+            raise YamlError("a key must be a single value", node.line)
+        self._stack.append(node)
+        self._keys.append(None)
+
+    def scalar(self, node: Scalar) -> Node | None:
+        """Add a value, or a mapping's next key. Returns the whole tree if this completes it."""
+        self._count(node.line)
+        parent = self._stack[-1] if self._stack else None
+        if isinstance(parent, Mapping) and self._keys[-1] is None:
+            self._add_key(parent, node)
+            return None
+        return self._add(node)
+
+    def close(self) -> Node | None:
+        """End the innermost collection. Returns the whole tree if this completes it."""
+        self._keys.pop()
+        return self._add(self._stack.pop())
+
+    def _count(self, line: int | None) -> None:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise YamlError(f"more than {MAX_NODES} values", line)
+
+    def _add_key(self, parent: Mapping, node: Scalar) -> None:
+        key = node.text
+        if key in parent.items:
+            raise YamlError(f"duplicate key {_short(key)!r}", node.line)
+        self._keys[-1] = key
+        parent.key_lines[key] = node.line
+
+    def _add(self, node: Node) -> Node | None:
+        if not self._stack:
+            return node
+        parent, key = self._stack[-1], self._keys[-1]
+        if isinstance(parent, Sequence):
+            parent.items.append(node)
+        elif key is not None:
+            parent.items[key] = node
+            self._keys[-1] = None
+        return None
+
+
 def _build(events: Iterator[yaml.Event]) -> Iterator[Node]:
-    stack: list[Sequence | Mapping] = []
-    keys: list[str | None] = []  # the pending key of each open mapping
-    nodes = 0
+    builder = Builder()
     for event in events:
         line = event.start_mark.line + 1
-        node: Node
+        root: Node | None = None
         if isinstance(event, yaml.AliasEvent):
-            raise YamlError(f"aliases are not allowed: *{event.anchor}", line)
-        if isinstance(event, yaml.CollectionEndEvent):
-            node = stack.pop()
-            keys.pop()
-        elif isinstance(event, yaml.NodeEvent):
+            raise YamlError(f"aliases are not allowed: *{_short(event.anchor)}", line)
+        if isinstance(event, yaml.NodeEvent):
             _refuse_extras(event, line)
-            nodes += 1
-            if nodes > MAX_NODES:
-                raise YamlError(f"more than {MAX_NODES} values", line)
-            if isinstance(event, yaml.CollectionStartEvent):
-                if len(stack) >= MAX_DEPTH:
-                    raise YamlError(f"nested deeper than {MAX_DEPTH}", line)
-                is_mapping = isinstance(event, yaml.MappingStartEvent)
-                if stack and isinstance(stack[-1], Mapping) and keys[-1] is None:
-                    raise YamlError("a key must be a single value", line)
-                stack.append(Mapping(line=line) if is_mapping else Sequence(line=line))
-                keys.append(None)
-                continue
-            assert isinstance(event, yaml.ScalarEvent)
-            node = Scalar(event.value, not event.style, line)
-        else:
-            continue
-        if not stack:
-            yield node
-        elif isinstance(parent := stack[-1], Sequence):
-            parent.items.append(node)
-        elif (key := keys[-1]) is None:
-            assert isinstance(node, Scalar)
-            if node.text in parent.items:
-                raise YamlError(f"duplicate key {node.text!r}", line)
-            keys[-1] = node.text
-            parent.key_lines[node.text] = line
-        else:
-            parent.items[key] = node
-            keys[-1] = None
+        if isinstance(event, yaml.ScalarEvent):
+            root = builder.scalar(Scalar(event.value, not event.style, line))
+        elif isinstance(event, yaml.MappingStartEvent):
+            builder.open(Mapping(line=line))
+        elif isinstance(event, yaml.SequenceStartEvent):
+            builder.open(Sequence(line=line))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            root = builder.close()
+        if root is not None:
+            yield root
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _refuse_extras(event: yaml.NodeEvent, line: int) -> None:
     if event.anchor:
-        raise YamlError(f"anchors are not allowed: &{event.anchor}", line)
+        raise YamlError(f"anchors are not allowed: &{_short(event.anchor)}", line)
     if getattr(event, "tag", None):
-        raise YamlError(f"tags are not allowed: {event.tag}", line)
+        raise YamlError(f"tags are not allowed: {_short(event.tag)}", line)
 
 
 def _resolve(text: str) -> Plain:

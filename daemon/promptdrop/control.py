@@ -1,0 +1,85 @@
+"""How commands reach the daemon: files in `.promptdrop/control`, writable by the spool's group.
+
+`pause` is a flag that lasts; a command is a small JSON file that the daemon removes when it acts.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from promptdrop import fs
+
+PAUSE = "pause"
+_LIMIT = 1 << 20  # bytes of a command
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Withdraw or stop these jobs, by id."""
+
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Resume the jobs of these files, as paths below failed/."""
+
+    targets: tuple[str, ...]
+
+
+Command = Cancel | Retry
+_KINDS: dict[str, type[Cancel] | type[Retry]] = {"cancel": Cancel, "retry": Retry}
+
+
+def send(folder: Path, command: Command) -> None:
+    """Leave a command for the daemon, in one step."""
+    kind = next(name for name, kind in _KINDS.items() if isinstance(command, kind))
+    document = json.dumps({"command": kind, "targets": command.targets})
+    fs.write_once(folder / f"{kind}-{secrets.token_hex(6)}.json", document.encode())
+
+
+def pause(folder: Path) -> None:
+    """Stop taking new images until `resume`, across restarts."""
+    fs.write_durably(folder / PAUSE, b"")
+
+
+def resume(folder: Path) -> bool:
+    """Take images again. False: it was not paused."""
+    try:
+        os.unlink(folder / PAUSE)
+    except FileNotFoundError:
+        return False
+    fs.sync_directory(folder)
+    return True
+
+
+def is_paused(folder: Path) -> bool:
+    """Whether `pause` stands."""
+    return (folder / PAUSE).exists()
+
+
+def read(folder: Path) -> tuple[bool, tuple[Command, ...]]:
+    """Whether we are paused, and the commands left since the last call, which are removed."""
+    commands = []
+    for entry in sorted(fs.entries(folder), key=lambda entry: entry.name):
+        if entry.name.endswith(".json") and not entry.name.startswith("."):
+            command = _parse(Path(entry.path))
+            os.unlink(entry.path)
+            if command:
+                commands.append(command)
+    return is_paused(folder), tuple(commands)
+
+
+def _parse(path: Path) -> Command | None:
+    """None: not a command of ours; anybody of the group may write here."""
+    try:
+        data, _ = fs.read_plain(path, _LIMIT)
+        document = json.loads(data)
+        kind, targets = _KINDS[document["command"]], document["targets"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        return None
+    return kind(tuple(targets))

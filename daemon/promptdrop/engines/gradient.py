@@ -1,0 +1,194 @@
+"""An engine without torch, for tests and dry runs: `model: {id: gradient}`.
+
+A word at the start of the prompt scripts a fault, a word in `model.revision` a fault of loading;
+`!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+from promptdrop.config import Config, Prompt, width_height
+from promptdrop.engine import OnStage, OnStep
+from promptdrop.errors import EngineError, EngineStartError
+from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
+
+TEMPLATE_TOKENS = 8
+BYTES_TWICE = bytes(range(256)) * 2
+
+
+class GradientEngine:
+    """Gradients whose colours follow from seed, prompt and size."""
+
+    def __init__(self, config: Config, on_stage: OnStage) -> None:
+        on_stage("loading weights")
+        _load_fault(config.model.revision or "")
+        self._config = config
+        self.info = EngineInfo(
+            model=config.model.id,
+            revision=config.model.revision,
+            dtype="float32",
+            quantization="none",
+            compiled=False,
+            device="cpu",
+        )
+
+    def warm_up(self, on_step: Callable[[], None]) -> None:
+        """Render every warm-up size once."""
+        defaults = self._config.defaults
+        for size in self._config.engine.warmup:
+            width, height = width_height(size)
+            spec = ImageSpec(
+                image=1,
+                prompt="warm up",
+                negative_prompt=None,
+                width=width,
+                height=height,
+                steps=defaults.steps,
+                guidance_scale=defaults.guidance_scale,
+                seed=0,
+                scheduler=defaults.scheduler,
+                format="png",
+                timeout_seconds=self._config.engine.load_timeout_seconds,
+            )
+            buffer = memoryview(bytearray(height * width * 3))
+            self.render(spec, self._config.prompt, lambda step, steps: on_step(), buffer)
+
+    def render(
+        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
+    ) -> Rendering:
+        """Render one image, or do what its prompt's first word says."""
+        begin = time.perf_counter()
+        fault, arguments = _scripted(spec.prompt)
+        _image_fault(fault)
+        text = fit(spec.prompt, prompt)
+        step_seconds = float(arguments[0]) if fault == "slow" else 0.0
+        marks = [time.perf_counter()]
+        for step in range(1, spec.steps + 1):
+            time.sleep(step_seconds)
+            marks.append(time.perf_counter())
+            on_step(step, spec.steps)
+        if fault == "constant":
+            raise EngineError("every pixel of the image has the same colour")
+        _paint(spec, text, buffer)
+        end = time.perf_counter()
+        return Rendering(
+            prompt=text,
+            tokens=len(text.split()) + TEMPLATE_TOKENS,
+            truncated=text != spec.prompt,
+            evaluations=spec.steps,
+            latency_ms=Latency(
+                encode=(marks[0] - begin) * 1000,
+                denoise=(marks[-1] - marks[0]) * 1000,
+                decode=(end - marks[-1]) * 1000,
+                transfer=0.0,
+            ),
+            steps_ms=tuple((b - a) * 1000 for a, b in pairwise(marks)),
+        )
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        """A token a word, and those of a template."""
+        return [len(prompt.split()) + TEMPLATE_TOKENS for prompt in prompts]
+
+    def empty_cache(self) -> None:
+        """There is none."""
+
+
+def fit(text: str, prompt: Prompt) -> str:
+    """The words of `text` that fit. Raises EngineError where they do not and must not be cut."""
+    words = list(re.finditer(r"\S+", text))
+    room = prompt.max_tokens - TEMPLATE_TOKENS
+    if len(words) <= room:
+        return text
+    if prompt.overflow == "refuse":
+        raise EngineError(
+            f"prompt: {len(words) + TEMPLATE_TOKENS} tokens with the template;"
+            f" expected at most {prompt.max_tokens} (prompt.max_tokens)"
+        )
+    if prompt.overflow == "keep_head":
+        return text[: words[room - 1].end()]
+    return text[words[-room].start() :]
+
+
+def _paint(spec: ImageSpec, text: str, buffer: memoryview) -> None:
+    """Red and blue run across, green against them, and all three down; never one colour."""
+    width, height = spec.width, spec.height
+    digest = hashlib.sha256(f"{spec.seed} {width}x{height} {text}".encode()).digest()
+    red, green, blue, down = digest[:4]
+    ramp = bytes(x * 256 // width for x in range(width))  # [width]
+    row = bytearray(width * 3)  # [width, 3]
+    row[0::3] = ramp.translate(_adding(red))
+    row[1::3] = ramp[::-1].translate(_adding(green))
+    row[2::3] = ramp.translate(_adding(blue))
+    for y in range(height):
+        table = _adding(down + y * 256 // height)
+        buffer[y * width * 3 : (y + 1) * width * 3] = row.translate(table)
+
+
+def _adding(offset: int) -> bytes:
+    """A table for bytes.translate that adds `offset` modulo 256."""
+    return BYTES_TWICE[offset % 256 : offset % 256 + 256]
+
+
+def _scripted(text: str) -> tuple[str, list[str]]:
+    """The fault a text begins with and the words after it; `once-` is settled here."""
+    words = text.split()
+    if not words or not words[0].startswith("!"):
+        return "", words
+    fault, arguments = words[0][1:], words[1:]
+    if fault.startswith("once-"):
+        first = Path(arguments[0])
+        if first.exists():
+            return "", arguments[1:]
+        first.touch()
+        return fault.removeprefix("once-"), arguments[1:]
+    return fault, arguments
+
+
+def _image_fault(fault: str) -> None:
+    if fault == "hang":
+        _hang()
+    elif fault == "hang-gil":
+        _hang_holding_the_gil()
+    elif fault == "raise":
+        raise EngineError("scripted by !raise")
+    elif fault == "crash":
+        os._exit(3)
+    elif fault == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif fault == "unknown":
+        raise RuntimeError("scripted by !unknown")
+    elif fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _load_fault(revision: str) -> None:
+    fault, arguments = _scripted(revision)
+    if fault == "load-crash":
+        os._exit(3)
+    elif fault == "load-raise":
+        raise EngineStartError("scripted by !load-raise")
+    elif fault == "load-hang":
+        _hang()
+    elif fault == "load-slow":
+        time.sleep(float(arguments[0]))
+
+
+def _hang() -> NoReturn:
+    while True:
+        time.sleep(3600)
+
+
+def _hang_holding_the_gil() -> None:
+    """Lock a default mutex twice: no signal gets a thread out of it (pthread_mutex_lock(3))."""
+    mutex = ctypes.create_string_buffer(64)  # zeros: PTHREAD_MUTEX_INITIALIZER
+    libc = ctypes.PyDLL(None)  # PyDLL keeps the GIL
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)

@@ -1,0 +1,380 @@
+"""Z-Image on torch and diffusers: the same calls, in the same order, as ZImagePipeline's own.
+
+Runs in the engine process, or in a script's own. Shapes: latents are float32 [1, 16, H/8, W/8],
+pixels uint8 [H, W, 3]. Line numbers of diffusers are those of 0.42.1.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; the daemon never uses the network
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import torch
+from diffusers import ZImagePipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from promptdrop import weights
+from promptdrop.config import Config, Prompt, width_height
+from promptdrop.engine import OnStage, OnStep
+from promptdrop.errors import EngineError, EngineStartError, ModelError
+from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
+
+MIB = 1024 * 1024
+SCHEDULER = "euler"  # the checkpoint's own, flow-match Euler
+WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
+Mark = Any  # a torch.cuda.Event, or seconds
+Tensors = dict[str, Any]
+
+BOUNDARY_TOKENS = 4  # how many tokens the template and a cut text may save where they touch
+
+
+class ZImageEngine:
+    """A ZImagePipeline on one device; one image at a time, from one thread."""
+
+    def __init__(self, config: Config, on_stage: OnStage) -> None:
+        """Load the model.
+
+        Raises ModelError: files are missing or broken. EngineStartError: the device cannot be used.
+        """
+        directory = weights.require(config)
+        self._config = config
+        self._device = find_device(config.model.device)
+        self._clock = Clock(self._device)
+        dtype = getattr(torch, config.model.dtype) if self._device.type == "cuda" else torch.float32
+        on_stage("loading weights")
+        transformers_logging.disable_progress_bar()
+        diffusers_logging.disable_progress_bar()
+        try:
+            pipe = ZImagePipeline.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            raise ModelError(f"{directory}: cannot be loaded: {e}") from e
+        if not pipe.tokenizer.chat_template:
+            raise ModelError(
+                f"{directory}/tokenizer: has no chat template; expected chat_template.jinja,"
+                " or chat_template in tokenizer_config.json"
+            )
+        on_stage(f"moving to {self._device}")
+        try:
+            pipe.to(self._device)
+        except RuntimeError as e:  # torch.OutOfMemoryError is one
+            raise EngineStartError(f"{self._device}: the model cannot be moved there: {e}") from e
+        pipe.set_progress_bar_config(disable=True)
+        for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
+            module.eval().requires_grad_(False)
+        self._evaluations: list[Mark] = []  # when each one of the image in hand began
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, inputs: self._evaluations.append(self._clock.mark())
+        )
+        self._pipe = pipe
+        self.info = EngineInfo(
+            model=config.model.id,
+            revision=config.model.revision or weights.revision_of(directory),
+            dtype=str(dtype).removeprefix("torch."),
+            quantization="none",
+            compiled=False,
+            device=_name(self._device),
+            device_index=_nvml_index(self._device),
+        )
+
+    def warm_up(self, on_step: Callable[[], None]) -> None:
+        """Render every size of `engine.warmup` with the default settings; on_step at every step.
+
+        Raises EngineStartError: such an image cannot be rendered.
+        """
+        defaults = self._config.defaults
+        for size in self._config.engine.warmup:
+            width, height = width_height(size)
+            spec = ImageSpec(
+                image=1,
+                prompt=WARM_UP_PROMPT,
+                negative_prompt=None,
+                width=width,
+                height=height,
+                steps=defaults.steps,
+                guidance_scale=defaults.guidance_scale,
+                seed=0,
+                scheduler=defaults.scheduler,
+                format="png",
+                timeout_seconds=self._config.engine.load_timeout_seconds,
+            )
+            buffer = memoryview(bytearray(height * width * 3))
+            try:
+                self.render(spec, self._config.prompt, lambda step, steps: on_step(), buffer)
+            except EngineError as e:
+                raise EngineStartError(f"engine.warmup: {size}: {e}") from e
+
+    @torch.no_grad()
+    def render(
+        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
+    ) -> Rendering:
+        """Render one image into `buffer`, at least H * W * 3 writable bytes: uint8 [H, W, 3], RGB.
+
+        on_step(step, steps) is called once a step's work is done on the device; what it raises ends
+        the image.
+
+        Raises EngineError: this image failed; the engine is still good. Anything else that is an
+        Exception is unknown: the caller should end the process.
+        """
+        if spec.scheduler != SCHEDULER:
+            raise EngineError(f"scheduler: {spec.scheduler}: not here yet; expected {SCHEDULER}")
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            return self._render(spec, prompt, on_step, buffer)
+        except torch.OutOfMemoryError as e:
+            reason = str(e).partition(". ")[0]
+        self.empty_cache()  # here no frame holds the image's tensors any more
+        raise EngineError(f"out of device memory at {spec.width}x{spec.height}: {reason}")
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        """How many tokens each prompt has once templated, uncut."""
+        return [count_tokens(self._pipe.tokenizer, text) for text in prompts]
+
+    def empty_cache(self) -> None:
+        """Give cached memory back to the device."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _render(
+        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
+    ) -> Rendering:
+        clock, pipe = self._clock, self._pipe
+        begin = clock.mark()
+        text, tokens = fit(pipe.tokenizer, spec.prompt, prompt)
+        guided = spec.guidance_scale > 0
+        negative = fit(pipe.tokenizer, spec.negative_prompt or "", prompt)[0] if guided else None
+        embeds, negative_embeds = pipe.encode_prompt(
+            text,
+            self._device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative,
+            max_sequence_length=prompt.max_tokens,
+        )  # lists of one [tokens, width]
+        encoded = clock.mark()
+
+        self._evaluations.clear()
+        latents = self._denoise(spec, embeds, negative_embeds, on_step)  # [1, 16, H/8, W/8]
+        denoised = clock.mark()
+
+        decoded_latents = self._decode(latents)  # [1, 3, H, W]
+        pixels = self._pixels(decoded_latents)  # [H, W, 3]
+        sound = torch.stack([
+            torch.isfinite(latents).all(),
+            torch.isfinite(decoded_latents).all(),
+            (pixels != pixels[0, 0]).any(),
+        ])  # [3]  # fmt: skip
+        decoded = clock.mark()
+        if clock.lags:
+            clock.wait(denoised)
+            on_step(spec.steps, spec.steps)
+
+        torch.frombuffer(buffer, dtype=torch.uint8, count=pixels.numel()).copy_(pixels.view(-1))
+        transferred = clock.mark()
+        _check(*sound.tolist())
+        clock.wait(transferred)
+        starts = [*self._evaluations, denoised]
+        return Rendering(
+            prompt=text,
+            tokens=tokens,
+            truncated=text != spec.prompt or (guided and negative != (spec.negative_prompt or "")),
+            evaluations=len(self._evaluations),
+            latency_ms=Latency(
+                encode=clock.milliseconds(begin, encoded),
+                denoise=clock.milliseconds(encoded, denoised),
+                decode=clock.milliseconds(denoised, decoded),
+                transfer=clock.milliseconds(decoded, transferred),
+            ),
+            steps_ms=tuple(map(clock.milliseconds, starts, starts[1:])),
+            **_memory(self._device),
+        )
+
+    def _denoise(
+        self,
+        spec: ImageSpec,
+        embeds: list[torch.Tensor],
+        negative_embeds: list[torch.Tensor],
+        on_step: OnStep,
+    ) -> torch.Tensor:
+        """embeds: one [tokens, width]; negative_embeds: likewise, or none without guidance."""
+        clock = self._clock
+
+        def at_step_end(pipe: Any, index: int, timestep: Any, tensors: Tensors) -> Tensors:
+            # On CUDA this step is only queued. Once its evaluation has begun, the step before it is
+            # done; waiting for that, and for no more, leaves the device one step to work on.
+            if clock.lags:
+                clock.wait(self._evaluations[-1])
+            if done := index + (0 if clock.lags else 1):
+                on_step(done, spec.steps)
+            return tensors
+
+        generator = torch.Generator(self._device).manual_seed(_seed(spec))
+        latents: torch.Tensor = self._pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            height=spec.height,
+            width=spec.width,
+            num_inference_steps=spec.steps,
+            guidance_scale=spec.guidance_scale,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=at_step_end,
+            callback_on_step_end_tensor_inputs=[],
+            return_dict=False,
+        )[0]
+        return latents
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """As in ZImagePipeline.__call__, pipeline_z_image.py:592-595."""
+        vae = self._pipe.vae
+        latents = latents.to(vae.dtype)
+        latents = (latents / vae.config.scaling_factor) + vae.config.shift_factor
+        image: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+        return image
+
+    def _pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """VaeImageProcessor.postprocess(..., "pil") on the device, bit for bit.
+
+        torch and numpy both round halves to even (image_processor.py:143), in float32.
+        """
+        image = self._pipe.image_processor.postprocess(image, output_type="pt")  # in [0, 1]
+        image = image[0].permute(1, 2, 0).float()  # [H, W, 3]
+        return (image * 255).round().to(torch.uint8).contiguous()
+
+
+class Clock:
+    """Marks on the device's own time line, read only once the work between them is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lags = device.type == "cuda"  # work is queued: a mark lies in the device's future
+
+    def mark(self) -> Mark:
+        """A point after all work queued so far."""
+        if not self.lags:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+        event.record()
+        return event
+
+    def wait(self, mark: Mark) -> None:
+        """Return once the device has come to `mark`."""
+        if self.lags:
+            mark.synchronize()
+
+    def milliseconds(self, start: Mark, end: Mark) -> float:
+        """Device time between two marks, both of them reached."""
+        return float(start.elapsed_time(end)) if self.lags else float(end - start) * 1000
+
+
+def find_device(wanted: str) -> torch.device:
+    """`model.device` as a device that is there, made the current one.
+
+    Raises EngineStartError: it is not there.
+    """
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not present):
+        return torch.device("cpu")
+    _, _, number = wanted.partition(":")
+    index = int(number or 0)
+    if index >= present:
+        names = ", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(present))
+        raise EngineStartError(
+            f"model.device: {wanted}: no such device;"
+            f" torch {torch.__version__} finds {names or 'no CUDA device'}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def templated(tokenizer: Any, text: str) -> str:
+    """A prompt as the text encoder sees it (pipeline_z_image.py:218-226)."""
+    messages = [{"role": "user", "content": text}]
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+    )
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of the templated text."""
+    return len(tokenizer(templated(tokenizer, text)).input_ids)
+
+
+def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
+    """As much of the user's text as fits once templated, and how many tokens that is, templated.
+
+    A text that fits is returned as it is. Cuts lie between characters of the text and never touch
+    the template: the library's own truncation would drop the template's end.
+
+    Raises EngineError: it does not fit and `prompt.overflow` is refuse.
+    """
+    tokens = count_tokens(tokenizer, text)
+    if tokens <= prompt.max_tokens:
+        return text, tokens
+    expected = f"expected at most {prompt.max_tokens} (prompt.max_tokens)"
+    if prompt.overflow == "refuse":
+        raise EngineError(f"prompt: {tokens} tokens with the template; {expected}")
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans: list[tuple[int, int]] = encoding.offset_mapping  # characters of each token
+    template_tokens = tokens - len(spans)
+    most = min(len(spans), prompt.max_tokens - template_tokens + BOUNDARY_TOKENS)
+    for kept in range(most, 0, -1):
+        keep_head = prompt.overflow == "keep_head"
+        part = text[: spans[kept - 1][1]] if keep_head else text[spans[-kept][0] :]
+        if (tokens := count_tokens(tokenizer, part)) <= prompt.max_tokens:
+            return part, tokens
+    raise EngineError(f"prompt: the template alone has {template_tokens} tokens; {expected}")
+
+
+def _seed(spec: ImageSpec) -> int:
+    if spec.seed is None:
+        raise ValueError(f"image {spec.image}: seed is None; the caller has to draw one")
+    return spec.seed
+
+
+def _check(latents_finite: bool, decoded_finite: bool, several_colours: bool) -> None:
+    """Raise EngineError for what would be published as a black or blank image."""
+    if not latents_finite:
+        raise EngineError("the latents are not finite (NaN or infinity) after denoising")
+    if not decoded_finite:
+        raise EngineError("the decoded image is not finite (NaN or infinity)")
+    if not several_colours:
+        raise EngineError("every pixel of the image has the same colour")
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    """The memory fields of a Rendering; the peak is since the image began."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "memory_allocated_mib": round(torch.cuda.memory_allocated(device) / MIB, 1),
+        "memory_reserved_mib": round(torch.cuda.memory_reserved(device) / MIB, 1),
+        "memory_peak_mib": round(torch.cuda.max_memory_allocated(device) / MIB, 1),
+    }
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _nvml_index(device: torch.device) -> int | None:
+    """NVML counts all GPUs, torch those of CUDA_VISIBLE_DEVICES: the UUID is the same in both."""
+    if device.type != "cuda":
+        return None
+    import pynvml  # needs a driver's library, so only here
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")))
+    except pynvml.NVMLError:
+        return None  # a MIG slice, or no NVML here

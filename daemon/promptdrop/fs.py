@@ -1,0 +1,240 @@
+"""The only durable writes: hidden temporary, fsync, rename, fsync of the directory.
+
+Nothing here overwrites a file it did not make: moves are exclusive (renameat2, RENAME_NOREPLACE).
+Every temporary starts with `.promptdrop-`, so a later start knows its own leftovers.
+"""
+
+import ctypes
+import errno
+import filecmp
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".promptdrop-"
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1  # renameat2(2); glibc 2.28
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS, some FUSE file systems
+
+_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+class NotPlain(OSError):
+    """Not a regular file, or swapped for another while it was opened."""
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within a file system, never onto an existing name.
+
+    Raises FileExistsError: the target exists. FileNotFoundError: the source is gone.
+    """
+    if _renameat2 is not None:
+        arguments = (os.fsencode(source), os.fsencode(target))
+        if not _renameat2(_AT_FDCWD, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
+            return
+        code = ctypes.get_errno()
+        if code not in _UNSUPPORTED:
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+    if target.exists(follow_symlinks=False):  # the best there is without RENAME_NOREPLACE
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a file, durably, also across file systems (hidden copy, fsync, rename, then unlink).
+
+    A target that is already the same file, byte for byte, is a move that a crash cut short: the
+    source goes. Raises FileExistsError: the target is another file.
+    """
+    try:
+        rename(source, target)
+    except FileExistsError:
+        if not _is_rest_of_move(source, target):
+            raise
+        os.unlink(source)
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        _copy(source, target)
+        os.unlink(source)
+    sync_directory(target.parent)
+    sync_directory(source.parent)
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o664) -> None:
+    """Write a file that replaces any older one in one step and survives a power cut."""
+    with temporary(path.parent, mode) as (file, name):
+        file.write(data)
+        sync(file)
+        os.replace(name, path)
+    sync_directory(path.parent)
+
+
+def write_once(path: Path, data: bytes, mode: int = 0o664) -> None:
+    """Write a new file durably. Raises FileExistsError: the name is taken."""
+    with temporary(path.parent, mode) as (file, name):
+        file.write(data)
+        sync(file)
+        rename(name, path)
+    sync_directory(path.parent)
+
+
+def write_quickly(path: Path, data: bytes, mode: int = 0o664) -> None:
+    """Replace a file in one step, for what may be lost in a power cut."""
+    with temporary(path.parent, mode) as (file, name):
+        file.write(data)
+        file.flush()
+        os.replace(name, path)
+
+
+def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
+    """Write `data` durably under a hidden name in `directory`, to be renamed later."""
+    with temporary(directory, mode, keep=True) as (file, name):
+        file.write(data)
+        sync(file)
+    sync_directory(directory)
+    return name
+
+
+@contextmanager
+def temporary(directory: Path, mode: int, keep: bool = False) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new hidden file, unlinked afterwards unless it was renamed (or `keep` and no error)."""
+    name = directory / f"{TEMPORARY}{secrets.token_hex(8)}.tmp"
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            _chmod(name, mode)
+            yield file, name
+    except BaseException:
+        _unlink(name)
+        raise
+    if not keep:
+        _unlink(name)
+
+
+def sync(file: BinaryIO) -> None:
+    """Flush a file's content to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk; a file system without that (some FUSE) is left be."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_directories(path: Path, mode: int, below: Path) -> None:
+    """Make `path` and its parents below `below` (which must exist), each with `mode`."""
+    if path == below or path.is_dir():
+        return
+    make_directories(path.parent, mode, below)
+    try:
+        make_directory(path, mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """mkdir with the mode whatever the umask. Raises FileExistsError."""
+    os.mkdir(path)
+    _chmod(path, mode)
+
+
+def read_plain(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
+    """Read a file anybody may have put there: no links, no devices, no blocking, at most `limit` + 1 bytes.
+
+    Raises NotPlain: a link, pipe, socket, device, or swapped while opening. OSError as open(2).
+    """
+    before = os.lstat(path)
+    if not stat.S_ISREG(before.st_mode):
+        raise NotPlain(errno.EINVAL, "not a regular file", str(path))
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    with os.fdopen(fd, "rb") as file:
+        after = os.fstat(fd)
+        if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+            raise NotPlain(errno.EINVAL, "changed while it was opened", str(path))
+        data = file.read(limit + 1)  # a file may grow: never trust st_size
+        return data, os.fstat(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory of our own with all it holds; gone already is fine."""
+    shutil.rmtree(path, ignore_errors=False, onerror=_ignore_missing)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what a crash left half-written in a directory of ours."""
+    for entry in entries(directory):
+        if entry.name.startswith(TEMPORARY) and entry.is_file(follow_symlinks=False):
+            _unlink(Path(entry.path))
+
+
+def entries(directory: Path) -> list[os.DirEntry[str]]:
+    """What a directory holds; nothing if it is gone."""
+    try:
+        with os.scandir(directory) as scan:
+            return list(scan)
+    except FileNotFoundError:
+        return []
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system `path` lies on, as mountinfo spells it: ext4, xfs, nfs4, fuse.sshfs."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            if left.split()[2] == wanted:
+                return right.split()[0]
+    return "unknown"
+
+
+def free_mib(path: Path) -> float:
+    """Free space for an unprivileged writer, MiB."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize / 2**20
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as original, temporary(target.parent, 0o664) as (file, name):
+        shutil.copyfileobj(original, file, 1 << 20)
+        shutil.copystat(source, name)
+        sync(file)
+        rename(name, target)
+
+
+def _is_rest_of_move(source: Path, target: Path) -> bool:
+    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)  # fmt: skip
+
+
+def _chmod(path: Path, mode: int) -> None:
+    try:
+        os.chmod(path, mode)
+    except PermissionError:
+        pass  # a share mounted with forced modes (CIFS, FUSE): the mount's modes stand
+
+
+def _unlink(path: Path) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # renamed into place, or somebody was faster
+
+
+def _ignore_missing(function: object, path: str, info: tuple[type, BaseException, object]) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]

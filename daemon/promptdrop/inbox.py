@@ -1,0 +1,295 @@
+"""What lies in the inbox and which of it is complete. Events only mean "look now"; the scan is the truth.
+
+Completeness is quiet time on our own clock: modification times are old after rsync or unzip, and
+CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), inotify(7).
+"""
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from watchdog.events import (
+    DirCreatedEvent, DirDeletedEvent, DirMovedEvent, FileClosedEvent, FileCreatedEvent,
+    FileDeletedEvent, FileModifiedEvent, FileMovedEvent, FileSystemEvent, FileSystemEventHandler,
+)  # fmt: skip
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+
+from promptdrop import fs, names
+from promptdrop.config import Watch
+
+LOOKS = 2  # a file must look the same at least this often
+WRITER_SECONDS = 0.25  # how often a file that somebody has open for writing is probed again
+
+# File systems whose other writers inotify cannot see: inotify(7), "Limitations".
+REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "afs", "ceph", "lustre", "glusterfs")
+
+Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A file to take. `give_up` says why it is refused, when it has waited long enough for that."""
+
+    sub: str  # folder below the inbox, "" at the root
+    file: str
+    signature: Signature
+    settled: float  # monotonic seconds
+    give_up: str | None = None
+
+    @property
+    def path(self) -> str:
+        """SUB/FILE."""
+        return f"{self.sub}/{self.file}" if self.sub else self.file
+
+
+@dataclass(slots=True)
+class Seen:
+    """One job file that is not taken yet."""
+
+    signature: Signature
+    since: float  # unchanged since, monotonic seconds
+    looks: int = 1
+    objection: str | None = None  # why it would be refused as it stands
+    offered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one look found."""
+
+    started: float
+    offers: tuple[Offer, ...]
+    waiting: dict[str, str]  # SUB/FILE -> why it is not taken yet
+    next_look: float  # monotonic seconds; inf: nothing is due
+    found: int  # job files, taken or not
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Remembers what it has seen; `scan` is the only thing that looks. `now` is an argument."""
+
+    root: Path
+    _seen: dict[str, Seen] = field(default_factory=dict)
+
+    def scan(self, now: float, watch: Watch, recursive: bool) -> Scan:
+        """Look at everything once. Raises OSError: the inbox itself cannot be read."""
+        offers: list[Offer] = []
+        waiting: dict[str, str] = {}
+        next_look = float("inf")
+        found = set()
+        for sub, entry, siblings in _job_files(self.root, recursive):
+            path = f"{sub}/{entry.name}" if sub else entry.name
+            found.add(path)
+            if path in self._seen and self._seen[path].offered:
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # withdrawn while we looked
+            seen = self._look(path, _signature(status), now)
+            ready = watch.ready_suffix is None or entry.name + watch.ready_suffix in siblings
+            why, due, give_up = self._judge(self.root / sub / entry.name, seen, now, watch, ready)
+            next_look = min(next_look, due)
+            if why is None or give_up:
+                seen.offered = True
+                offers.append(Offer(sub, entry.name, seen.signature, now, why if give_up else None))
+            else:
+                waiting[path] = why
+        for path in self._seen.keys() - found:
+            del self._seen[path]  # taken or withdrawn
+        offers.sort(key=lambda offer: (self._seen[offer.path].since, offer.path))
+        return Scan(now, tuple(offers), waiting, next_look, len(found))
+
+    def object(self, path: str, objection: str) -> None:
+        """The offered file would be refused; it may still be arriving, so it waits."""
+        if seen := self._seen.get(path):
+            seen.objection, seen.offered = objection, False
+
+    def put_back(self, path: str) -> None:
+        """The offered file was not taken: it changed or could not be moved. It settles anew."""
+        self._seen.pop(path, None)
+
+    def _look(self, path: str, signature: Signature, now: float) -> Seen:
+        seen = self._seen.get(path)
+        if seen is None or seen.signature != signature:
+            seen = self._seen[path] = Seen(signature, now)
+        else:
+            seen.looks += 1
+        return seen
+
+    def _judge(self, path: Path, seen: Seen, now: float, watch: Watch, ready: bool) -> tuple[str | None, float, bool]:  # fmt: skip
+        """(why it waits, when to look again, whether to give up on it)."""
+        settles = seen.since + watch.settle_seconds
+        if not ready:
+            return f"waiting for {path.name}{watch.ready_suffix}", float("inf"), False
+        objection = seen.objection or ("is empty" if seen.signature[1] == 0 else None)
+        if objection:
+            gives_up = seen.since + max(watch.give_up_seconds, watch.settle_seconds)
+            if now >= gives_up and seen.looks >= LOOKS:
+                return objection, now, True
+            return f"would be refused: {objection}", max(gives_up, now), False
+        if now < settles or seen.looks < LOOKS:
+            return "still settling", max(settles, now), False
+        if now < seen.since + watch.settle_seconds + watch.writer_seconds and is_open_for_writing(path):  # fmt: skip
+            return "open for writing", now + WRITER_SECONDS, False
+        return None, float("inf"), False
+
+
+class Watcher:
+    """Calls `wake` from a thread of its own when something moves; heals itself in `check`."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._handler = _Handler(wake)
+        self._observer: BaseObserver | None = None
+        self._watched: dict[Path, tuple[int, int]] = {}
+
+    def check(self, folders: dict[Path, bool]) -> None:
+        """Watch `folders` (path -> recursive); one that was made again or mounted over, anew."""
+        there = {path: _identity(path) for path in folders}
+        alive = self._observer is not None and self._observer.is_alive()
+        if alive and there == self._watched:
+            return
+        self.close()
+        observer = Observer()
+        try:
+            observer.start()
+            for path, recursive in folders.items():
+                if there[path] is not None:
+                    observer.schedule(self._handler, str(path), recursive=recursive, event_filter=_EVENTS)  # fmt: skip
+        except OSError:
+            observer.stop()  # out of inotify watches: the periodic scan still finds everything
+            return
+        self._observer = observer
+        self._watched = {path: identity for path, identity in there.items() if identity}
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer.join()
+            self._observer = None
+        self._watched = {}
+
+
+def sees_every_writer(path: Path) -> bool:
+    """Whether inotify on this file system hears of files that other machines write."""
+    return not fs.file_system(path).startswith(REMOTE)
+
+
+def is_open_for_writing(path: Path) -> bool:
+    """Whether somebody on this host has the file open for writing, where the system can tell.
+
+    A read lease is refused with EAGAIN then (fcntl(2), F_SETLEASE); any other refusal (not our
+    file, a network file system) says nothing.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as e:
+        return e.errno == errno.EAGAIN
+    finally:
+        os.close(fd)
+    return False
+
+
+def strangers(root: Path) -> Iterator[tuple[str, str]]:
+    """What in the inbox is named like a job or folder but is never entered: (path, why)."""
+    for folder, _, _ in os.walk(root):
+        for entry in fs.entries(Path(folder)):
+            path = os.path.relpath(entry.path, root)
+            if entry.is_symlink():
+                yield path, "a symbolic link is not followed"
+            elif entry.is_dir(follow_symlinks=False):
+                if os.path.ismount(entry.path):
+                    yield path, "another file system is not entered"
+                elif names.is_job_name(entry.name):
+                    yield path, "a folder, though named like a job"
+            elif not entry.is_file(follow_symlinks=False):
+                yield path, "not a regular file"
+
+
+_EVENTS: list[type[FileSystemEvent]] = [
+    # Not *opened* and *closed without write*: our own looking would wake us for ever.
+    FileCreatedEvent, FileMovedEvent, FileModifiedEvent, FileClosedEvent, FileDeletedEvent,
+    DirCreatedEvent, DirMovedEvent, DirDeletedEvent,
+]  # fmt: skip
+
+
+class _Handler(FileSystemEventHandler):
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        """Called in watchdog's thread, which an exception would end."""
+        self._wake()
+
+
+def _job_files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str], set[str]]]:
+    """Every regular file with a job's name: (folder below root, entry, names beside it)."""
+    device = os.stat(root).st_dev
+    folders = [""]
+    while folders:
+        sub = folders.pop()
+        with os.scandir(root / sub) if not sub else _scandir_if_there(root / sub) as scan:
+            listed = list(scan)
+        siblings = {entry.name for entry in listed}
+        for entry in listed:
+            if entry.is_dir(follow_symlinks=False):
+                if recursive and not names.is_ignored_folder(entry.name) and _device(entry) == device:  # fmt: skip
+                    folders.append(f"{sub}/{entry.name}" if sub else entry.name)
+            elif names.is_job_name(entry.name) and entry.is_file(follow_symlinks=False):
+                yield sub, entry, siblings
+
+
+class _Nothing:
+    """An empty os.scandir."""
+
+    def __enter__(self) -> Iterator[os.DirEntry[str]]:
+        return iter(())
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+
+def _scandir_if_there(path: Path) -> "os._ScandirIterator[str] | _Nothing":
+    try:
+        return os.scandir(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return _Nothing()  # a sub-folder that went away or is not ours to read (doctor says so)
+
+
+def _device(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_dev
+    except FileNotFoundError:
+        return None
+
+
+def _signature(status: os.stat_result) -> Signature:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def signature_of(path: Path) -> Signature | None:
+    """What identifies the file's present content; None: gone or not a regular file."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return _signature(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

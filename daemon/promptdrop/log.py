@@ -1,0 +1,29 @@
+"""structlog, set up once per process: colours on a terminal, JSON lines otherwise, on stderr."""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}  # fmt: skip
+
+
+def set_up(level: str, form: str) -> None:
+    """`form`: auto, console or json. Call again to change the level or form."""
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([structlog.dev.ConsoleRenderer()] if console else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]),  # fmt: skip
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=lambda *args: structlog.PrintLogger(sys.stderr),  # the stderr of now: rich wraps it
+        cache_logger_on_first_use=False,
+    )
+
+
+def get() -> Any:
+    """The process's logger: `log.get().info("job.done", job=...)`."""
+    return structlog.get_logger()

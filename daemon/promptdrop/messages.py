@@ -1,0 +1,119 @@
+"""The whole protocol of the pipe between the daemon and its engine process.
+
+A ticket is the daemon's number for one request; every answer carries it. Render is followed by a
+file descriptor: the memory the pixels are written to, uint8 [height, width, 3].
+"""
+
+from dataclasses import dataclass
+
+from promptdrop.config import Prompt
+from promptdrop.job import EngineInfo, ImageSpec, Rendering
+
+# daemon -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Render:
+    """Render one image; requests are worked off in order."""
+
+    ticket: int
+    spec: ImageSpec
+    prompt: Prompt
+    empty_cache: bool  # afterwards
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop this image at its next step; one that has not begun is skipped."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class CountTokens:
+    """How long are these prompts, templated?"""
+
+    ticket: int
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End after the requests sent before."""
+
+
+# engine -> daemon
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Loading goes on: what is being done now."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Loaded and warm."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class CannotStart:
+    """The engine process ends: it can neither load nor warm up."""
+
+    error: str
+    exit_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The engine works on this image now; its time runs."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One transformer evaluation of the image is done."""
+
+    ticket: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The pixels stand in the memory that came with Render."""
+
+    ticket: int
+    rendering: Rendering
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """This image failed; the engine is still good."""
+
+    ticket: int
+    error: str
+    timed_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The image was stopped or skipped as asked."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Answer to CountTokens."""
+
+    ticket: int
+    counts: tuple[int, ...]
+
+
+Request = Render | Cancel | CountTokens | Stop
+Answer = Stage | Ready | CannotStart | Began | Step | Rendered | Failed | Cancelled | Tokens

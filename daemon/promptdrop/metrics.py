@@ -1,0 +1,65 @@
+"""Latencies over the last images, and what NVML says of the device. What cannot be had is None."""
+
+import statistics
+from collections import deque
+from typing import Any
+
+from promptdrop.records import Window
+
+
+class RollingWindow:
+    """The last `size` images: (moment published, render ms, device utilization percent)."""
+
+    def __init__(self, size: int) -> None:
+        self._images: deque[tuple[float, float, float | None]] = deque(maxlen=size)
+
+    def add(self, moment: float, render_ms: float, utilization: float | None) -> None:
+        """One more image; `moment` is on the monotonic clock, seconds."""
+        self._images.append((moment, render_ms, utilization))
+
+    def summary(self) -> Window:
+        """True quantiles, the rate over the window's span, the mean utilization."""
+        renders = [render for _, render, _ in self._images]
+        utilizations = [u for _, _, u in self._images if u is not None]
+        p50, p95, p99 = _percentiles(renders)
+        span = self._images[-1][0] - self._images[0][0] if len(renders) > 1 else 0.0
+        return Window(
+            images=len(renders), p50_ms=p50, p95_ms=p95, p99_ms=p99,
+            images_per_second=round((len(renders) - 1) / span, 4) if span > 0 else None,
+            utilization_percent=round(statistics.fmean(utilizations), 1) if utilizations else None,
+        )  # fmt: skip
+
+
+class Nvml:
+    """The driver's own figures, for the parent that never imports torch."""
+
+    def __init__(self, index: int | None) -> None:
+        self._handle: Any = None
+        if index is None:
+            return
+        import pynvml
+
+        self._pynvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError:
+            pass  # a driver without NVML (a container, MIG): the figures are None
+
+    def utilization_percent(self) -> float | None:
+        """Share of the last sample period in which a kernel ran."""
+        if self._handle is None:
+            return None
+        try:
+            return float(self._pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
+        except self._pynvml.NVMLError:
+            return None
+
+
+def _percentiles(values: list[float]) -> tuple[float | None, float | None, float | None]:
+    if not values:
+        return None, None, None
+    if len(values) == 1:
+        return (round(values[0], 1),) * 3
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return round(cuts[49], 1), round(cuts[94], 1), round(cuts[98], 1)

@@ -1,0 +1,222 @@
+"""Make one image visible in the outbox: whole, durable, once.
+
+    hidden temporary -> ID/NNNN.publishing -> image renamed -> sidecar -> ID/NNNN.published
+
+The record in the job's folder stands before the image has its name, so after a crash at any point
+`recover` completes the same image instead of rendering it again, even if a reader has taken it.
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from promptdrop import __version__, clock, fs, names, picture
+from promptdrop.infotext import format_infotext
+from promptdrop.job import SUFFIX_OF_FORMAT, EngineInfo, ImageSpec, Rendering
+from promptdrop.records import (
+    Device, LatencyMs, Sidecar, SidecarImage, SidecarJob, SidecarModel, SidecarPrompt,
+    SidecarRequest, SidecarTime, Window, to_bytes,
+)  # fmt: skip
+from promptdrop.spool import HOST, Job
+
+
+@dataclass(slots=True)
+class Publication:
+    """One image on its way to the outbox. `run` may be called again after trouble with a disk."""
+
+    job: Job
+    spec: ImageSpec
+    pixels: Any  # buffer of uint8 [height, width, 3]
+    rendering: Rendering | None  # None: a placeholder, made because of `error`
+    engine: EngineInfo
+    attempt: int
+    started: float  # the image's first step of work, monotonic seconds
+    window: Window
+    utilization: float | None
+    error: str | None = None
+    _data: bytes | None = field(default=None, init=False)
+    _save_ms: float = field(default=0.0, init=False)
+    _recorded: bool = field(default=False, init=False)
+
+    def run(self) -> str:
+        """Publish; returns the image's file name. Raises OSError: trouble with a disk, call again."""
+        began = time.monotonic()
+        if not self._recorded:
+            if self._data is None:
+                self._data = self._encode()
+            folder = self.job.outbox_folder
+            fs.make_directories(folder, self._directory_mode, below=self.job.outbox)
+            temporary = fs.write_temporary(folder, self._data, self._mode)
+            self._save_ms += (time.monotonic() - began) * 1e3
+            _write_record(self.job, self.spec.image, self._record(temporary.name))
+            self._recorded = True
+        return complete(self.job, self.spec.image)
+
+    @property
+    def _mode(self) -> int:
+        return int(self.job.settings.output.mode, 8)
+
+    @property
+    def _directory_mode(self) -> int:
+        return int(self.job.settings.output.directory_mode, 8)
+
+    def _encode(self) -> bytes:
+        spec, output = self.spec, self.job.settings.output
+        text = infotext(spec, self.engine.model) if output.embed_metadata else None
+        return picture.encode(self.pixels, spec.width, spec.height, spec.format, output.quality, text)  # fmt: skip
+
+    def _record(self, temporary: str) -> dict[str, Any]:
+        record = self._sidecar().model_dump(mode="json")
+        return {**record, "temporary": temporary, "error": self.error}
+
+    def _sidecar(self) -> Sidecar:
+        job, spec, rendering, data = self.job, self.spec, self.rendering, self._data
+        assert spec.seed is not None and data is not None
+        latency = rendering.latency_ms if rendering else None
+        return Sidecar(
+            outcome="rendered" if rendering else "placeholder",
+            job=SidecarJob(
+                id=job.id, name=job.name, file=names.printable(job.file),
+                image=spec.image, images=len(job.specs), attempt=self.attempt,
+            ),
+            image=SidecarImage(
+                file=job.stem(spec) + SUFFIX_OF_FORMAT[spec.format], format=spec.format,
+                width=spec.width, height=spec.height,
+                bytes=len(data), sha256=hashlib.sha256(data).hexdigest(),
+            ),
+            request=SidecarRequest(
+                prompt=spec.prompt, negative_prompt=spec.negative_prompt, seed=spec.seed,
+                width=spec.width, height=spec.height, steps=spec.steps,
+                guidance_scale=spec.guidance_scale, scheduler=spec.scheduler, meta=spec.meta,
+            ),
+            prompt=SidecarPrompt(
+                text=rendering.prompt if rendering else spec.prompt,
+                tokens=rendering.tokens if rendering else None,
+                truncated=rendering.truncated if rendering else False,
+            ),
+            model=SidecarModel(
+                id=self.engine.model, revision=self.engine.revision, dtype=self.engine.dtype,
+                quantization=self.engine.quantization, compiled=self.engine.compiled,
+            ),
+            evaluations=rendering.evaluations if rendering else 0,
+            batch=rendering.batch if rendering else 1,
+            latency_ms=LatencyMs(
+                queued=_round(job.settled.milliseconds_to(self.started, clock.boot_id())),
+                encode=latency and _round(latency.encode), denoise=latency and _round(latency.denoise),
+                decode=latency and _round(latency.decode), transfer=latency and _round(latency.transfer),
+                render=latency and _round(latency.render),
+                save=round(self._save_ms, 1), total=None,
+            ),
+            steps_ms=[round(step, 1) for step in rendering.steps_ms] if rendering else [],
+            window=self.window,
+            device=Device(
+                name=self.engine.device, utilization_percent=self.utilization,
+                memory_allocated_mib=rendering and rendering.memory_allocated_mib,
+                memory_reserved_mib=rendering and rendering.memory_reserved_mib,
+                memory_peak_mib=rendering and rendering.memory_peak_mib,
+            ),
+            time=SidecarTime(
+                claimed=job.claimed,
+                started=clock.timestamp(time.time() - (time.monotonic() - self.started)),
+                published=None,
+            ),
+            host=HOST, version=f"promptdrop {__version__}",
+        )  # fmt: skip
+
+
+def complete(job: Job, image: int) -> str:
+    """Finish a publication whose record stands. Repeatable; returns the image's file name."""
+    path = _record_path(job, image, "publishing")
+    record = json.loads(path.read_bytes())
+    folder = job.outbox_folder
+    began = time.monotonic()
+    record = _give_name(job, image, record)
+    file = record["image"]["file"]
+    sidecar = folder / f"{Path(file).stem}.json"
+    if (folder / file).exists() and not sidecar.exists():
+        record["latency_ms"]["save"] = round(record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3, 1)  # fmt: skip
+        _write_sidecar(job, record, sidecar)
+    os.replace(path, _record_path(job, image, "published"))
+    state = job.state(image)
+    state.outcome, state.file, state.error = record["outcome"], file, record["error"]
+    _unlink(_record_path(job, image, "begun"))
+    return str(file)
+
+
+def recover(job: Job) -> None:
+    """Complete what a crash left half-published, and remove its temporaries."""
+    for entry in fs.entries(job.home):
+        image, _, kind = entry.name.partition(".")
+        if kind == "publishing" and image.isdecimal():
+            complete(job, int(image))
+    fs.remove_temporaries(job.outbox_folder)
+
+
+def infotext(spec: ImageSpec, model: str) -> str:
+    """The `parameters` text that image tools read."""
+    fields = {
+        "Steps": spec.steps,
+        "Sampler": _SAMPLERS[spec.scheduler],
+        "CFG scale": spec.guidance_scale,
+        "Seed": spec.seed,
+        "Size": f"{spec.width}x{spec.height}",
+        "Model": model,
+        "Version": f"promptdrop {__version__}",
+    }
+    return format_infotext(spec.prompt, spec.negative_prompt, fields)
+
+
+_SAMPLERS = {
+    "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC", "heun": "Heun",
+}  # fmt: skip
+
+
+def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:
+    """Rename the temporary to its final name, or to NAME~2 where somebody's file stands."""
+    folder, file = job.outbox_folder, record["image"]["file"]
+    temporary = folder / record["temporary"]
+    stem, suffix = names.split(file)
+    n = 1
+    while temporary.exists():
+        try:
+            fs.rename(temporary, folder / record["image"]["file"])
+        except FileExistsError:
+            n += 1
+            record["image"]["file"] = names.numbered(stem, suffix, n)
+            _write_record(job, image, record)
+    if folder.exists():
+        fs.sync_directory(folder)
+    return record
+
+
+def _write_sidecar(job: Job, record: dict[str, Any], sidecar: Path) -> None:
+    now = time.monotonic()
+    document = {key: value for key, value in record.items() if key not in ("temporary", "error")}
+    document["latency_ms"]["total"] = _round(job.settled.milliseconds_to(now, clock.boot_id()))
+    document["time"]["published"] = clock.timestamp()
+    mode = int(job.settings.output.mode, 8)
+    fs.write_once(sidecar, to_bytes(Sidecar.model_validate(document)), mode)
+
+
+def _write_record(job: Job, image: int, record: dict[str, Any]) -> None:
+    fs.write_durably(_record_path(job, image, "publishing"), json.dumps(record).encode())
+
+
+def _record_path(job: Job, image: int, kind: str) -> Path:
+    return job.home / f"{image:04d}.{kind}"
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _unlink(path: Path) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # the image was never begun under this daemon

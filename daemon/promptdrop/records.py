@@ -1,0 +1,262 @@
+"""The JSON that other programs read: sidecars, job.json, .error.json and status, with their schemas.
+
+Keys may be added; a key that changes or goes makes a new version of its schema.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from promptdrop.job import ImageOutcome, JobOutcome
+
+
+class Record(BaseModel):
+    """A frozen piece of a document; numbers are finite, what cannot be had is null."""
+
+    model_config = ConfigDict(
+        frozen=True, populate_by_name=True, ser_json_inf_nan="null", serialize_by_alias=True
+    )
+
+
+class SidecarJob(Record):
+    id: str
+    name: str = Field(description="JOB, the name of the job's folder in the outbox")
+    file: str = Field(description="the dropped file's name")
+    image: int = Field(ge=1)
+    images: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+
+
+class SidecarImage(Record):
+    file: str
+    format: str
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    bytes: int
+    sha256: str
+
+
+class SidecarRequest(Record):
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    meta: dict[str, Any]
+
+
+class SidecarPrompt(Record):
+    text: str = Field(description="what the encoder was given")
+    tokens: int | None
+    truncated: bool
+
+
+class SidecarModel(Record):
+    id: str
+    revision: str | None
+    dtype: str
+    quantization: str
+    compiled: bool
+
+
+class LatencyMs(Record):
+    """Milliseconds. queued: from settled to this image's first step of work; save: encode to the format, hash, write, fsync."""  # fmt: skip
+
+    queued: float | None
+    encode: float | None
+    denoise: float | None
+    decode: float | None
+    transfer: float | None
+    render: float | None
+    save: float
+    total: float | None
+
+
+class Window(Record):
+    """The last `metrics.window` images; true quantiles of `latency_ms.render`."""
+
+    images: int
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    images_per_second: float | None
+    utilization_percent: float | None
+
+
+class Device(Record):
+    name: str
+    utilization_percent: float | None
+    memory_allocated_mib: float | None
+    memory_reserved_mib: float | None
+    memory_peak_mib: float | None
+
+
+class SidecarTime(Record):
+    claimed: str
+    started: str
+    published: str | None
+
+
+class Sidecar(Record):
+    """NAME.json beside an image: visible only after its image is whole."""
+
+    schema_: Literal["promptdrop.image/1"] = Field("promptdrop.image/1", alias="schema")
+    outcome: Literal["rendered", "placeholder"]
+    job: SidecarJob
+    image: SidecarImage
+    request: SidecarRequest
+    prompt: SidecarPrompt
+    model: SidecarModel
+    evaluations: int
+    batch: int
+    latency_ms: LatencyMs
+    steps_ms: list[float]
+    window: Window
+    device: Device
+    time: SidecarTime
+    host: str
+    version: str
+
+
+class SummaryImage(Record):
+    image: int
+    file: str | None
+    seed: int
+    outcome: ImageOutcome
+    error: str | None = None
+
+
+class Totals(Record):
+    images: int
+    rendered: int
+    failed: int
+    cancelled: int
+    seconds: float | None = Field(description="from claimed to finished")
+
+
+class SummaryTime(Record):
+    claimed: str
+    finished: str
+
+
+class JobSummary(Record):
+    """job.json: the commit mark of a job, written last."""
+
+    schema_: Literal["promptdrop.job/1"] = Field("promptdrop.job/1", alias="schema")
+    id: str
+    name: str
+    file: str
+    folder: str = Field(description="below the outbox")
+    outcome: JobOutcome
+    images: list[SummaryImage]
+    totals: Totals
+    time: SummaryTime
+    host: str
+    version: str
+
+
+class ErrorProblem(Record):
+    line: int | None
+    field: str | None
+    message: str
+
+
+class ErrorRecord(Record):
+    """FILE.error.json in failed/: why, in words a person can act on."""
+
+    schema_: Literal["promptdrop.error/1"] = Field("promptdrop.error/1", alias="schema")
+    file: str
+    outcome: Literal["refused", "partial", "failed", "cancelled"]
+    error: str
+    problems: list[ErrorProblem] = Field(default_factory=list, description="of a refused file")
+    id: str | None = Field(None, description="of a job that had begun")
+    folder: str | None = Field(None, description="below the outbox")
+    missing: list[int] = Field(default_factory=list, description="image numbers")
+    retry: str = Field(description="the command that tries again")
+    time: str
+    host: str
+    version: str
+
+
+class StatusEngine(Record):
+    state: Literal["starting", "ready", "replacing", "stopped"]
+    stage: str
+    pid: int | None
+    model: str
+    device: str | None
+    dtype: str | None
+
+
+class StatusImage(Record):
+    job: str
+    file: str
+    image: int
+    images: int
+    step: int
+    steps: int
+    seconds: float
+
+
+class StatusQueue(Record):
+    jobs: int
+    images: int
+    publishing: int
+
+
+class StatusWaiting(Record):
+    file: str
+    why: str
+
+
+class StatusFinished(Record):
+    id: str
+    file: str
+    inode: int = Field(description="of the dropped file, which a rename keeps")
+    outcome: Literal["done", "partial", "failed", "cancelled", "refused"]
+    folder: str | None
+    error: str | None
+    finished: str
+
+
+class StatusJob(Record):
+    id: str
+    file: str
+    inode: int
+    folder: str
+    images: int
+    done: int
+
+
+class Status(Record):
+    """What `promptdrop status --json` prints."""
+
+    schema_: Literal["promptdrop.status/1"] = Field("promptdrop.status/1", alias="schema")
+    state: Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
+    reason: str | None = Field(None, description="why work waits")
+    pid: int
+    engine: StatusEngine
+    current: StatusImage | None
+    queue: StatusQueue
+    jobs: list[StatusJob] = Field(default_factory=list, description="the first 100")
+    waiting: list[StatusWaiting] = Field(default_factory=list, description="files in the inbox that are not taken yet; the first 100")  # fmt: skip
+    finished: list[StatusFinished] = Field(default_factory=list, description="the last 100")
+    window: Window
+    eta_seconds: float | None
+    images_published: int
+    started: str
+    updated: str
+    version: str
+
+
+SCHEMAS: Mapping[str, type[Record]] = {"image": Sidecar, "job": JobSummary, "status": Status}
+
+
+def to_bytes(record: Record) -> bytes:
+    """The document as it is written: UTF-8, indented, a newline at the end."""
+    text = json.dumps(record.model_dump(mode="json"), ensure_ascii=False, indent=1, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"

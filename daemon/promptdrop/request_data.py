@@ -1,0 +1,194 @@
+"""Readers of YAML, JSON, JSONL and CSV: every value comes with its line and its text as written."""
+
+import csv
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+
+from promptdrop import names
+from promptdrop.errors import Problem, RequestError
+from promptdrop.yaml12 import Builder, Mapping, Node, Scalar, Sequence, YamlError, documents
+
+MAX_PROBLEMS = 20
+TEXT_FIELDS = frozenset({"prompt", "negative_prompt", "size", "scheduler", "format"})  # as written
+
+_MAX_DIGITS = 400  # more are no number for yaml12 either
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s,:{}\[\]"]++')  # of valid JSON
+
+
+class Problems:
+    """Why a job file is refused, as far as it has been read; at 20 the rest is not looked at."""
+
+    def __init__(self) -> None:
+        self._found: list[Problem] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, message: str, line: int | None = None, field: str | None = None) -> None:
+        """Note one problem, once. Raises RequestError: it was the twentieth."""
+        problem = Problem(message, line, field)
+        if problem not in self._found:
+            self._found.append(problem)
+        if len(self._found) >= MAX_PROBLEMS:
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        """Raise RequestError if there is a problem."""
+        if self._found:
+            raise RequestError(sorted(self._found, key=lambda problem: problem.line or 0))
+
+
+def short(text: str, limit: int = 60) -> str:
+    """The text in quotes, escaped, and cut to `limit` characters: fit for one line of a message."""
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
+
+
+def yaml_documents(text: str) -> list[Node]:
+    """Every YAML document. Raises RequestError: see yaml12.documents."""
+    try:
+        return documents(text)
+    except YamlError as e:
+        raise RequestError([Problem(str(e), e.line)]) from None
+
+
+def json_document(text: str, first_line: int = 1) -> Node:
+    """One JSON value; null has the text ``, so that it is never taken for a prompt.
+
+    Raises RequestError: not JSON, NaN, Infinity, duplicate keys, deeper than 16, too many values.
+    """
+    try:
+        json.loads(text, parse_int=str, parse_float=str)  # is it JSON at all?
+    except json.JSONDecodeError as e:
+        line = e.lineno + first_line - 1
+        raise RequestError([Problem(f"not valid JSON: {e.msg} (column {e.colno})", line)]) from None
+    except RecursionError:
+        raise RequestError([Problem("nested deeper than 16", first_line)]) from None
+    try:
+        return _json_tree(text, first_line)
+    except YamlError as e:
+        raise RequestError([Problem(str(e), e.line)]) from None
+
+
+def jsonl_documents(text: str, problems: Problems) -> Iterator[Node]:
+    """One JSON value per line; blank lines are skipped."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json_document(line, number)
+        except RequestError as e:
+            for problem in e.problems:
+                problems.add(problem.message, problem.line)
+
+
+def csv_documents(text: str, problems: Problems, fields: Collection[str]) -> Iterator[Node]:
+    """One mapping per row under a header of `fields` and `meta.KEY`; blank rows are skipped."""
+    rows = _rows(text, _separator(text), problems)
+    line, header = next(rows, (1, []))
+    header = [name.strip() for name in header]
+    _check_header(header, line, fields, problems)
+    for line, row in rows:
+        if len(row) > len(header):
+            problems.add(
+                f"{len(row)} cells where the header has {len(header)};"
+                " put a text that contains the separator into double quotes",
+                line,
+            )
+        else:
+            yield _row_document(zip(header, row, strict=False), line, problems)
+
+
+def _json_tree(text: str, line: int) -> Node:
+    builder = Builder()
+    root: Node | None = None
+    counted = 0
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        line += text.count("\n", counted, match.start())
+        counted = match.start()
+        if token == "{":
+            builder.open(Mapping(line=line))
+        elif token == "[":
+            builder.open(Sequence(line=line))
+        elif token in "}]":
+            root = builder.close()
+        else:
+            root = builder.scalar(_json_scalar(token, line))
+    assert root is not None  # json.loads found one value
+    return root
+
+
+def _json_scalar(token: str, line: int) -> Scalar:
+    if token[0] == '"':
+        return Scalar(json.loads(token) if "\\" in token else token[1:-1], False, line)
+    if token in ("NaN", "Infinity", "-Infinity"):
+        raise YamlError(f"{token} is not allowed in JSON; numbers are finite", line)
+    if len(token) > _MAX_DIGITS:
+        raise YamlError(f"a number of more than {_MAX_DIGITS} digits: {token[:20]}...", line)
+    return Scalar("" if token == "null" else token, True, line)
+
+
+def _separator(text: str) -> str:
+    """The separator most frequent in the header."""
+    header = text.lstrip("\n").partition("\n")[0]
+    return max(",;\t", key=header.count)
+
+
+def _rows(text: str, separator: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not blank, and the line on which it begins."""
+    lines = (f"{line}\n" for line in text.split("\n"))
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as e:
+        problems.add(f"not valid CSV: {e}; is a double quote missing?", line)
+
+
+def _check_header(
+    header: list[str], line: int, fields: Collection[str], problems: Problems
+) -> None:
+    seen: set[str] = set()
+    for name in header:
+        if name in seen and name:
+            problems.add(f"column {short(name)} stands twice in the header", line, name[:60])
+        elif name and name not in fields and not name.startswith("meta."):
+            hint = names.nearest(name[:60], fields)
+            problems.add(
+                f"unknown column {short(name)}{hint}"
+                f"{'' if hint else '; expected a header row with any of ' + ', '.join(fields)}",
+                line,
+                name[:60],
+            )
+        seen.add(name)
+    problems.raise_if_any()  # else every row would repeat it
+
+
+def _row_document(cells: Iterable[tuple[str, str]], line: int, problems: Problems) -> Mapping:
+    row, meta = Mapping(line=line), Mapping(line=line)
+    for name, cell in cells:
+        if not cell.strip():
+            continue
+        if not name:
+            problems.add(f"{short(cell)} stands in a column without a name", line)
+        elif name.startswith("meta."):
+            meta.items[name.removeprefix("meta.")] = Scalar(cell, False, line)
+        else:
+            row.items[name] = _cell(name, cell, line)
+    if meta.items:
+        row.items["meta"] = meta
+    row.key_lines = dict.fromkeys(row.items, line)
+    return row
+
+
+def _cell(name: str, cell: str, line: int) -> Node:
+    if name in ("prompt", "negative_prompt"):
+        return Scalar(cell, False, line)
+    words = cell.split()
+    if name == "seed" and len(words) > 1:
+        return Sequence([Scalar(word, True, line) for word in words], line)
+    return Scalar(cell.strip(), name not in TEXT_FIELDS, line)

@@ -1,0 +1,68 @@
+"""The engine for scripts: no spool, no second process, no timeout."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from promptdrop import config as configuration
+from promptdrop import engine, request
+from promptdrop.config import Config
+from promptdrop.job import EngineInfo, ImageSpec, Rendering
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One image and how it came to be. `seed` makes it again."""
+
+    image: Image.Image
+    seed: int
+    rendering: Rendering
+
+    def save(self, path: str | Path) -> None:
+        """Write the image; the format follows from the ending."""
+        self.image.save(path)
+
+
+class Engine:
+    """A warm engine in this process."""
+
+    info: EngineInfo
+
+    def __init__(self, config: Config | str | Path | Mapping[str, Any]) -> None:
+        """Load the model of a Config, a config.yaml, or its keys as a mapping.
+
+        Raises ConfigError, ModelError, EngineStartError; a wrong mapping: pydantic.ValidationError.
+        """
+        if isinstance(config, str | Path):
+            config = configuration.load(Path(config))
+        elif isinstance(config, Mapping):
+            config = configuration.parse(dict(config))
+        configuration.refuse_what_is_not_ready(config)
+        self._config = config
+        self._engine = engine.load(config, lambda stage: None)
+        self.info = self._engine.info
+
+    def generate(self, prompt: str, **fields: Any) -> Generated | list[Generated]:
+        """Render what a JSON job of this prompt and these fields asks for, seeds drawn at random.
+
+        Returns a list where the fields ask for several images (`count`, a list of seeds).
+
+        Raises RequestError: a field is unknown or out of range. EngineError: an image failed.
+        """
+        data = json.dumps({"prompt": prompt, **fields}).encode()
+        specs = request.parse(data, ".json", self._config).images
+        images = [self._render(spec) for spec in specs]
+        return images[0] if len(images) == 1 else images
+
+    def _render(self, spec: ImageSpec) -> Generated:
+        seed = secrets.randbits(32) if spec.seed is None else spec.seed
+        pixels = bytearray(spec.height * spec.width * 3)
+        seeded, prompt = replace(spec, seed=seed), self._config.prompt
+        rendering = self._engine.render(seeded, prompt, lambda *step: None, memoryview(pixels))
+        image = Image.frombuffer("RGB", (spec.width, spec.height), pixels, "raw", "RGB", 0, 1)
+        return Generated(image, seed, rendering)

@@ -1,0 +1,793 @@
+"""The queue on disk. The directory is the state, every transition is one rename.
+
+    inbox/SUB/FILE -> pending/ID/drop/SUB/FILE -> active/ID -> outbox, and finished/ID is removed
+                                                            -> failed/SUB/FILE, parked/ID kept for retry
+
+A job's folder holds the dropped file, its resolved request and one record per image, so a crash
+anywhere leaves a folder that says what is left. Everything here may block on a disk and is called
+off the daemon's loop; an OSError that escapes is trouble with a disk, never a job's fault.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from promptdrop import __version__, clock, fs, names
+from promptdrop.config import Config, Output, Prompt
+from promptdrop.errors import ConfigError, DiskTrouble, Problem, RequestError, SpoolBusy, UsageError
+from promptdrop.job import ImageSpec, JobOutcome, Request
+from promptdrop.records import (
+    ErrorProblem, ErrorRecord, JobSummary, Record, SummaryImage, SummaryTime, Totals, to_bytes,
+)  # fmt: skip
+
+VERSION = 1
+STATES = ("pending", "active", "parked", "finished")
+DEATHS_BEHIND = 3  # daemon deaths in a row after which an image goes behind all other work
+DEATHS_FAILED = 10  # ... and after which it fails
+HOST = socket.gethostname()
+_LOCK_TRIES = 10  # `status` holds the lock for microseconds when it looks who is there
+_TREE_MODE = 0o2775
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a job keeps of the configuration it was claimed under."""
+
+    prompt: Prompt
+    output: Output
+    max_attempts: int
+    on_timeout: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """When a drop settled: on the monotonic clock of one boot."""
+
+    monotonic: float
+    boot: str
+
+    def milliseconds_to(self, monotonic: float, boot: str) -> float | None:
+        """How long ago that was; None if the machine restarted in between."""
+        return (monotonic - self.monotonic) * 1e3 if boot == self.boot else None
+
+
+@dataclass(slots=True)
+class ImageState:
+    """What came of one image so far."""
+
+    outcome: Literal["todo", "rendered", "placeholder", "failed"] = "todo"
+    file: str | None = None
+    error: str | None = None
+    attempts: int = 0
+    deaths: int = 0
+
+
+@dataclass(slots=True)
+class Job:
+    """One claimed file. `home` is its folder in the state tree, wherever that stands now."""
+
+    id: str
+    home: Path
+    sub: str  # folder below the inbox, as dropped; "" at the root
+    file: str  # the dropped file's name
+    inode: int
+    outbox: Path
+    folder: str  # SUB/JOB below the outbox
+    priority: int
+    claimed: str
+    settled: Settled
+    settings: Settings
+    specs: tuple[ImageSpec, ...]
+    states: dict[int, ImageState] = field(default_factory=dict)  # only what is not plain todo
+
+    @property
+    def name(self) -> str:
+        """JOB: the name of its folder, suffix included."""
+        return self.folder.rpartition("/")[2]
+
+    @property
+    def outbox_folder(self) -> Path:
+        """Where its images are published."""
+        return self.outbox / self.folder
+
+    @property
+    def path(self) -> str:
+        """SUB/FILE as dropped."""
+        return f"{self.sub}/{self.file}" if self.sub else self.file
+
+    @property
+    def drop(self) -> Path:
+        """The dropped file while the job is ours."""
+        return self.home / "drop" / self.sub / self.file
+
+    def state(self, image: int) -> ImageState:
+        """The state of an image, to be changed in place."""
+        return self.states.setdefault(image, ImageState())
+
+    def todo(self) -> list[int]:
+        """Images that are neither published nor given up."""
+        return [s.image for s in self.specs if s.image not in self.states or self.states[s.image].outcome == "todo"]  # fmt: skip
+
+    def stem(self, spec: ImageSpec) -> str:
+        """The file name of an image without its suffix, by `output.name`."""
+        assert spec.seed is not None
+        return names.cut(self.settings.output.name.format(job=self.name, image=spec.image, seed=spec.seed), 220)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Unresolved:
+    """A claimed file whose request was not recorded before the daemon ended."""
+
+    id: str
+    home: Path
+    sub: str
+    file: str
+
+
+class Spool:
+    """The folders of one configuration. `lock` first: one daemon per spool."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = config.spool
+        self.inbox = self.root / "inbox"
+        self.outbox = config.outbox
+        self.failed = config.failed
+        self.own = self.root / ".promptdrop"
+        self.control = self.own / "control"
+        self.cache = self.own / "cache"
+        self._lock: int | None = None
+        self._mounts: list[str] = []  # which of inbox, outbox, failed have been mount points
+        self._last_id = ""
+        self._live: set[str] = set()  # outbox folders of jobs that have not ended
+        self.boot = clock.boot_id()
+
+    # --- the tree -----------------------------------------------------------------------------
+
+    def init(self) -> None:
+        """Make every folder, configured ones too. For `promptdrop init`."""
+        for path in (self.root, self.inbox, self.outbox, self.failed):
+            _make(path)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what `run` may make: never a configured outbox or failed.
+
+        Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
+        """
+        self._refuse_nesting()
+        for path in (self.root, self.inbox, self.own, self.control, self.cache, *(self.own / s for s in STATES)):  # fmt: skip
+            _make(path)
+        for path, configured in ((self.outbox, self.config.paths.outbox), (self.failed, self.config.paths.failed)):  # fmt: skip
+            if configured is None:
+                _make(path)
+        self._check_version()
+        self._mounts = _read_json(self.own / "mounts.json").get("mounts", [])
+        self._check_file_systems()
+
+    def lock(self) -> None:
+        """Own the spool until this process ends. Raises SpoolBusy naming the other daemon."""
+        fd = os.open(self.own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        for attempt in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if attempt == _LOCK_TRIES - 1:
+                    owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+                    os.close(fd)
+                    raise SpoolBusy(f"{self.root}: another promptdrop daemon (pid {owner}) owns this spool") from None  # fmt: skip
+                time.sleep(0.05)
+            else:
+                break
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._lock = fd
+
+    def unlock(self) -> None:
+        """Let the spool go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def daemon_pid(self) -> int | None:
+        """The pid of the daemon that owns this spool, or None."""
+        try:
+            fd = os.open(self.own / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+            return int(text) if text.isdecimal() else 0
+        else:
+            return None
+        finally:
+            os.close(fd)
+
+    def require_folders(self) -> None:
+        """Raise DiskTrouble: a folder is missing; an empty mount point is not the folder."""
+        for name, path in self._folders().items():
+            if not path.is_dir():
+                raise DiskTrouble(f"{name} {path} is missing; waiting for it")
+            mounted = os.path.ismount(path)
+            if name in self._mounts and not mounted:
+                raise DiskTrouble(f"{name} {path} was a mount point and is not mounted; waiting for it")  # fmt: skip
+            if mounted and name not in self._mounts:
+                self._mounts.append(name)
+                fs.write_durably(self.own / "mounts.json", json.dumps({"mounts": self._mounts}).encode())  # fmt: skip
+
+    def require_space(self, min_free_mib: int) -> None:
+        """Raise DiskTrouble: a folder is not to be written, or its disk is nearly full."""
+        self.require_folders()
+        for name, path in {**self._folders(), "state": self.own}.items():
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise DiskTrouble(f"{name} {describe_permissions(path)} cannot be written")
+            if (free := fs.free_mib(path)) < min_free_mib:
+                raise DiskTrouble(f"{name} {path} has {free:.0f} MiB free, less than limits.min_free_disk_mib: {min_free_mib}")  # fmt: skip
+
+    def _folders(self) -> dict[str, Path]:
+        return {"inbox": self.inbox, "outbox": self.outbox, "failed": self.failed}
+
+    def _refuse_nesting(self) -> None:
+        for name, path in (("outbox", self.outbox), ("failed", self.failed)):
+            for other, inside in (("inbox", self.inbox), (".promptdrop", self.own)):
+                if path.resolve().is_relative_to(inside.resolve()):
+                    raise ConfigError(f"paths.{name}: {path} lies inside the {other} {inside}: what is written there would be taken as a job; choose a folder beside it")  # fmt: skip
+                if inside.resolve().is_relative_to(path.resolve()):
+                    raise ConfigError(f"paths.{name}: {path} contains the {other} {inside}; choose a folder beside it")  # fmt: skip
+        if self.outbox.resolve() == self.failed.resolve():
+            raise ConfigError(f"paths.outbox and paths.failed are one folder: {self.outbox}")
+
+    def _check_version(self) -> None:
+        path = self.own / "version"
+        try:
+            found = int(path.read_text())
+        except FileNotFoundError:
+            fs.write_durably(path, f"{VERSION}\n".encode())
+            return
+        except ValueError:
+            raise ConfigError(f"{path}: expected the number {VERSION}") from None
+        if found > VERSION:
+            raise ConfigError(f"{path}: this spool is of version {found}, written by a newer promptdrop; this one knows up to {VERSION}")  # fmt: skip
+
+    def _check_file_systems(self) -> None:
+        if os.stat(self.inbox).st_dev != os.stat(self.own).st_dev:
+            raise ConfigError(f"{self.inbox} and {self.own} are on different file systems; a claim is one rename, so mount the file system on {self.root} instead")  # fmt: skip
+
+    # --- claiming -----------------------------------------------------------------------------
+
+    def claim(self, sub: str, file: str) -> Unresolved:
+        """Take a file out of the inbox. Raises FileNotFoundError: it was withdrawn."""
+        claimed = Unresolved(self._new_id(), Path(), sub, file)
+        claimed.home = self.own / "pending" / claimed.id
+        folder = claimed.home / "drop" / sub
+        os.makedirs(folder)
+        source = self.inbox / sub / file
+        try:
+            fs.rename(source, folder / file)
+        except OSError:
+            fs.remove_tree(claimed.home)
+            raise
+        for path in (folder, claimed.home, claimed.home.parent, source.parent):
+            _sync_if_there(path)
+        return claimed
+
+    def unclaim(self, claimed: Unresolved) -> None:
+        """Put a file back into the inbox, because it changed while it was taken."""
+        fs.rename(claimed.home / "drop" / claimed.sub / claimed.file, self.inbox / claimed.sub / claimed.file)  # fmt: skip
+        fs.remove_tree(claimed.home)
+
+    def resolve(self, claimed: Unresolved, request: Request, settled: Settled, settings: Settings) -> Job:  # fmt: skip
+        """Record what a claimed file asks for, seeds included, then make its outbox folder. Once in a job's life."""
+        drop = claimed.home / "drop" / claimed.sub / claimed.file
+        job = Job(
+            claimed.id, claimed.home, claimed.sub, claimed.file, os.lstat(drop).st_ino,
+            self.outbox, "", request.priority, clock.timestamp(), settled, settings, request.images,
+        )  # fmt: skip
+        self._choose_folder(job)
+        return job
+
+    def _choose_folder(self, job: Job) -> None:
+        """Record a free folder, then mkdir it; if somebody was faster, the next one."""
+        mode = int(job.settings.output.directory_mode, 8)
+        while True:
+            mirror = self._mirror(job.sub, mode)
+            taken = {names.fold(entry.name) for entry in fs.entries(mirror)}
+            stem = names.split(job.file)[0]
+            name = names.first_free(names.safe(names.printable(stem) if not _is_text(stem) else stem), taken)  # fmt: skip
+            job.folder = str((mirror / name).relative_to(self.outbox))
+            self._record(job)
+            try:
+                fs.make_directory(mirror / name, mode)
+            except FileExistsError:
+                continue
+            self._live.add(job.folder)
+            return
+
+    def _mirror(self, sub: str, mode: int) -> Path:
+        """The outbox folder of an inbox sub-folder, made if need be; never a job's folder."""
+        folder = self.outbox
+        for part in Path(sub).parts:
+            there = {names.fold(entry.name): entry.name for entry in fs.entries(folder)}
+            stem, n = names.safe(part), 1
+            while True:
+                name = names.numbered(stem, "", n, names.NAME_BYTES + 10)
+                existing = folder / there.get(names.fold(name), name)
+                if not existing.exists() or (existing.is_dir() and not self._is_job_folder(existing)):  # fmt: skip
+                    break
+                n += 1
+            fs.make_directories(existing, mode, below=folder)
+            folder = existing
+        return folder
+
+    def _is_job_folder(self, folder: Path) -> bool:
+        return (folder / "job.json").exists() or str(folder.relative_to(self.outbox)) in self._live
+
+    def _record(self, job: Job) -> None:
+        document = {
+            "id": job.id, "sub": job.sub, "file": job.file, "inode": job.inode, "folder": job.folder,
+            "priority": job.priority, "claimed": job.claimed, "settled": asdict(job.settled),
+            "settings": {
+                "prompt": job.settings.prompt.model_dump(), "output": job.settings.output.model_dump(),
+                "max_attempts": job.settings.max_attempts, "on_timeout": job.settings.on_timeout,
+            },
+            "images": [spec.to_json() for spec in job.specs],
+        }  # fmt: skip
+        fs.write_durably(job.home / "request.json", json.dumps(document).encode())
+
+    # --- one image ----------------------------------------------------------------------------
+
+    def take(self, job: Job) -> None:
+        """The job's first image is on its way: pending -> active."""
+        if job.home.parent.name == "pending":
+            target = self.own / "active" / job.id
+            fs.rename(job.home, target)
+            job.home = target
+
+    def begin_image(self, job: Job, image: int) -> None:
+        """Count a daemon death in advance; whatever ends the image otherwise takes it back."""
+        state = job.state(image)
+        self._write_begun(job, image, state.attempts, state.deaths + 1)
+
+    def end_attempt(self, job: Job, image: int) -> None:
+        """The image was put down while the daemon lives: only charged attempts are remembered."""
+        state = job.state(image)
+        self._write_begun(job, image, state.attempts, state.deaths)
+
+    def fail_image(self, job: Job, image: int, error: str) -> None:
+        """Give an image up, durably."""
+        fs.write_durably(_of_image(job, image, "failed"), json.dumps({"error": error}).encode())
+        _unlink(_of_image(job, image, "begun"))
+        job.states[image] = ImageState("failed", None, error)
+
+    def _write_begun(self, job: Job, image: int, attempts: int, deaths: int) -> None:
+        path = _of_image(job, image, "begun")
+        if attempts or deaths:
+            fs.write_quickly(path, json.dumps({"attempts": attempts, "deaths": deaths}).encode())
+        else:
+            _unlink(path)
+
+    # --- the end of a job ---------------------------------------------------------------------
+
+    def finish(self, job: Job, cancelled: bool = False) -> JobOutcome:
+        """Move the dropped file to its last place, write job.json, let the job go."""
+        outcome = outcome_of(job, cancelled)
+        if outcome == "done":
+            self._ensure_folder(job)
+            self._move_request(job)
+        else:
+            self._move_to_failed(job, _error_record(job, outcome))
+        self._write_summary(job, outcome)
+        self._leave(job.home, "finished" if outcome == "done" else "parked")
+        self._live.discard(job.folder)
+        return outcome
+
+    def refuse(self, claimed: Unresolved, problems: Iterable[Problem]) -> ErrorRecord:
+        """Move a file that is no job to failed/, with the reason."""
+        listed = tuple(problems)
+        record = ErrorRecord(
+            file=names.printable(claimed.file), outcome="refused",
+            error="; ".join(str(p) for p in listed),
+            problems=[ErrorProblem(line=p.line, field=p.field, message=p.message) for p in listed],
+            retry=_retry_command(claimed.sub, claimed.file),
+            time=clock.timestamp(), host=HOST, version=f"promptdrop {__version__}",
+        )  # fmt: skip
+        self._move_to_failed(claimed, record)
+        self._leave(claimed.home, "finished")
+        return record
+
+    def refuse_job(self, job: Job, problems: Iterable[Problem]) -> ErrorRecord:
+        """Refuse a resolved job before its first image; its empty outbox folder goes."""
+        claimed = Unresolved(job.id, job.home, job.sub, job.file)
+        _unlink(job.home / "request.json")
+        try:
+            os.rmdir(job.outbox_folder)
+        except OSError:
+            pass  # gone, or somebody put a file there: it stays
+        self._live.discard(job.folder)
+        return self.refuse(claimed, problems)
+
+    def _ensure_folder(self, job: Job) -> Path:
+        folder = self.outbox / job.folder
+        fs.make_directories(folder, int(job.settings.output.directory_mode, 8), below=self.outbox)
+        return folder
+
+    def _move_request(self, job: Job) -> None:
+        folder = self.outbox / job.folder
+        suffix = names.split(job.file)[1].lower()
+        n = 1
+        while os.path.lexists(job.drop):
+            try:
+                fs.move(job.drop, folder / names.numbered("request", suffix, n))
+            except FileExistsError:
+                n += 1
+        _chmod_quietly(folder / f"request{suffix}", int(job.settings.output.mode, 8))
+
+    def _move_to_failed(self, job: Job | Unresolved, record: ErrorRecord) -> None:
+        """Record the place in failed/, then move there, then say why beside it. Repeatable."""
+        plan = job.home / "failing.json"
+        drop = job.home / "drop" / job.sub / job.file
+        planned = _read_json(plan)
+        if planned:
+            target, record = self.failed / planned["target"], ErrorRecord.model_validate(planned["record"])  # fmt: skip
+        else:
+            target = self._plan_failing(plan, job, record)
+        while os.path.lexists(drop):
+            fs.make_directories(target.parent, _TREE_MODE, below=self.failed)
+            try:
+                fs.move(drop, target)
+            except FileExistsError:
+                target = self._plan_failing(plan, job, record)
+        reason = _reason_file(target)
+        if not reason.exists():
+            fs.make_directories(target.parent, _TREE_MODE, below=self.failed)
+            fs.write_durably(reason, to_bytes(record))
+
+    def _plan_failing(self, plan: Path, job: Job | Unresolved, record: ErrorRecord) -> Path:
+        stem, suffix = names.split(job.file)
+        folder = self.failed / job.sub
+        n = 1
+        while True:
+            name = names.numbered(stem, suffix, n, 255 - len(".error.json"))
+            target = folder / name
+            if not os.path.lexists(target) and not os.path.lexists(_reason_file(target)):
+                break
+            n += 1
+        document = {"target": os.path.relpath(target, self.failed), "record": record.model_dump(mode="json")}  # fmt: skip
+        fs.write_durably(plan, json.dumps(document).encode())
+        return target
+
+    def _write_summary(self, job: Job, outcome: JobOutcome) -> None:
+        folder = self._ensure_folder(job)
+        fs.write_durably(folder / "job.json", to_bytes(summary(job, outcome)), int(job.settings.output.mode, 8))  # fmt: skip
+
+    def _leave(self, home: Path, state: str) -> None:
+        target = self.own / state / home.name
+        fs.rename(home, target)
+        fs.sync_directory(target.parent)
+        if state == "finished":
+            fs.remove_tree(target)
+
+    # --- retry --------------------------------------------------------------------------------
+
+    def retry(self, target: str) -> Job | None:
+        """Resume the job whose file is failed/`target`; None: it was refused, and is dropped anew.
+
+        Raises UsageError: nothing there can be retried.
+        """
+        path = self.failed / target
+        if ".." in Path(target).parts or not path.is_file():
+            raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
+        for home in self._homes("parked"):
+            if _read_json(home / "failing.json").get("target") == target:
+                return self._unpark(home)
+        self._drop_again(path, target)
+        return None
+
+    def _unpark(self, home: Path) -> Job:
+        job = self._load(home)
+        plan = _read_json(home / "failing.json")
+        if plan and not os.path.lexists(job.drop):
+            fs.move(self.failed / plan["target"], job.drop)
+        for entry in fs.entries(home):
+            image, _, kind = entry.name.partition(".")
+            is_placeholder = kind == "published" and _read_json(Path(entry.path)).get("outcome") == "placeholder"  # fmt: skip
+            if image.isdecimal() and (kind in ("failed", "begun") or is_placeholder):
+                os.unlink(entry.path)
+        if plan:
+            _unlink(_reason_file(self.failed / plan["target"]))
+        _unlink(home / "failing.json")
+        pending = self.own / "pending" / job.id
+        fs.rename(home, pending)
+        fs.sync_directory(pending.parent)
+        self._live.add(job.folder)
+        return self._load(pending)
+
+    def _drop_again(self, path: Path, target: str) -> None:
+        sub, _, file = target.rpartition("/")
+        stem, suffix = names.split(file)
+        os.makedirs(self.inbox / sub, exist_ok=True)
+        n = 1
+        while True:
+            try:
+                fs.rename(path, self.inbox / sub / names.numbered(stem, suffix, n))
+                break
+            except FileExistsError:
+                n += 1
+            except OSError as e:
+                if e.errno != errno.EXDEV:
+                    raise
+                fs.move(path, self.inbox / sub / names.numbered(stem, suffix, n))
+                break
+        _unlink(_reason_file(path))
+
+    # --- after a crash ------------------------------------------------------------------------
+
+    def recover(self) -> tuple[list[Job], list[Unresolved]]:
+        """What was left: jobs to go on with, in the order they came, and claims to be read again.
+
+        Half-made moves are completed here, half-published images by `publish.recover`.
+        Repeatable. Raises OSError, DiskTrouble: a folder cannot be used now.
+        """
+        self.require_folders()
+        for home in self._homes("finished"):
+            fs.remove_tree(home)
+        for home in self._homes("parked"):
+            self._recover_parked(home)
+        jobs, unresolved = [], []
+        for home in sorted(self._homes("pending", "active"), key=lambda home: home.name):
+            left = self._recover(home)
+            if isinstance(left, Job):
+                jobs.append(left)
+            elif left:
+                unresolved.append(left)
+        for folder in (self.own, self.control, self.failed, *(d for d in self.failed.rglob("*") if d.is_dir())):  # fmt: skip
+            fs.remove_temporaries(folder)
+        return jobs, unresolved
+
+    def _recover(self, home: Path) -> Job | Unresolved | None:
+        has_record = (home / "request.json").exists()
+        is_failing = (home / "failing.json").exists()
+        if has_record:
+            job = self._load(home)
+            fs.remove_temporaries(home)
+            if not is_failing:
+                self._adopt_folder(job)
+                return job
+            cancelled = _read_json(home / "failing.json")["record"]["outcome"] == "cancelled"
+            self.finish(job, cancelled)
+            return None
+        drop = next((p for p in _files(home / "drop")), None)
+        if is_failing:
+            claimed = Unresolved(home.name, home, "", drop.name if drop else "gone")
+            if drop:
+                claimed.sub = _relative(drop.parent, home / "drop")
+            self._move_to_failed(claimed, ErrorRecord.model_validate(_read_json(home / "failing.json")["record"]))  # fmt: skip
+            self._leave(home, "finished")
+            return None
+        if drop is None:
+            fs.remove_tree(home)
+            return None
+        return Unresolved(home.name, home, _relative(drop.parent, home / "drop"), drop.name)
+
+    def _recover_parked(self, home: Path) -> None:
+        plan = _read_json(home / "failing.json")
+        if any(True for _ in _files(home / "drop")):
+            self._unpark(home)  # a retry that had begun
+        elif plan and self.failed.is_dir() and not os.path.lexists(self.failed / plan["target"]):
+            fs.remove_tree(home)  # somebody took the file back: it is a new job now
+
+    def _adopt_folder(self, job: Job) -> None:
+        """Make the recorded folder again; if a stranger filled it before us, choose another."""
+        folder = self.outbox / job.folder
+        has_records = any(entry.name[0].isdigit() for entry in fs.entries(job.home))
+        strangers = [e for e in fs.entries(folder) if not e.name.startswith(fs.TEMPORARY)]
+        if strangers and not has_records and not self._is_ours(job, folder):
+            self._choose_folder(job)
+        self._ensure_folder(job)
+        self._live.add(job.folder)
+
+    def _is_ours(self, job: Job, folder: Path) -> bool:
+        """Whether job.json there is this job's own, written just before the crash."""
+        return _read_json(folder / "job.json").get("id") == job.id
+
+    def _load(self, home: Path) -> Job:
+        record = _read_json(home / "request.json")
+        settings = record["settings"]
+        job = Job(
+            record["id"], home, record["sub"], record["file"], record["inode"], self.outbox,
+            record["folder"], record["priority"], record["claimed"], Settled(**record["settled"]),
+            Settings(
+                Prompt(**settings["prompt"]), Output(**settings["output"]),
+                settings["max_attempts"], settings["on_timeout"],
+            ),
+            tuple(ImageSpec(**spec) for spec in record["images"]),
+        )  # fmt: skip
+        for entry in fs.entries(home):
+            image, _, kind = entry.name.partition(".")
+            if image.isdecimal():
+                self._load_image(job, int(image), kind, _read_json(Path(entry.path)))
+        return job
+
+    def _load_image(self, job: Job, image: int, kind: str, record: dict[str, Any]) -> None:
+        state = job.state(image)
+        if kind == "published":
+            state.outcome, state.file = record["outcome"], record["image"]["file"]
+            state.error = record.get("error")
+        elif kind == "failed":
+            state.outcome, state.error = "failed", record.get("error")
+        elif kind == "begun":
+            state.attempts, state.deaths = record.get("attempts", 0), record.get("deaths", 1)
+
+    def _homes(self, *states: str) -> Iterator[Path]:
+        for state in states:
+            for entry in fs.entries(self.own / state):
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    yield Path(entry.path)
+
+    def _new_id(self) -> str:
+        """Sorts by arrival, also when the wall clock was set back while we run."""
+        moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        stamp = max(f"{moment}{time.time_ns() // 1000 % 1_000_000:06d}", self._last_id)
+        if stamp == self._last_id:
+            head, digits = stamp[:9], int(stamp[9:]) + 1
+            stamp = f"{head}{digits:012d}"
+        self._last_id = stamp
+        return f"{stamp}-{secrets.token_hex(3)}"
+
+
+def outcome_of(job: Job, cancelled: bool) -> JobOutcome:
+    """done: every image rendered. failed: none. partial: some."""
+    if cancelled:
+        return "cancelled"
+    rendered = sum(state.outcome == "rendered" for state in job.states.values())
+    if rendered == len(job.specs):
+        return "done"
+    return "partial" if rendered else "failed"
+
+
+def summary(job: Job, outcome: JobOutcome) -> JobSummary:
+    """job.json of a job at its end."""
+    images = [_summary_image(job, spec) for spec in job.specs]
+    counts = {kind: sum(image.outcome == kind for image in images) for kind in ("rendered", "cancelled")}  # fmt: skip
+    lasted = job.settled.milliseconds_to(time.monotonic(), clock.boot_id())
+    return JobSummary(
+        id=job.id, name=job.name, file=names.printable(job.file), folder=job.folder,
+        outcome=outcome, images=images,
+        totals=Totals(
+            images=len(images), rendered=counts["rendered"], cancelled=counts["cancelled"],
+            failed=len(images) - counts["rendered"] - counts["cancelled"],
+            seconds=None if lasted is None else round(lasted / 1e3, 3),
+        ),
+        time=SummaryTime(claimed=job.claimed, finished=clock.timestamp()),
+        host=HOST, version=f"promptdrop {__version__}",
+    )  # fmt: skip
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """job.json of an outbox folder, or an empty mapping."""
+    return _read_json(folder / "job.json")
+
+
+def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every file in failed/ that has a reason beside it: (path below failed/, its error record)."""
+    for reason in sorted(failed.rglob("*.error.json")):
+        target = reason.with_name(reason.name.removesuffix(".error.json"))
+        if target.is_file():
+            yield _relative(target, failed), _read_json(reason)
+
+
+def describe_permissions(path: Path) -> str:
+    """`/x (uid 1000, gid 1000, mode 0755; we are uid 990)`: what a permission error needs."""
+    try:
+        status = os.stat(path)
+    except OSError as e:
+        return f"{path} ({e.strerror})"
+    return f"{path} (uid {status.st_uid}, gid {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; we are uid {os.geteuid()})"  # fmt: skip
+
+
+def _summary_image(job: Job, spec: ImageSpec) -> SummaryImage:
+    state = job.states.get(spec.image, ImageState())
+    assert spec.seed is not None
+    return SummaryImage(
+        image=spec.image, file=state.file, seed=spec.seed, error=state.error,
+        outcome="cancelled" if state.outcome == "todo" else state.outcome,
+    )  # fmt: skip
+
+
+def _error_record(job: Job, outcome: JobOutcome) -> ErrorRecord:
+    assert outcome != "done"
+    images = [_summary_image(job, spec) for spec in job.specs]
+    missing = [image for image in images if image.outcome != "rendered"]
+    reasons = [f"image {image.image}: {image.error}" for image in missing if image.error]
+    return ErrorRecord(
+        file=names.printable(job.file), outcome=outcome,
+        error="; ".join(reasons[:10]) or "cancelled on request",
+        id=job.id, folder=job.folder, missing=[image.image for image in missing],
+        retry=f"promptdrop retry {job.id}",
+        time=clock.timestamp(), host=HOST, version=f"promptdrop {__version__}",
+    )  # fmt: skip
+
+
+def _retry_command(sub: str, file: str) -> str:
+    return f"promptdrop retry '{names.printable(f'{sub}/{file}' if sub else file)}'"
+
+
+def _reason_file(target: Path) -> Path:
+    return target.with_name(f"{target.name}.error.json")
+
+
+def _of_image(job: Job, image: int, kind: str) -> Path:
+    return job.home / f"{image:04d}.{kind}"
+
+
+def _make(path: Path) -> None:
+    """mkdir -p of our own tree, group-writable with the group inherited. Raises ConfigError."""
+    try:
+        if not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fs.make_directory(path, _TREE_MODE)
+    except FileExistsError:
+        if not path.is_dir():
+            raise ConfigError(f"{path} exists and is not a folder") from None
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be made: {e.strerror}: {describe_permissions(path.parent)}") from None  # fmt: skip
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _relative(path: Path, base: Path) -> str:
+    relative = os.path.relpath(path, base)
+    return "" if relative == "." else relative
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            yield Path(parent, file)
+
+
+def _sync_if_there(path: Path) -> None:
+    try:
+        fs.sync_directory(path)
+    except FileNotFoundError:
+        pass  # the dropper's sub-folder may be gone by now
+
+
+def _chmod_quietly(path: Path, mode: int) -> None:
+    try:
+        os.chmod(path, mode)
+    except OSError:
+        pass  # the dropper owns the file (root_squash, another uid): its mode stands
+
+
+def _unlink(path: Path) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # never written, or already taken back
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A record of our own; one that is gone or torn is empty."""
+    try:
+        loaded = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}

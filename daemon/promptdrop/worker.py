@@ -1,0 +1,169 @@
+"""The engine process: load, warm up, render until told to stop. It may die at any moment.
+
+Started by the daemon as `python -m promptdrop.worker FD`, with the configuration as the first
+message on FD. Any exception that is not one of ours escapes and ends this process: after an
+unknown CUDA error every later call fails too, so the only cure is a new process.
+"""
+
+import ctypes
+import faulthandler
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from queue import SimpleQueue
+from typing import NoReturn
+
+from promptdrop import engine, log
+from promptdrop.config import Config
+from promptdrop.engine import Engine
+from promptdrop.errors import ConfigError, EngineError, EngineStartError, ImageCancelled, ImageTimeout
+from promptdrop.messages import (
+    Answer, Began, Cancel, Cancelled, CannotStart, CountTokens, Failed, Ready, Render, Rendered,
+    Stage, Step, Stop, Tokens,
+)  # fmt: skip
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_STAGE_SECONDS = 1.0  # warm-up reports its steps at most this often
+
+
+class Inbound:
+    """What the daemon asks for, read by a thread so that a Cancel overtakes the render in hand."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.requests: SimpleQueue[tuple[Render, int] | CountTokens | Stop] = SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._connection = connection
+        threading.Thread(target=self._read, name="inbound", daemon=True).start()
+
+    def is_cancelled(self, ticket: int) -> bool:
+        """Whether the daemon does not want this image any more."""
+        return ticket in self._cancelled
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self._connection.recv()
+                if isinstance(message, Cancel):
+                    self._cancelled.add(message.ticket)
+                elif isinstance(message, Render):
+                    self.requests.put((message, recv_handle(self._connection)))
+                else:
+                    self.requests.put(message)
+        except (EOFError, OSError):
+            os._exit(0)  # the daemon is gone; nobody wants what is being rendered
+
+
+def main(fd: int) -> None:
+    """Entry point of the engine process. Any escaping exception ends it."""
+    _die_with_parent()
+    faulthandler.enable()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the daemon decides when we stop
+    signal.signal(signal.SIGALRM, _raise_timeout)
+    connection = Connection(fd)
+    config: Config = connection.recv()
+    log.set_up(config.log.level, config.log.format)
+    inbound = Inbound(connection)
+    warm = _start(config, connection.send)
+    _serve(warm, inbound, connection.send)
+
+
+def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
+    try:
+        loaded = engine.load(config, lambda text: send(Stage(text)))
+        loaded.warm_up(_reporter(send))
+    except (ConfigError, EngineStartError) as e:
+        send(CannotStart(str(e), e.exit_status))
+        sys.exit(e.exit_status)
+    except EngineError as e:
+        send(CannotStart(f"warm-up failed: {e}", 1))
+        sys.exit(1)
+    send(Ready(loaded.info))
+    return loaded
+
+
+def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
+    last = 0.0
+
+    def report() -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= _STAGE_SECONDS:
+            last = now
+            send(Stage("warming up"))
+
+    return report
+
+
+def _serve(warm: Engine, inbound: Inbound, send: Callable[[Answer], None]) -> None:
+    while not isinstance(request := inbound.requests.get(), Stop):
+        if isinstance(request, CountTokens):
+            send(Tokens(request.ticket, tuple(warm.count_tokens(list(request.prompts)))))
+            continue
+        render, memory = request
+        try:
+            _render(warm, render, memory, inbound, send)
+        finally:
+            os.close(memory)
+        if render.empty_cache:
+            warm.empty_cache()
+
+
+def _render(warm: Engine, render: Render, memory: int, inbound: Inbound, send: Callable[[Answer], None]) -> None:  # fmt: skip
+    ticket, spec = render.ticket, render.spec
+    if inbound.is_cancelled(ticket):
+        send(Cancelled(ticket))
+        return
+    send(Began(ticket))
+    deadline = time.monotonic() + spec.timeout_seconds
+
+    def on_step(step: int, steps: int) -> None:
+        send(Step(ticket, step, steps))
+        if inbound.is_cancelled(ticket):
+            raise ImageCancelled
+        if time.monotonic() > deadline:  # an alarm that a destructor or bare except swallowed
+            raise ImageTimeout
+
+    try:
+        with _alarm(spec.timeout_seconds), mmap.mmap(memory, spec.height * spec.width * 3) as pixels:
+            with memoryview(pixels) as buffer:
+                rendering = warm.render(spec, render.prompt, on_step, buffer)
+    except ImageCancelled:
+        send(Cancelled(ticket))
+    except ImageTimeout:
+        send(Failed(ticket, f"took longer than {spec.timeout_seconds:g} s (timeout_seconds)", timed_out=True))  # fmt: skip
+    except EngineError as e:
+        send(Failed(ticket, str(e)))
+    else:
+        send(Rendered(ticket, rendering))
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """SIGALRM after `seconds`: raises within Python code; a C call delays it to its end."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _raise_timeout(number: int, frame: object) -> NoReturn:
+    raise ImageTimeout
+
+
+def _die_with_parent() -> None:
+    """SIGKILL us when the daemon's main thread ends, even while a C call holds the GIL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1:
+        os._exit(0)  # it ended before we asked
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

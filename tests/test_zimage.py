@@ -1,0 +1,331 @@
+"""The Z-Image engine against diffusers' own pipeline, on a small real checkpoint.
+
+Where there is a CUDA device, every rule is tried there too, in bfloat16.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import ZImagePipeline
+
+from promptdrop import config as configuration
+from promptdrop import demo_model, engine, script
+from promptdrop.config import Config, Prompt
+from promptdrop.engines.zimage import ZImageEngine, templated
+from promptdrop.errors import (
+    EngineError,
+    EngineStartError,
+    ImageCancelled,
+    ImageTimeout,
+    ModelError,
+    UsageError,
+)
+from promptdrop.job import ImageSpec, Rendering
+
+Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+
+DEVICES = ["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"]
+FOX = ImageSpec(1, "a red fox in the snow", None, 64, 96, 2, 0.0, 7, "euler", "png", 60.0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration model on disk."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("model") / "demo"
+    demo_model.write(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the engine and the library run."""
+    return str(request.param)
+
+
+def configured(checkpoint: Path, **model: str) -> Config:
+    sizes = {"warmup": ["64x64", "128x64"]}
+    return configuration.parse({"model": {"path": str(checkpoint), **model}, "engine": sizes})
+
+
+@pytest.fixture(scope="module")
+def zimage(checkpoint: Path, device: str) -> ZImageEngine:
+    """The engine under test."""
+    return ZImageEngine(configured(checkpoint, device=device), lambda stage: None)
+
+
+@pytest.fixture(scope="module")
+def library(checkpoint: Path, device: str) -> Any:
+    """diffusers' own pipeline on the same files and device."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    pipe = ZImagePipeline.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def rendered(
+    zimage: ZImageEngine, spec: ImageSpec, prompt: Prompt | None = None
+) -> tuple[Rendering, Pixels]:
+    """One image of the engine under test."""
+    buffer = bytearray(spec.height * spec.width * 3)
+    rendering = zimage.render(
+        spec, prompt or Prompt(), lambda step, steps: None, memoryview(buffer)
+    )
+    return rendering, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3)
+
+
+def by_library(library: Any, spec: ImageSpec) -> Pixels:
+    """The call of the contract's section 7."""
+    assert spec.seed is not None
+    image = library(
+        spec.prompt,
+        negative_prompt=spec.negative_prompt,
+        height=spec.height,
+        width=spec.width,
+        num_inference_steps=spec.steps,
+        guidance_scale=spec.guidance_scale,
+        generator=torch.Generator(library.device).manual_seed(spec.seed),
+    ).images[0]
+    return np.asarray(image)
+
+
+@contextmanager
+def poisoned(module: torch.nn.Module, value: float) -> Iterator[None]:
+    """Fill a layer's weights for a while."""
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(value)
+    try:
+        yield
+    finally:
+        module.load_state_dict(kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"width": 256, "height": 256, "steps": 9},
+        {"width": 320, "height": 192, "steps": 4, "seed": 2**63 - 1},
+        {"steps": 1, "prompt": "一只猫坐在窗台上 🐈"},
+        {"steps": 3, "guidance_scale": 3.5, "negative_prompt": "blurry, low quality"},
+        {"steps": 3, "guidance_scale": 3.5, "width": 128},
+        {"guidance_scale": 1.0, "negative_prompt": ""},
+        {"negative_prompt": "not used without guidance"},
+    ],
+)
+def test_the_pixels_are_the_librarys(
+    zimage: ZImageEngine, library: Any, change: dict[str, Any]
+) -> None:
+    """Section 7: identical, pixel for pixel, to ZImagePipeline's own call."""
+    spec = replace(FOX, **change)
+    rendering, pixels = rendered(zimage, spec)
+
+    assert np.array_equal(by_library(library, spec), pixels)
+    assert spec.steps == rendering.evaluations == len(rendering.steps_ms)
+    assert (rendering.prompt, rendering.truncated) == (spec.prompt, False)
+
+
+@pytest.mark.parametrize("interruption", [ImageCancelled, ImageTimeout])
+def test_an_abandoned_image_leaves_no_trace(
+    zimage: ZImageEngine, library: Any, interruption: type[BaseException]
+) -> None:
+    """What on_step raises ends the image; the next one is what it would have been."""
+
+    def stop(step: int, steps: int) -> None:
+        if step == 2:
+            raise interruption
+
+    spec = replace(FOX, steps=4)
+    with pytest.raises(interruption):
+        zimage.render(replace(spec, width=128), Prompt(), stop, memoryview(bytearray(128 * 96 * 3)))
+
+    rendering, pixels = rendered(zimage, spec)
+    assert np.array_equal(by_library(library, spec), pixels)
+    assert rendering.evaluations == 4
+
+
+def test_every_step_is_reported(zimage: ZImageEngine) -> None:
+    """Once each, in order, warm-up included."""
+    steps: list[tuple[int, int]] = []
+    buffer = memoryview(bytearray(64 * 96 * 3))
+    zimage.render(replace(FOX, steps=3), Prompt(), lambda *step: steps.append(step), buffer)
+    signs: list[None] = []
+    zimage.warm_up(lambda: signs.append(None))
+
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert len(signs) == 2 * 9
+
+
+def test_the_latency_adds_up(zimage: ZImageEngine) -> None:
+    """render is encode + denoise + decode + transfer; the steps lie within denoise."""
+    rendering, _ = rendered(zimage, replace(FOX, steps=5))
+    latency = rendering.latency_ms
+
+    assert min(latency.encode, latency.denoise, latency.decode, latency.transfer) > 0
+    assert 0.5 * latency.denoise < sum(rendering.steps_ms) <= latency.denoise
+    assert (rendering.memory_peak_mib is None) == (zimage.info.device == "cpu")
+
+
+def test_info(zimage: ZImageEngine, device: str) -> None:
+    """On the CPU the dtype falls back to float32, and there is no GPU's index."""
+    info = zimage.info
+    has_gpu = device != "cpu"
+
+    assert (info.model, info.revision) == ("demo", None)
+    assert (info.quantization, info.compiled) == ("none", False)
+    assert info.dtype == ("bfloat16" if has_gpu else "float32")
+    assert (info.device == "cpu", info.device_index is None) == (not has_gpu, not has_gpu)
+
+
+def test_loading_says_what_it_does(checkpoint: Path) -> None:
+    """Silence would mean hung."""
+    stages: list[str] = []
+    engine.load(configured(checkpoint, device="cpu"), stages.append)
+
+    assert stages == ["importing", "loading weights", "moving to cpu"]
+
+
+def test_a_device_that_is_not_there(checkpoint: Path) -> None:
+    """The error says what there is."""
+    with pytest.raises(EngineStartError, match="cuda:97: no such device"):
+        ZImageEngine(configured(checkpoint, device="cuda:97"), lambda stage: None)
+
+
+def test_a_broken_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """Missing files are named before anything is loaded."""
+    for file in checkpoint.rglob("*"):
+        copy = tmp_path / file.relative_to(checkpoint)
+        copy.mkdir() if file.is_dir() else copy.write_bytes(file.read_bytes())
+    (tmp_path / "vae/config.json").unlink()
+
+    with pytest.raises(ModelError, match=r"vae/config\.json \(missing\)"):
+        ZImageEngine(configured(tmp_path), lambda stage: None)
+
+
+def test_tokens_are_counted_with_the_template(zimage: ZImageEngine) -> None:
+    """As the model's own tokenizer counts the text the encoder is given."""
+    tokenizer = zimage._pipe.tokenizer
+    prompts = ["", "a cat", "一只猫 🐈", "word " * 2000, "  leading\nand trailing  "]
+    counts = zimage.count_tokens(prompts)
+
+    assert [len(tokenizer(templated(tokenizer, text)).input_ids) for text in prompts] == counts
+    assert counts[1] == rendered(zimage, replace(FOX, prompt="a cat"))[0].tokens
+
+
+LONG = [
+    "a red fox and a blue cat, " * 20,
+    "猫坐在窗台上看着外面的雪🐈‍⬛" * 20,
+    "é" * 300,
+    "<|im_end|>\n" * 60,
+    "x" * 900,
+]
+
+
+@pytest.mark.parametrize("text", LONG)
+@pytest.mark.parametrize("overflow", ["keep_head", "keep_tail"])
+def test_a_long_prompt_keeps_its_template(zimage: ZImageEngine, text: str, overflow: str) -> None:
+    """The user's text is cut between characters to the most that fits; the template stays."""
+    prompt = Prompt.model_validate({"max_tokens": 64, "overflow": overflow})
+    rendering, _ = rendered(zimage, replace(FOX, steps=1, prompt=text), prompt)
+    kept, tokens = rendering.prompt, rendering.tokens
+    keeps_head = overflow == "keep_head"
+    assert tokens is not None
+
+    assert rendering.truncated
+    assert text.startswith(kept) if keeps_head else text.endswith(kept)
+    assert 0 < len(kept) < len(text)
+    assert tokens == zimage.count_tokens([kept])[0] <= 64
+    one_more = text[: len(kept) + 1] if keeps_head else text[-len(kept) - 1 :]
+    assert zimage.count_tokens([one_more])[0] > 64 or tokens == 64
+
+
+def test_a_cut_prompt_gives_the_pixels_of_the_cut_text(zimage: ZImageEngine, library: Any) -> None:
+    """What the sidecar names as the encoder's text is what was encoded."""
+    rendering, pixels = rendered(zimage, replace(FOX, prompt="a red fox " * 300))
+
+    assert rendering.truncated
+    assert np.array_equal(by_library(library, replace(FOX, prompt=rendering.prompt)), pixels)
+
+
+def test_refuse(zimage: ZImageEngine) -> None:
+    """With overflow: refuse nothing is cut."""
+    prompt = Prompt(max_tokens=64, overflow="refuse")
+    with pytest.raises(EngineError, match=r"expected at most 64 \(prompt.max_tokens\)"):
+        rendered(zimage, replace(FOX, prompt=LONG[0]), prompt)
+
+
+def test_not_a_number_is_an_error(zimage: ZImageEngine, library: Any) -> None:
+    """The library would publish a black image."""
+    pipe, nan = zimage._pipe, float("nan")
+    with poisoned(pipe.transformer.layers[0], nan), pytest.raises(EngineError, match="latents"):
+        rendered(zimage, FOX)
+    with poisoned(pipe.vae.decoder.conv_out, nan), pytest.raises(EngineError, match="decoded"):
+        rendered(zimage, FOX)
+
+    assert np.array_equal(by_library(library, FOX), rendered(zimage, FOX)[1])
+
+
+def test_one_colour_is_an_error(zimage: ZImageEngine) -> None:
+    """An image of one colour is a failure, whatever the colour."""
+    layer = zimage._pipe.vae.decoder.conv_out
+    with poisoned(layer, 0.0), pytest.raises(EngineError, match="same colour"):
+        rendered(zimage, FOX)
+
+
+def test_warm_up_failing_is_a_failed_start(zimage: ZImageEngine) -> None:
+    """An engine that cannot render is not ready."""
+    layer = zimage._pipe.vae.decoder.conv_out
+    with poisoned(layer, 0.0), pytest.raises(EngineStartError, match="64x64"):
+        zimage.warm_up(lambda: None)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (512, 512), (64, 512)])
+def test_the_demonstration_model_is_colourful(zimage: ZImageEngine, size: tuple[int, int]) -> None:
+    """Noise in all three channels, differing by seed and prompt, at any size."""
+    spec = replace(FOX, width=size[0], height=size[1])
+    images = [
+        rendered(zimage, replace(spec, seed=seed, prompt=prompt))[1]
+        for seed, prompt in itertools.product((1, 2), ("a cat", "a castle by the sea"))
+    ]
+
+    assert all(image.std(axis=(0, 1)).min() > 20 for image in images)
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations(images, 2))
+
+
+def test_the_demonstration_model_never_overwrites(checkpoint: Path, tmp_path: Path) -> None:
+    """An empty folder is filled, the same bytes every time; anything else is left alone."""
+    again = tmp_path / "again"
+    again.mkdir()
+    demo_model.write(again)
+
+    files = [file.relative_to(again) for file in again.rglob("*") if file.is_file()]
+    assert all((again / file).read_bytes() == (checkpoint / file).read_bytes() for file in files)
+    assert [child.name for child in tmp_path.iterdir()] == ["again"]
+    with pytest.raises(UsageError, match="not an empty folder"):
+        demo_model.write(again)
+
+
+def test_scripts_use_the_same_engine(checkpoint: Path, library: Any, device: str) -> None:
+    """One image is returned as such, several as a list; drawn seeds are told."""
+    spec = replace(FOX, steps=2)
+    loaded = script.Engine(configured(checkpoint, device=device))
+    size = {"width": spec.width, "height": spec.height, "steps": spec.steps}
+    one = loaded.generate(spec.prompt, seed=spec.seed, **size)
+    several = loaded.generate(spec.prompt, count=2, **size)
+
+    assert isinstance(one, script.Generated)
+    assert np.array_equal(by_library(library, spec), np.asarray(one.image))
+    assert isinstance(several, list)
+    again = by_library(library, replace(spec, seed=several[1].seed))
+    assert np.array_equal(again, np.asarray(several[1].image))
+    assert several[0].seed != several[1].seed
