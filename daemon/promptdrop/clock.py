@@ -8,7 +8,11 @@ from pathlib import Path
 def timestamp(moment: float | None = None) -> str:
     """`2026-11-23T21:04:05.123Z`, of seconds since the epoch; None is now."""
     moment = time.time() if moment is None else moment
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")  # fmt: skip
+    return (
+        datetime.fromtimestamp(moment, UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
 
 
 def boot_id() -> str:

@@ -21,9 +21,18 @@ Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
 # Keys of jobs claimed from now on: SIGHUP applies these, the engine stays warm.
 RELOADABLE = frozenset(
     {"watch", "inbox.encodings", "limits", "defaults", "output", "prompt", "queue", "log"}
-    | {f"engine.{key}" for key in ("image_timeout_seconds", "kill_grace_seconds", "stall_seconds", "load_timeout_seconds", "stop_seconds")}
+    | {
+        f"engine.{key}"
+        for key in (
+            "image_timeout_seconds",
+            "kill_grace_seconds",
+            "stall_seconds",
+            "load_timeout_seconds",
+            "stop_seconds",
+        )
+    }
     | {f"engine.{key}" for key in ("max_attempts", "on_timeout", "empty_cache_every")}
-)  # fmt: skip
+)
 
 # What the contract names and this version cannot do yet: said at exit 78, never ignored.
 NOT_YET = {
@@ -235,7 +244,9 @@ def load(file: Path) -> Config:
     try:
         text = file.read_text("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such configuration file; write one with: promptdrop init DIR") from None  # fmt: skip
+        raise ConfigError(
+            f"{file}: no such configuration file; write one with: promptdrop init DIR"
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{file}: cannot be read: {e}") from None
     try:
@@ -267,7 +278,9 @@ def refuse_what_is_not_ready(config: Config) -> None:
             raise ConfigError(f"{key}: {value} is not available yet in this version of promptdrop")
     for name in ("workers", "batch"):
         if (value := getattr(config.engine, name)) > 1:
-            raise ConfigError(f"engine.{name}: {value} is not available yet in this version of promptdrop; expected 1")  # fmt: skip
+            raise ConfigError(
+                f"engine.{name}: {value} is not available yet in this version of promptdrop; expected 1"
+            )
     if config.defaults.scheduler not in READY_SCHEDULERS:
         raise ConfigError(
             f"defaults.scheduler: {config.defaults.scheduler} is not available yet in this version"
@@ -284,10 +297,17 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
         if name in RELOADABLE:
             merged[name] = after
         elif isinstance(before, Section):
-            keys = {key: (getattr(before, key), getattr(after, key)) for key in type(before).model_fields}  # fmt: skip
+            keys = {
+                key: (getattr(before, key), getattr(after, key))
+                for key in type(before).model_fields
+            }
             taken = {key: b if f"{name}.{key}" in RELOADABLE else a for key, (a, b) in keys.items()}
             merged[name] = type(before).model_construct(**taken)
-            needs_restart += [f"{name}.{key}" for key, (a, b) in keys.items() if a != b and f"{name}.{key}" not in RELOADABLE]  # fmt: skip
+            needs_restart += [
+                f"{name}.{key}"
+                for key, (a, b) in keys.items()
+                if a != b and f"{name}.{key}" not in RELOADABLE
+            ]
         else:
             merged[name] = before
             if before != after and name != "file":
@@ -315,7 +335,9 @@ def _may_be_null(section: str, key: str) -> bool:
     """Whether null says something for this key; elsewhere it is a value forgotten."""
     field = Config.model_fields.get(section)
     kind = field.annotation if field else None
-    known = kind.model_fields.get(key) if isinstance(kind, type) and issubclass(kind, Section) else None  # fmt: skip
+    known = (
+        kind.model_fields.get(key) if isinstance(kind, type) and issubclass(kind, Section) else None
+    )
     return known is None or known.default is None or type(None) not in get_args(known.annotation)
 
 

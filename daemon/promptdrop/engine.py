@@ -62,5 +62,5 @@ def needs_weights(config: Config) -> bool:
 
 def require(config: Config) -> None:
     """Whether the model can be loaded, as far as its files tell. Raises ModelError."""
-    if config.model.id not in ENGINES:
+    if needs_weights(config):
         weights.require(config)

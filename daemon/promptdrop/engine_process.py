@@ -17,9 +17,20 @@ from promptdrop import messages
 from promptdrop.config import Config
 from promptdrop.job import EngineInfo, ImageSpec
 from promptdrop.messages import (
-    Answer, Began, Cancel, Cancelled, CannotStart, CountTokens, Failed, Ready, Render, Rendered,
-    Stage, Step, Stop,
-)  # fmt: skip
+    Answer,
+    Began,
+    Cancel,
+    Cancelled,
+    CannotStart,
+    CountTokens,
+    Failed,
+    Ready,
+    Render,
+    Rendered,
+    Stage,
+    Step,
+    Stop,
+)
 
 _REAP_SECONDS = 5.0  # a killed process that is still there is in uninterruptible sleep
 
@@ -149,7 +160,7 @@ class EngineProcess:
             if image.began is None:
                 continue
             if now > image.began + image.spec.timeout_seconds + limits.grace:
-                return f"no answer {limits.grace:g} s after the image's {image.spec.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"  # fmt: skip
+                return f"no answer {limits.grace:g} s after the image's {image.spec.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
             if limits.stall is not None and now > image.last_sign + limits.stall:
                 return f"silent for {limits.stall:g} s between steps (engine.stall_seconds)"
         return None

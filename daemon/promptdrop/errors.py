@@ -13,6 +13,11 @@ class PromptdropError(Exception):
 
     exit_status = 1
 
+    def __init__(self, text: str, exit_status: int | None = None) -> None:
+        super().__init__(text)
+        if exit_status:
+            self.exit_status = exit_status
+
 
 class UsageError(PromptdropError):
     """The command line asks for something that does not exist or fits twice."""

@@ -24,6 +24,9 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS, some FUSE 
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
+Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
+
+
 class NotPlain(OSError):
     """Not a regular file, or swapped for another while it was opened."""
 
@@ -40,7 +43,7 @@ def rename(source: Path, target: Path) -> None:
         code = ctypes.get_errno()
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code), str(source), None, str(target))
-    if target.exists(follow_symlinks=False):  # the best there is without RENAME_NOREPLACE
+    if os.path.lexists(target):  # the best there is without RENAME_NOREPLACE
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(source, target)
 
@@ -170,6 +173,20 @@ def read_plain(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
         return data, os.fstat(fd)
 
 
+def signature(status: os.stat_result) -> Signature:
+    """What changes when a file's content does."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def signature_of(path: Path) -> Signature | None:
+    """None: gone or not a regular file."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return signature(status) if stat.S_ISREG(status.st_mode) else None
+
+
 def remove_tree(path: Path) -> None:
     """Remove a directory of our own with all it holds; gone already is fine."""
     shutil.rmtree(path, ignore_errors=False, onerror=_ignore_missing)
@@ -218,7 +235,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _is_rest_of_move(source: Path, target: Path) -> bool:
-    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)  # fmt: skip
+    return (
+        target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
+    )
 
 
 def _chmod(path: Path, mode: int) -> None:

@@ -7,28 +7,34 @@ CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), 
 import errno
 import fcntl
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from watchdog.events import (
-    DirCreatedEvent, DirDeletedEvent, DirMovedEvent, FileClosedEvent, FileCreatedEvent,
-    FileDeletedEvent, FileModifiedEvent, FileMovedEvent, FileSystemEvent, FileSystemEventHandler,
-)  # fmt: skip
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 from promptdrop import fs, names
 from promptdrop.config import Watch
+from promptdrop.fs import Signature, signature
 
 LOOKS = 2  # a file must look the same at least this often
 WRITER_SECONDS = 0.25  # how often a file that somebody has open for writing is probed again
 
 # File systems whose other writers inotify cannot see: inotify(7), "Limitations".
 REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "afs", "ceph", "lustre", "glusterfs")
-
-Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class Inbox:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue  # withdrawn while we looked
-            seen = self._look(path, _signature(status), now)
+            seen = self._look(path, signature(status), now)
             ready = watch.ready_suffix is None or entry.name + watch.ready_suffix in siblings
             why, due, give_up = self._judge(self.root / sub / entry.name, seen, now, watch, ready)
             next_look = min(next_look, due)
@@ -122,7 +128,9 @@ class Inbox:
             seen.looks += 1
         return seen
 
-    def _judge(self, path: Path, seen: Seen, now: float, watch: Watch, ready: bool) -> tuple[str | None, float, bool]:  # fmt: skip
+    def _judge(
+        self, path: Path, seen: Seen, now: float, watch: Watch, ready: bool
+    ) -> tuple[str | None, float, bool]:
         """(why it waits, when to look again, whether to give up on it)."""
         settles = seen.since + watch.settle_seconds
         if not ready:
@@ -135,7 +143,9 @@ class Inbox:
             return f"would be refused: {objection}", max(gives_up, now), False
         if now < settles or seen.looks < LOOKS:
             return "still settling", max(settles, now), False
-        if now < seen.since + watch.settle_seconds + watch.writer_seconds and is_open_for_writing(path):  # fmt: skip
+        if now < seen.since + watch.settle_seconds + watch.writer_seconds and is_open_for_writing(
+            path
+        ):
             return "open for writing", now + WRITER_SECONDS, False
         return None, float("inf"), False
 
@@ -160,7 +170,9 @@ class Watcher:
             observer.start()
             for path, recursive in folders.items():
                 if there[path] is not None:
-                    observer.schedule(self._handler, str(path), recursive=recursive, event_filter=_EVENTS)  # fmt: skip
+                    observer.schedule(
+                        self._handler, str(path), recursive=recursive, event_filter=_EVENTS
+                    )
         except OSError:
             observer.stop()  # out of inotify watches: the periodic scan still finds everything
             return
@@ -219,9 +231,15 @@ def strangers(root: Path) -> Iterator[tuple[str, str]]:
 
 _EVENTS: list[type[FileSystemEvent]] = [
     # Not *opened* and *closed without write*: our own looking would wake us for ever.
-    FileCreatedEvent, FileMovedEvent, FileModifiedEvent, FileClosedEvent, FileDeletedEvent,
-    DirCreatedEvent, DirMovedEvent, DirDeletedEvent,
-]  # fmt: skip
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileModifiedEvent,
+    FileClosedEvent,
+    FileDeletedEvent,
+    DirCreatedEvent,
+    DirMovedEvent,
+    DirDeletedEvent,
+]
 
 
 class _Handler(FileSystemEventHandler):
@@ -244,7 +262,11 @@ def _job_files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[s
         siblings = {entry.name for entry in listed}
         for entry in listed:
             if entry.is_dir(follow_symlinks=False):
-                if recursive and not names.is_ignored_folder(entry.name) and _device(entry) == device:  # fmt: skip
+                if (
+                    recursive
+                    and not names.is_ignored_folder(entry.name)
+                    and _device(entry) == device
+                ):
                     folders.append(f"{sub}/{entry.name}" if sub else entry.name)
             elif names.is_job_name(entry.name) and entry.is_file(follow_symlinks=False):
                 yield sub, entry, siblings
@@ -272,19 +294,6 @@ def _device(entry: os.DirEntry[str]) -> int | None:
         return entry.stat(follow_symlinks=False).st_dev
     except FileNotFoundError:
         return None
-
-
-def _signature(status: os.stat_result) -> Signature:
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def signature_of(path: Path) -> Signature | None:
-    """What identifies the file's present content; None: gone or not a regular file."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return _signature(status) if stat.S_ISREG(status.st_mode) else None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

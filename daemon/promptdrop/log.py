@@ -6,20 +6,33 @@ from typing import Any
 
 import structlog
 
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}  # fmt: skip
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 
 def set_up(level: str, form: str) -> None:
     """`form`: auto, console or json. Call again to change the level or form."""
+    # What watchdog has to say is that events came late or not at all; the scan finds the files.
+    logging.getLogger("watchdog").setLevel(logging.CRITICAL)
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([structlog.dev.ConsoleRenderer()] if console else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]),  # fmt: skip
+            *(
+                [structlog.dev.ConsoleRenderer()]
+                if console
+                else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=lambda *args: structlog.PrintLogger(sys.stderr),  # the stderr of now: rich wraps it
+        logger_factory=lambda *args: structlog.PrintLogger(
+            sys.stderr
+        ),  # the stderr of now: rich wraps it
         cache_logger_on_first_use=False,
     )
 

@@ -21,13 +21,16 @@ class RollingWindow:
         """True quantiles, the rate over the window's span, the mean utilization."""
         renders = [render for _, render, _ in self._images]
         utilizations = [u for _, _, u in self._images if u is not None]
-        p50, p95, p99 = _percentiles(renders)
+        p50, p95, p99 = percentiles(renders)
         span = self._images[-1][0] - self._images[0][0] if len(renders) > 1 else 0.0
         return Window(
-            images=len(renders), p50_ms=p50, p95_ms=p95, p99_ms=p99,
+            images=len(renders),
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
             images_per_second=round((len(renders) - 1) / span, 4) if span > 0 else None,
             utilization_percent=round(statistics.fmean(utilizations), 1) if utilizations else None,
-        )  # fmt: skip
+        )
 
 
 class Nvml:
@@ -56,7 +59,8 @@ class Nvml:
             return None
 
 
-def _percentiles(values: list[float]) -> tuple[float | None, float | None, float | None]:
+def percentiles(values: list[float]) -> tuple[float | None, float | None, float | None]:
+    """True p50, p95, p99 of milliseconds; None without values."""
     if not values:
         return None, None, None
     if len(values) == 1:

@@ -10,14 +10,33 @@ JOB_SUFFIXES = (".txt", ".prompt", ".yaml", ".yml", ".json", ".jsonl", ".csv")
 NAME_BYTES = 80  # of a job's folder name, so that suffixes and temporaries still fit into 255
 
 IGNORED_ENDINGS = (
-    "~", ".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", ".download",
-    ".aria2", ".swp", ".swx", ".lock", ".bak", ".done",
-)  # fmt: skip
+    "~",
+    ".tmp",
+    ".temp",
+    ".part",
+    ".partial",
+    ".filepart",
+    ".crdownload",
+    ".download",
+    ".aria2",
+    ".swp",
+    ".swx",
+    ".lock",
+    ".bak",
+    ".done",
+)
 IGNORED_FILES = frozenset({"thumbs.db", "desktop.ini"})
 IGNORED_FOLDERS = frozenset(
     name.casefold()
-    for name in ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found")
-)  # fmt: skip
+    for name in (
+        "@eaDir",
+        "#recycle",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "__MACOSX",
+        "lost+found",
+    )
+)
 # https://learn.microsoft.com/en-us/windows/win32/fileio/naming-a-file
 WINDOWS_RESERVED = frozenset(
     {"con", "prn", "aux", "nul", "conin$", "conout$"}
@@ -62,7 +81,10 @@ def safe(stem: str) -> str:
     At most 80 bytes of UTF-8, NFC; Unicode letters, marks, digits and `._-` stay, the rest is `_`.
     """
     text = unicodedata.normalize("NFC", stem)
-    text = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LM" or c.isdecimal() else "_" for c in text)  # fmt: skip
+    text = "".join(
+        c if c in "._-" or unicodedata.category(c)[0] in "LM" or c.isdecimal() else "_"
+        for c in text
+    )
     text = text.lstrip(".-")
     text = unicodedata.normalize("NFC", _cut(text, NAME_BYTES)).rstrip(".")
     head, dot, rest = text.partition(".")

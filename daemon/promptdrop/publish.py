@@ -18,9 +18,18 @@ from promptdrop import __version__, clock, fs, names, picture
 from promptdrop.infotext import format_infotext
 from promptdrop.job import SUFFIX_OF_FORMAT, EngineInfo, ImageSpec, Rendering
 from promptdrop.records import (
-    Device, LatencyMs, Sidecar, SidecarImage, SidecarJob, SidecarModel, SidecarPrompt,
-    SidecarRequest, SidecarTime, Window, to_bytes,
-)  # fmt: skip
+    Device,
+    LatencyMs,
+    Sidecar,
+    SidecarImage,
+    SidecarJob,
+    SidecarModel,
+    SidecarPrompt,
+    SidecarRequest,
+    SidecarTime,
+    Window,
+    to_bytes,
+)
 from promptdrop.spool import HOST, Job
 
 
@@ -67,7 +76,9 @@ class Publication:
     def _encode(self) -> bytes:
         spec, output = self.spec, self.job.settings.output
         text = infotext(spec, self.engine.model) if output.embed_metadata else None
-        return picture.encode(self.pixels, spec.width, spec.height, spec.format, output.quality, text)  # fmt: skip
+        return picture.encode(
+            self.pixels, spec.width, spec.height, spec.format, output.quality, text
+        )
 
     def _record(self, temporary: str) -> dict[str, Any]:
         record = self._sidecar().model_dump(mode="json")
@@ -75,23 +86,37 @@ class Publication:
 
     def _sidecar(self) -> Sidecar:
         job, spec, rendering, data = self.job, self.spec, self.rendering, self._data
-        assert spec.seed is not None and data is not None
+        assert spec.seed is not None
+        assert data is not None
         latency = rendering.latency_ms if rendering else None
         return Sidecar(
             outcome="rendered" if rendering else "placeholder",
             job=SidecarJob(
-                id=job.id, name=job.name, file=names.printable(job.file),
-                image=spec.image, images=len(job.specs), attempt=self.attempt,
+                id=job.id,
+                name=job.name,
+                file=names.printable(job.file),
+                image=spec.image,
+                images=len(job.specs),
+                attempt=self.attempt,
             ),
             image=SidecarImage(
-                file=job.stem(spec) + SUFFIX_OF_FORMAT[spec.format], format=spec.format,
-                width=spec.width, height=spec.height,
-                bytes=len(data), sha256=hashlib.sha256(data).hexdigest(),
+                file=job.stem(spec) + SUFFIX_OF_FORMAT[spec.format],
+                format=spec.format,
+                width=spec.width,
+                height=spec.height,
+                bytes=len(data),
+                sha256=hashlib.sha256(data).hexdigest(),
             ),
             request=SidecarRequest(
-                prompt=spec.prompt, negative_prompt=spec.negative_prompt, seed=spec.seed,
-                width=spec.width, height=spec.height, steps=spec.steps,
-                guidance_scale=spec.guidance_scale, scheduler=spec.scheduler, meta=spec.meta,
+                prompt=spec.prompt,
+                negative_prompt=spec.negative_prompt,
+                seed=spec.seed,
+                width=spec.width,
+                height=spec.height,
+                steps=spec.steps,
+                guidance_scale=spec.guidance_scale,
+                scheduler=spec.scheduler,
+                meta=spec.meta,
             ),
             prompt=SidecarPrompt(
                 text=rendering.prompt if rendering else spec.prompt,
@@ -99,33 +124,41 @@ class Publication:
                 truncated=rendering.truncated if rendering else False,
             ),
             model=SidecarModel(
-                id=self.engine.model, revision=self.engine.revision, dtype=self.engine.dtype,
-                quantization=self.engine.quantization, compiled=self.engine.compiled,
+                id=self.engine.model,
+                revision=self.engine.revision,
+                dtype=self.engine.dtype,
+                quantization=self.engine.quantization,
+                compiled=self.engine.compiled,
             ),
             evaluations=rendering.evaluations if rendering else 0,
             batch=rendering.batch if rendering else 1,
             latency_ms=LatencyMs(
                 queued=_round(job.settled.milliseconds_to(self.started, clock.boot_id())),
-                encode=latency and _round(latency.encode), denoise=latency and _round(latency.denoise),
-                decode=latency and _round(latency.decode), transfer=latency and _round(latency.transfer),
-                render=latency and _round(latency.render),
-                save=round(self._save_ms, 1), total=None,
+                encode=_round(latency.encode) if latency else None,
+                denoise=_round(latency.denoise) if latency else None,
+                decode=_round(latency.decode) if latency else None,
+                transfer=_round(latency.transfer) if latency else None,
+                render=_round(latency.render) if latency else None,
+                save=round(self._save_ms, 1),
+                total=None,
             ),
             steps_ms=[round(step, 1) for step in rendering.steps_ms] if rendering else [],
             window=self.window,
             device=Device(
-                name=self.engine.device, utilization_percent=self.utilization,
-                memory_allocated_mib=rendering and rendering.memory_allocated_mib,
-                memory_reserved_mib=rendering and rendering.memory_reserved_mib,
-                memory_peak_mib=rendering and rendering.memory_peak_mib,
+                name=self.engine.device,
+                utilization_percent=self.utilization,
+                memory_allocated_mib=rendering.memory_allocated_mib if rendering else None,
+                memory_reserved_mib=rendering.memory_reserved_mib if rendering else None,
+                memory_peak_mib=rendering.memory_peak_mib if rendering else None,
             ),
             time=SidecarTime(
                 claimed=job.claimed,
                 started=clock.timestamp(time.time() - (time.monotonic() - self.started)),
                 published=None,
             ),
-            host=HOST, version=f"promptdrop {__version__}",
-        )  # fmt: skip
+            host=HOST,
+            version=f"promptdrop {__version__}",
+        )
 
 
 def complete(job: Job, image: int) -> str:
@@ -138,7 +171,9 @@ def complete(job: Job, image: int) -> str:
     file = record["image"]["file"]
     sidecar = folder / f"{Path(file).stem}.json"
     if (folder / file).exists() and not sidecar.exists():
-        record["latency_ms"]["save"] = round(record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3, 1)  # fmt: skip
+        record["latency_ms"]["save"] = round(
+            record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3, 1
+        )
         _write_sidecar(job, record, sidecar)
     os.replace(path, _record_path(job, image, "published"))
     state = job.state(image)
@@ -171,9 +206,12 @@ def infotext(spec: ImageSpec, model: str) -> str:
 
 
 _SAMPLERS = {
-    "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC", "heun": "Heun",
-}  # fmt: skip
+    "euler": "Euler",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "heun": "Heun",
+}
 
 
 def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:

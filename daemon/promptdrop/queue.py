@@ -27,12 +27,20 @@ class Queue:
     _levels: dict[int, OrderedDict[str, deque[Waiting]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return sum(len(w.images) for lanes in self._levels.values() for lane in lanes.values() for w in lane)  # fmt: skip
+        return sum(
+            len(w.images)
+            for lanes in self._levels.values()
+            for lane in lanes.values()
+            for w in lane
+        )
 
     def add(self, job: Job, images: list[int]) -> None:
         """Queue a job's images; those in hand at several daemon deaths go behind everything."""
         behind = [i for i in images if i in job.states and job.states[i].deaths >= DEATHS_BEHIND]
-        for priority, numbers in ((job.priority, [i for i in images if i not in behind]), (_BEHIND, behind)):  # fmt: skip
+        for priority, numbers in (
+            (job.priority, [i for i in images if i not in behind]),
+            (_BEHIND, behind),
+        ):
             if numbers:
                 self._lane(priority, job).append(Waiting(job, deque(numbers)))
 
@@ -73,7 +81,9 @@ class Queue:
                 for waiting in [w for w in lane if w.job is job]:
                     lane.remove(waiting)
 
-    def _take_from(self, lanes: "OrderedDict[str, deque[Waiting]]", name: str, lane: deque[Waiting]) -> tuple[Job, int]:  # fmt: skip
+    def _take_from(
+        self, lanes: "OrderedDict[str, deque[Waiting]]", name: str, lane: deque[Waiting]
+    ) -> tuple[Job, int]:
         waiting = lane[0]
         image = waiting.images.popleft()
         if not waiting.images:

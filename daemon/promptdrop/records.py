@@ -16,7 +16,11 @@ class Record(BaseModel):
     """A frozen piece of a document; numbers are finite, what cannot be had is null."""
 
     model_config = ConfigDict(
-        frozen=True, populate_by_name=True, ser_json_inf_nan="null", serialize_by_alias=True
+        frozen=True,
+        populate_by_name=True,
+        ser_json_inf_nan="null",
+        serialize_by_alias=True,
+        defer_build=True,
     )
 
 
@@ -65,7 +69,7 @@ class SidecarModel(Record):
 
 
 class LatencyMs(Record):
-    """Milliseconds. queued: from settled to this image's first step of work; save: encode to the format, hash, write, fsync."""  # fmt: skip
+    """Milliseconds. queued: from settled to this image's first step of work; save: encode to the format, hash, write, fsync."""
 
     queued: float | None
     encode: float | None
@@ -105,7 +109,7 @@ class SidecarTime(Record):
 class Sidecar(Record):
     """NAME.json beside an image: visible only after its image is whole."""
 
-    schema_: Literal["promptdrop.image/1"] = Field("promptdrop.image/1", alias="schema")
+    schema_: Literal["promptdrop.image/1"] = Field(default="promptdrop.image/1", alias="schema")
     outcome: Literal["rendered", "placeholder"]
     job: SidecarJob
     image: SidecarImage
@@ -147,7 +151,7 @@ class SummaryTime(Record):
 class JobSummary(Record):
     """job.json: the commit mark of a job, written last."""
 
-    schema_: Literal["promptdrop.job/1"] = Field("promptdrop.job/1", alias="schema")
+    schema_: Literal["promptdrop.job/1"] = Field(default="promptdrop.job/1", alias="schema")
     id: str
     name: str
     file: str
@@ -169,13 +173,13 @@ class ErrorProblem(Record):
 class ErrorRecord(Record):
     """FILE.error.json in failed/: why, in words a person can act on."""
 
-    schema_: Literal["promptdrop.error/1"] = Field("promptdrop.error/1", alias="schema")
+    schema_: Literal["promptdrop.error/1"] = Field(default="promptdrop.error/1", alias="schema")
     file: str
     outcome: Literal["refused", "partial", "failed", "cancelled"]
     error: str
     problems: list[ErrorProblem] = Field(default_factory=list, description="of a refused file")
-    id: str | None = Field(None, description="of a job that had begun")
-    folder: str | None = Field(None, description="below the outbox")
+    id: str | None = Field(default=None, description="of a job that had begun")
+    folder: str | None = Field(default=None, description="below the outbox")
     missing: list[int] = Field(default_factory=list, description="image numbers")
     retry: str = Field(description="the command that tries again")
     time: str
@@ -235,15 +239,17 @@ class StatusJob(Record):
 class Status(Record):
     """What `promptdrop status --json` prints."""
 
-    schema_: Literal["promptdrop.status/1"] = Field("promptdrop.status/1", alias="schema")
+    schema_: Literal["promptdrop.status/1"] = Field(default="promptdrop.status/1", alias="schema")
     state: Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
-    reason: str | None = Field(None, description="why work waits")
+    reason: str | None = Field(default=None, description="why work waits")
     pid: int
     engine: StatusEngine
     current: StatusImage | None
     queue: StatusQueue
     jobs: list[StatusJob] = Field(default_factory=list, description="the first 100")
-    waiting: list[StatusWaiting] = Field(default_factory=list, description="files in the inbox that are not taken yet; the first 100")  # fmt: skip
+    waiting: list[StatusWaiting] = Field(
+        default_factory=list, description="files in the inbox that are not taken yet; the first 100"
+    )
     finished: list[StatusFinished] = Field(default_factory=list, description="the last 100")
     window: Window
     eta_seconds: float | None

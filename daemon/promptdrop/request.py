@@ -216,7 +216,7 @@ def parse(data: bytes, suffix: str, config: Config) -> Request:
             f"the file has {len(data)} bytes;"
             f" expected at most {config.limits.job_file_kib} KiB (limits.job_file_kib)"
         )
-    text = decode(data, config.inbox.encodings).replace("\r\n", "\n").replace("\r", "\n")
+    text = _lines(decode(data, config.inbox.encodings))
     if not text.strip():
         raise RequestError("the file is empty")
     problems = Problems()
@@ -421,16 +421,21 @@ def _value(name: str, node: Node) -> Any:
 def _item(name: str, node: Node) -> Any:
     if not isinstance(node, Scalar):
         return yaml12.plain(node)
-    return node.text if name == "prompt" else _scalar(name, node)
+    return _lines(node.text) if name == "prompt" else _scalar(name, node)
 
 
 def _scalar(name: str, node: Scalar) -> Any:
     value = node.value
     if name in TEXT_FIELDS and (value is not None or (name == "prompt" and node.text)):
-        return node.text.replace("\r\n", "\n").replace("\r", "\n")
+        return _lines(node.text)
     if name in INTEGERS and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _lines(text: str) -> str:
+    """Line ends as LF: a CR in a prompt would be a token of its own."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _validate(level: _Level, model: type[ImageFields], problems: Problems) -> None:

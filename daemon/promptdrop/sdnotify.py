@@ -14,7 +14,9 @@ class Notifier:
         if self._socket:
             self._socket.setblocking(False)
         watchdog = int(environ.get("WATCHDOG_USEC", 0)) if _is_for_us(environ) else 0
-        self.watchdog_seconds = watchdog / 2e6 or None  # half the limit, as sd_watchdog_enabled(3) advises
+        self.watchdog_seconds = (
+            watchdog / 2e6 or None
+        )  # half the limit, as sd_watchdog_enabled(3) advises
         self._next_ping = 0.0
         self._status = ""
 

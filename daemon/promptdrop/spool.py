@@ -23,11 +23,17 @@ from typing import Any, Literal
 
 from promptdrop import __version__, clock, fs, names
 from promptdrop.config import Config, Output, Prompt
-from promptdrop.errors import ConfigError, DiskTrouble, Problem, RequestError, SpoolBusy, UsageError
+from promptdrop.errors import ConfigError, DiskTrouble, Problem, SpoolBusy, UsageError
 from promptdrop.job import ImageSpec, JobOutcome, Request
 from promptdrop.records import (
-    ErrorProblem, ErrorRecord, JobSummary, Record, SummaryImage, SummaryTime, Totals, to_bytes,
-)  # fmt: skip
+    ErrorProblem,
+    ErrorRecord,
+    JobSummary,
+    SummaryImage,
+    SummaryTime,
+    Totals,
+    to_bytes,
+)
 
 VERSION = 1
 STATES = ("pending", "active", "parked", "finished")
@@ -115,12 +121,18 @@ class Job:
 
     def todo(self) -> list[int]:
         """Images that are neither published nor given up."""
-        return [s.image for s in self.specs if s.image not in self.states or self.states[s.image].outcome == "todo"]  # fmt: skip
+        return [
+            s.image
+            for s in self.specs
+            if s.image not in self.states or self.states[s.image].outcome == "todo"
+        ]
 
     def stem(self, spec: ImageSpec) -> str:
         """The file name of an image without its suffix, by `output.name`."""
         assert spec.seed is not None
-        return names.cut(self.settings.output.name.format(job=self.name, image=spec.image, seed=spec.seed), 220)  # fmt: skip
+        return names.cut(
+            self.settings.output.name.format(job=self.name, image=spec.image, seed=spec.seed), 220
+        )
 
 
 @dataclass(slots=True)
@@ -165,13 +177,23 @@ class Spool:
         Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
         """
         self._refuse_nesting()
-        for path in (self.root, self.inbox, self.own, self.control, self.cache, *(self.own / s for s in STATES)):  # fmt: skip
+        for path in (
+            self.root,
+            self.inbox,
+            self.own,
+            self.control,
+            self.cache,
+            *(self.own / s for s in STATES),
+        ):
             _make(path)
-        for path, configured in ((self.outbox, self.config.paths.outbox), (self.failed, self.config.paths.failed)):  # fmt: skip
+        for path, configured in (
+            (self.outbox, self.config.paths.outbox),
+            (self.failed, self.config.paths.failed),
+        ):
             if configured is None:
                 _make(path)
         self._check_version()
-        self._mounts = _read_json(self.own / "mounts.json").get("mounts", [])
+        self._mounts = read_json(self.own / "mounts.json").get("mounts", [])
         self._check_file_systems()
 
     def lock(self) -> None:
@@ -184,7 +206,9 @@ class Spool:
                 if attempt == _LOCK_TRIES - 1:
                     owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
                     os.close(fd)
-                    raise SpoolBusy(f"{self.root}: another promptdrop daemon (pid {owner}) owns this spool") from None  # fmt: skip
+                    raise SpoolBusy(
+                        f"{self.root}: another promptdrop daemon (pid {owner}) owns this spool"
+                    ) from None
                 time.sleep(0.05)
             else:
                 break
@@ -221,10 +245,14 @@ class Spool:
                 raise DiskTrouble(f"{name} {path} is missing; waiting for it")
             mounted = os.path.ismount(path)
             if name in self._mounts and not mounted:
-                raise DiskTrouble(f"{name} {path} was a mount point and is not mounted; waiting for it")  # fmt: skip
+                raise DiskTrouble(
+                    f"{name} {path} was a mount point and is not mounted; waiting for it"
+                )
             if mounted and name not in self._mounts:
                 self._mounts.append(name)
-                fs.write_durably(self.own / "mounts.json", json.dumps({"mounts": self._mounts}).encode())  # fmt: skip
+                fs.write_durably(
+                    self.own / "mounts.json", json.dumps({"mounts": self._mounts}).encode()
+                )
 
     def require_space(self, min_free_mib: int) -> None:
         """Raise DiskTrouble: a folder is not to be written, or its disk is nearly full."""
@@ -233,7 +261,9 @@ class Spool:
             if not os.access(path, os.W_OK | os.X_OK):
                 raise DiskTrouble(f"{name} {describe_permissions(path)} cannot be written")
             if (free := fs.free_mib(path)) < min_free_mib:
-                raise DiskTrouble(f"{name} {path} has {free:.0f} MiB free, less than limits.min_free_disk_mib: {min_free_mib}")  # fmt: skip
+                raise DiskTrouble(
+                    f"{name} {path} has {free:.0f} MiB free, less than limits.min_free_disk_mib: {min_free_mib}"
+                )
 
     def _folders(self) -> dict[str, Path]:
         return {"inbox": self.inbox, "outbox": self.outbox, "failed": self.failed}
@@ -242,9 +272,13 @@ class Spool:
         for name, path in (("outbox", self.outbox), ("failed", self.failed)):
             for other, inside in (("inbox", self.inbox), (".promptdrop", self.own)):
                 if path.resolve().is_relative_to(inside.resolve()):
-                    raise ConfigError(f"paths.{name}: {path} lies inside the {other} {inside}: what is written there would be taken as a job; choose a folder beside it")  # fmt: skip
+                    raise ConfigError(
+                        f"paths.{name}: {path} lies inside the {other} {inside}: what is written there would be taken as a job; choose a folder beside it"
+                    )
                 if inside.resolve().is_relative_to(path.resolve()):
-                    raise ConfigError(f"paths.{name}: {path} contains the {other} {inside}; choose a folder beside it")  # fmt: skip
+                    raise ConfigError(
+                        f"paths.{name}: {path} contains the {other} {inside}; choose a folder beside it"
+                    )
         if self.outbox.resolve() == self.failed.resolve():
             raise ConfigError(f"paths.outbox and paths.failed are one folder: {self.outbox}")
 
@@ -258,11 +292,15 @@ class Spool:
         except ValueError:
             raise ConfigError(f"{path}: expected the number {VERSION}") from None
         if found > VERSION:
-            raise ConfigError(f"{path}: this spool is of version {found}, written by a newer promptdrop; this one knows up to {VERSION}")  # fmt: skip
+            raise ConfigError(
+                f"{path}: this spool is of version {found}, written by a newer promptdrop; this one knows up to {VERSION}"
+            )
 
     def _check_file_systems(self) -> None:
         if os.stat(self.inbox).st_dev != os.stat(self.own).st_dev:
-            raise ConfigError(f"{self.inbox} and {self.own} are on different file systems; a claim is one rename, so mount the file system on {self.root} instead")  # fmt: skip
+            raise ConfigError(
+                f"{self.inbox} and {self.own} are on different file systems; a claim is one rename, so mount the file system on {self.root} instead"
+            )
 
     # --- claiming -----------------------------------------------------------------------------
 
@@ -284,16 +322,31 @@ class Spool:
 
     def unclaim(self, claimed: Unresolved) -> None:
         """Put a file back into the inbox, because it changed while it was taken."""
-        fs.rename(claimed.home / "drop" / claimed.sub / claimed.file, self.inbox / claimed.sub / claimed.file)  # fmt: skip
+        fs.rename(
+            claimed.home / "drop" / claimed.sub / claimed.file,
+            self.inbox / claimed.sub / claimed.file,
+        )
         fs.remove_tree(claimed.home)
 
-    def resolve(self, claimed: Unresolved, request: Request, settled: Settled, settings: Settings) -> Job:  # fmt: skip
+    def resolve(
+        self, claimed: Unresolved, request: Request, settled: Settled, settings: Settings
+    ) -> Job:
         """Record what a claimed file asks for, seeds included, then make its outbox folder. Once in a job's life."""
         drop = claimed.home / "drop" / claimed.sub / claimed.file
         job = Job(
-            claimed.id, claimed.home, claimed.sub, claimed.file, os.lstat(drop).st_ino,
-            self.outbox, "", request.priority, clock.timestamp(), settled, settings, request.images,
-        )  # fmt: skip
+            claimed.id,
+            claimed.home,
+            claimed.sub,
+            claimed.file,
+            os.lstat(drop).st_ino,
+            self.outbox,
+            "",
+            request.priority,
+            clock.timestamp(),
+            settled,
+            settings,
+            request.images,
+        )
         self._choose_folder(job)
         return job
 
@@ -304,7 +357,9 @@ class Spool:
             mirror = self._mirror(job.sub, mode)
             taken = {names.fold(entry.name) for entry in fs.entries(mirror)}
             stem = names.split(job.file)[0]
-            name = names.first_free(names.safe(names.printable(stem) if not _is_text(stem) else stem), taken)  # fmt: skip
+            name = names.first_free(
+                names.safe(names.printable(stem) if not _is_text(stem) else stem), taken
+            )
             job.folder = str((mirror / name).relative_to(self.outbox))
             self._record(job)
             try:
@@ -323,7 +378,9 @@ class Spool:
             while True:
                 name = names.numbered(stem, "", n, names.NAME_BYTES + 10)
                 existing = folder / there.get(names.fold(name), name)
-                if not existing.exists() or (existing.is_dir() and not self._is_job_folder(existing)):  # fmt: skip
+                if not existing.exists() or (
+                    existing.is_dir() and not self._is_job_folder(existing)
+                ):
                     break
                 n += 1
             fs.make_directories(existing, mode, below=folder)
@@ -335,14 +392,22 @@ class Spool:
 
     def _record(self, job: Job) -> None:
         document = {
-            "id": job.id, "sub": job.sub, "file": job.file, "inode": job.inode, "folder": job.folder,
-            "priority": job.priority, "claimed": job.claimed, "settled": asdict(job.settled),
+            "id": job.id,
+            "sub": job.sub,
+            "file": job.file,
+            "inode": job.inode,
+            "folder": job.folder,
+            "priority": job.priority,
+            "claimed": job.claimed,
+            "settled": asdict(job.settled),
             "settings": {
-                "prompt": job.settings.prompt.model_dump(), "output": job.settings.output.model_dump(),
-                "max_attempts": job.settings.max_attempts, "on_timeout": job.settings.on_timeout,
+                "prompt": job.settings.prompt.model_dump(),
+                "output": job.settings.output.model_dump(),
+                "max_attempts": job.settings.max_attempts,
+                "on_timeout": job.settings.on_timeout,
             },
             "images": [spec.to_json() for spec in job.specs],
-        }  # fmt: skip
+        }
         fs.write_durably(job.home / "request.json", json.dumps(document).encode())
 
     # --- one image ----------------------------------------------------------------------------
@@ -396,12 +461,15 @@ class Spool:
         """Move a file that is no job to failed/, with the reason."""
         listed = tuple(problems)
         record = ErrorRecord(
-            file=names.printable(claimed.file), outcome="refused",
+            file=names.printable(claimed.file),
+            outcome="refused",
             error="; ".join(str(p) for p in listed),
             problems=[ErrorProblem(line=p.line, field=p.field, message=p.message) for p in listed],
             retry=_retry_command(claimed.sub, claimed.file),
-            time=clock.timestamp(), host=HOST, version=f"promptdrop {__version__}",
-        )  # fmt: skip
+            time=clock.timestamp(),
+            host=HOST,
+            version=f"promptdrop {__version__}",
+        )
         self._move_to_failed(claimed, record)
         self._leave(claimed.home, "finished")
         return record
@@ -437,9 +505,12 @@ class Spool:
         """Record the place in failed/, then move there, then say why beside it. Repeatable."""
         plan = job.home / "failing.json"
         drop = job.home / "drop" / job.sub / job.file
-        planned = _read_json(plan)
+        planned = read_json(plan)
         if planned:
-            target, record = self.failed / planned["target"], ErrorRecord.model_validate(planned["record"])  # fmt: skip
+            target, record = (
+                self.failed / planned["target"],
+                ErrorRecord.model_validate(planned["record"]),
+            )
         else:
             target = self._plan_failing(plan, job, record)
         while os.path.lexists(drop):
@@ -463,13 +534,18 @@ class Spool:
             if not os.path.lexists(target) and not os.path.lexists(_reason_file(target)):
                 break
             n += 1
-        document = {"target": os.path.relpath(target, self.failed), "record": record.model_dump(mode="json")}  # fmt: skip
+        document = {
+            "target": os.path.relpath(target, self.failed),
+            "record": record.model_dump(mode="json"),
+        }
         fs.write_durably(plan, json.dumps(document).encode())
         return target
 
     def _write_summary(self, job: Job, outcome: JobOutcome) -> None:
         folder = self._ensure_folder(job)
-        fs.write_durably(folder / "job.json", to_bytes(summary(job, outcome)), int(job.settings.output.mode, 8))  # fmt: skip
+        fs.write_durably(
+            folder / "job.json", to_bytes(summary(job, outcome)), int(job.settings.output.mode, 8)
+        )
 
     def _leave(self, home: Path, state: str) -> None:
         target = self.own / state / home.name
@@ -489,19 +565,21 @@ class Spool:
         if ".." in Path(target).parts or not path.is_file():
             raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
         for home in self._homes("parked"):
-            if _read_json(home / "failing.json").get("target") == target:
+            if read_json(home / "failing.json").get("target") == target:
                 return self._unpark(home)
         self._drop_again(path, target)
         return None
 
     def _unpark(self, home: Path) -> Job:
         job = self._load(home)
-        plan = _read_json(home / "failing.json")
+        plan = read_json(home / "failing.json")
         if plan and not os.path.lexists(job.drop):
             fs.move(self.failed / plan["target"], job.drop)
         for entry in fs.entries(home):
             image, _, kind = entry.name.partition(".")
-            is_placeholder = kind == "published" and _read_json(Path(entry.path)).get("outcome") == "placeholder"  # fmt: skip
+            is_placeholder = (
+                kind == "published" and read_json(Path(entry.path)).get("outcome") == "placeholder"
+            )
             if image.isdecimal() and (kind in ("failed", "begun") or is_placeholder):
                 os.unlink(entry.path)
         if plan:
@@ -551,7 +629,12 @@ class Spool:
                 jobs.append(left)
             elif left:
                 unresolved.append(left)
-        for folder in (self.own, self.control, self.failed, *(d for d in self.failed.rglob("*") if d.is_dir())):  # fmt: skip
+        for folder in (
+            self.own,
+            self.control,
+            self.failed,
+            *(d for d in self.failed.rglob("*") if d.is_dir()),
+        ):
             fs.remove_temporaries(folder)
         return jobs, unresolved
 
@@ -564,7 +647,7 @@ class Spool:
             if not is_failing:
                 self._adopt_folder(job)
                 return job
-            cancelled = _read_json(home / "failing.json")["record"]["outcome"] == "cancelled"
+            cancelled = read_json(home / "failing.json")["record"]["outcome"] == "cancelled"
             self.finish(job, cancelled)
             return None
         drop = next((p for p in _files(home / "drop")), None)
@@ -572,7 +655,9 @@ class Spool:
             claimed = Unresolved(home.name, home, "", drop.name if drop else "gone")
             if drop:
                 claimed.sub = _relative(drop.parent, home / "drop")
-            self._move_to_failed(claimed, ErrorRecord.model_validate(_read_json(home / "failing.json")["record"]))  # fmt: skip
+            self._move_to_failed(
+                claimed, ErrorRecord.model_validate(read_json(home / "failing.json")["record"])
+            )
             self._leave(home, "finished")
             return None
         if drop is None:
@@ -581,7 +666,7 @@ class Spool:
         return Unresolved(home.name, home, _relative(drop.parent, home / "drop"), drop.name)
 
     def _recover_parked(self, home: Path) -> None:
-        plan = _read_json(home / "failing.json")
+        plan = read_json(home / "failing.json")
         if any(True for _ in _files(home / "drop")):
             self._unpark(home)  # a retry that had begun
         elif plan and self.failed.is_dir() and not os.path.lexists(self.failed / plan["target"]):
@@ -599,24 +684,34 @@ class Spool:
 
     def _is_ours(self, job: Job, folder: Path) -> bool:
         """Whether job.json there is this job's own, written just before the crash."""
-        return _read_json(folder / "job.json").get("id") == job.id
+        return read_json(folder / "job.json").get("id") == job.id
 
     def _load(self, home: Path) -> Job:
-        record = _read_json(home / "request.json")
+        record = read_json(home / "request.json")
         settings = record["settings"]
         job = Job(
-            record["id"], home, record["sub"], record["file"], record["inode"], self.outbox,
-            record["folder"], record["priority"], record["claimed"], Settled(**record["settled"]),
+            record["id"],
+            home,
+            record["sub"],
+            record["file"],
+            record["inode"],
+            self.outbox,
+            record["folder"],
+            record["priority"],
+            record["claimed"],
+            Settled(**record["settled"]),
             Settings(
-                Prompt(**settings["prompt"]), Output(**settings["output"]),
-                settings["max_attempts"], settings["on_timeout"],
+                Prompt(**settings["prompt"]),
+                Output(**settings["output"]),
+                settings["max_attempts"],
+                settings["on_timeout"],
             ),
             tuple(ImageSpec(**spec) for spec in record["images"]),
-        )  # fmt: skip
+        )
         for entry in fs.entries(home):
             image, _, kind = entry.name.partition(".")
             if image.isdecimal():
-                self._load_image(job, int(image), kind, _read_json(Path(entry.path)))
+                self._load_image(job, int(image), kind, read_json(Path(entry.path)))
         return job
 
     def _load_image(self, job: Job, image: int, kind: str, record: dict[str, Any]) -> None:
@@ -659,24 +754,33 @@ def outcome_of(job: Job, cancelled: bool) -> JobOutcome:
 def summary(job: Job, outcome: JobOutcome) -> JobSummary:
     """job.json of a job at its end."""
     images = [_summary_image(job, spec) for spec in job.specs]
-    counts = {kind: sum(image.outcome == kind for image in images) for kind in ("rendered", "cancelled")}  # fmt: skip
+    counts = {
+        kind: sum(image.outcome == kind for image in images) for kind in ("rendered", "cancelled")
+    }
     lasted = job.settled.milliseconds_to(time.monotonic(), clock.boot_id())
     return JobSummary(
-        id=job.id, name=job.name, file=names.printable(job.file), folder=job.folder,
-        outcome=outcome, images=images,
+        id=job.id,
+        name=job.name,
+        file=names.printable(job.file),
+        folder=job.folder,
+        outcome=outcome,
+        images=images,
         totals=Totals(
-            images=len(images), rendered=counts["rendered"], cancelled=counts["cancelled"],
+            images=len(images),
+            rendered=counts["rendered"],
+            cancelled=counts["cancelled"],
             failed=len(images) - counts["rendered"] - counts["cancelled"],
             seconds=None if lasted is None else round(lasted / 1e3, 3),
         ),
         time=SummaryTime(claimed=job.claimed, finished=clock.timestamp()),
-        host=HOST, version=f"promptdrop {__version__}",
-    )  # fmt: skip
+        host=HOST,
+        version=f"promptdrop {__version__}",
+    )
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """job.json of an outbox folder, or an empty mapping."""
-    return _read_json(folder / "job.json")
+    return read_json(folder / "job.json")
 
 
 def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -684,7 +788,7 @@ def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for reason in sorted(failed.rglob("*.error.json")):
         target = reason.with_name(reason.name.removesuffix(".error.json"))
         if target.is_file():
-            yield _relative(target, failed), _read_json(reason)
+            yield _relative(target, failed), read_json(reason)
 
 
 def describe_permissions(path: Path) -> str:
@@ -693,16 +797,19 @@ def describe_permissions(path: Path) -> str:
         status = os.stat(path)
     except OSError as e:
         return f"{path} ({e.strerror})"
-    return f"{path} (uid {status.st_uid}, gid {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; we are uid {os.geteuid()})"  # fmt: skip
+    return f"{path} (uid {status.st_uid}, gid {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; we are uid {os.geteuid()})"
 
 
 def _summary_image(job: Job, spec: ImageSpec) -> SummaryImage:
     state = job.states.get(spec.image, ImageState())
     assert spec.seed is not None
     return SummaryImage(
-        image=spec.image, file=state.file, seed=spec.seed, error=state.error,
+        image=spec.image,
+        file=state.file,
+        seed=spec.seed,
+        error=state.error,
         outcome="cancelled" if state.outcome == "todo" else state.outcome,
-    )  # fmt: skip
+    )
 
 
 def _error_record(job: Job, outcome: JobOutcome) -> ErrorRecord:
@@ -711,12 +818,17 @@ def _error_record(job: Job, outcome: JobOutcome) -> ErrorRecord:
     missing = [image for image in images if image.outcome != "rendered"]
     reasons = [f"image {image.image}: {image.error}" for image in missing if image.error]
     return ErrorRecord(
-        file=names.printable(job.file), outcome=outcome,
+        file=names.printable(job.file),
+        outcome=outcome,
         error="; ".join(reasons[:10]) or "cancelled on request",
-        id=job.id, folder=job.folder, missing=[image.image for image in missing],
+        id=job.id,
+        folder=job.folder,
+        missing=[image.image for image in missing],
         retry=f"promptdrop retry {job.id}",
-        time=clock.timestamp(), host=HOST, version=f"promptdrop {__version__}",
-    )  # fmt: skip
+        time=clock.timestamp(),
+        host=HOST,
+        version=f"promptdrop {__version__}",
+    )
 
 
 def _retry_command(sub: str, file: str) -> str:
@@ -741,7 +853,9 @@ def _make(path: Path) -> None:
         if not path.is_dir():
             raise ConfigError(f"{path} exists and is not a folder") from None
     except OSError as e:
-        raise ConfigError(f"{path} cannot be made: {e.strerror}: {describe_permissions(path.parent)}") from None  # fmt: skip
+        raise ConfigError(
+            f"{path} cannot be made: {e.strerror}: {describe_permissions(path.parent)}"
+        ) from None
 
 
 def _is_text(name: str) -> bool:
@@ -784,7 +898,7 @@ def _unlink(path: Path) -> None:
         pass  # never written, or already taken back
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A record of our own; one that is gone or torn is empty."""
     try:
         loaded = json.loads(path.read_bytes())

@@ -18,26 +18,66 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Literal
 
-from promptdrop import __version__, clock, config, control, engine, fs, log, names, picture, publish, request  # fmt: skip
+from promptdrop import (
+    __version__,
+    clock,
+    config,
+    control,
+    engine,
+    fs,
+    log,
+    names,
+    picture,
+    publish,
+    request,
+)
 from promptdrop.config import Config
 from promptdrop.engine_process import EngineProcess, InHand, Limits
-from promptdrop.errors import ConfigError, DiskTrouble, Problem, PromptdropError, RequestError, UsageError
-from promptdrop.inbox import Inbox, Offer, Scan, Watcher, sees_every_writer, signature_of
+from promptdrop.errors import (
+    ConfigError,
+    DiskTrouble,
+    Problem,
+    PromptdropError,
+    RequestError,
+    UsageError,
+)
+from promptdrop.inbox import Inbox, Offer, Scan, Watcher, sees_every_writer
 from promptdrop.job import EngineInfo, ImageSpec, JobOutcome, Request
 from promptdrop.messages import (
-    Began, Cancelled, Failed, Ready, Render, Rendered, Stage, Tokens,
-)  # fmt: skip
+    Began,
+    Cancelled,
+    Failed,
+    Ready,
+    Render,
+    Rendered,
+    Stage,
+    Tokens,
+)
 from promptdrop.metrics import Nvml, RollingWindow
 from promptdrop.publish import Publication
 from promptdrop.queue import Queue
+from promptdrop.reading import read_job_file
 from promptdrop.records import (
-    ErrorRecord, Status, StatusEngine, StatusFinished, StatusImage, StatusJob, StatusQueue,
-    StatusWaiting, to_bytes,
-)  # fmt: skip
+    ErrorRecord,
+    Status,
+    StatusEngine,
+    StatusFinished,
+    StatusImage,
+    StatusJob,
+    StatusQueue,
+    StatusWaiting,
+    to_bytes,
+)
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool import (
-    DEATHS_FAILED, Job, Settings, Settled, Spool, Unresolved, describe_permissions,
-)  # fmt: skip
+    DEATHS_FAILED,
+    Job,
+    Settings,
+    Settled,
+    Spool,
+    Unresolved,
+    describe_permissions,
+)
 
 DEPTH = 2  # images in the engine: the one being rendered and the next, so the device never waits
 PUBLISHING = 4  # images being encoded and saved; more would only fill memory
@@ -83,16 +123,20 @@ class Supervisor:
     """The daemon of one configuration. `run` returns the exit status."""
 
     def __init__(
-        self, settings: Config, drain: bool = False, on_change: Callable[[Status], None] | None = None
+        self,
+        settings: Config,
+        drain: bool = False,
+        on_change: Callable[[Status], None] | None = None,
     ) -> None:
         self.config = settings
         self.drain = drain
         self.exit_status: int | None = None
+        self.ending: str | None = None  # why it ended, unless as asked
         self.finished: deque[StatusFinished] = deque(maxlen=LISTED)
         self.failures = 0
         self._on_change = on_change
-        self._spool = Spool(settings)
-        self._inbox = Inbox(self._spool.inbox)
+        self.spool = Spool(settings)
+        self._inbox = Inbox(self.spool.inbox)
         self._notifier = Notifier()
         self._queue = Queue(settings.queue.policy)
         self._running: dict[str, Running] = {}
@@ -131,7 +175,9 @@ class Supervisor:
         self._results: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._watcher = Watcher(self._wake_to_look)
-        self._scanner, self._reader, self._clerk = (ThreadPoolExecutor(1, name) for name in ("scanner", "reader", "clerk"))  # fmt: skip
+        self._scanner, self._reader, self._clerk = (
+            ThreadPoolExecutor(1, name) for name in ("scanner", "reader", "clerk")
+        )
         self._publishers = ThreadPoolExecutor(PUBLISHING, "publisher")
 
     # --- a life -------------------------------------------------------------------------------
@@ -152,17 +198,26 @@ class Supervisor:
     def _startup(self) -> None:
         config.refuse_what_is_not_ready(self.config)
         engine.require(self.config)
-        self._spool.prepare()
-        self._spool.lock()
+        self.spool.prepare()
+        self.spool.lock()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        log.get().info("daemon.started", pid=os.getpid(), root=str(self._spool.root), version=__version__, watch=self._watch_mode())  # fmt: skip
+        log.get().info(
+            "daemon.started",
+            pid=os.getpid(),
+            root=str(self.spool.root),
+            version=__version__,
+            watch=self._watch_mode(),
+        )
         self._start_engine()
         self._off(self._clerk, self._recover, self._recovered)
 
     def _turn(self) -> None:
         now = time.monotonic()
-        descriptors: list[Any] = [self._wake_read, *(self._engine.filenos() if self._engine else [])]
+        descriptors: list[Any] = [
+            self._wake_read,
+            *(self._engine.filenos() if self._engine else []),
+        ]
         wait(descriptors, max(0.0, self._next_deadline(now) - now))
         self._drain_wake()
         self._heed_signals()
@@ -188,7 +243,7 @@ class Supervisor:
             executor.shutdown(wait=True, cancel_futures=True)
         self._put_down_images()
         self._write_status(self._status("stopping"))
-        self._spool.unlock()
+        self.spool.unlock()
         self._notifier.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
@@ -201,14 +256,14 @@ class Supervisor:
                 state = running.job.states.get(spec.image)
                 if state is not None and state.outcome == "todo":
                     try:
-                        self._spool.end_attempt(running.job, spec.image)
+                        self.spool.end_attempt(running.job, spec.image)
                     except OSError:
                         pass  # the disk is sick: the image is charged with a daemon death too many
 
-    def _end(self, exit_status: int, **why: object) -> None:
-        self.exit_status = exit_status
-        if why:
-            log.get().error("daemon.ending", exit_status=exit_status, **why)
+    def _end(self, exit_status: int, reason: str | None = None) -> None:
+        self.exit_status, self.ending = exit_status, reason
+        if reason:
+            log.get().error("daemon.ending", exit_status=exit_status, reason=reason)
 
     # --- waking -------------------------------------------------------------------------------
 
@@ -240,7 +295,9 @@ class Supervisor:
             self._reload()
         stops = {abs(number) for number in signals} & {signal.SIGTERM, signal.SIGINT}
         if stops:
-            twice = self._stop_at is not None or len(signals & {-signal.SIGTERM, -signal.SIGINT}) > 0
+            twice = (
+                self._stop_at is not None or len(signals & {-signal.SIGTERM, -signal.SIGINT}) > 0
+            )
             self._stop(at_once=twice)
 
     def _next_deadline(self, now: float) -> float:
@@ -261,7 +318,9 @@ class Supervisor:
 
     # --- work off the loop --------------------------------------------------------------------
 
-    def _off(self, executor: Executor, function: Callable[[], Any], then: Callable[[Any], None]) -> None:  # fmt: skip
+    def _off(
+        self, executor: Executor, function: Callable[[], Any], then: Callable[[Any], None]
+    ) -> None:
         """Run `function` on a thread, then `then(result)` on the loop; after disk trouble, again."""
 
         def done(future: Future[Any]) -> None:
@@ -271,7 +330,13 @@ class Supervisor:
         if self.exit_status is None:
             executor.submit(function).add_done_callback(done)
 
-    def _returned(self, future: "Future[Any]", executor: Executor, function: Callable[[], Any], then: Callable[[Any], None]) -> None:  # fmt: skip
+    def _returned(
+        self,
+        future: "Future[Any]",
+        executor: Executor,
+        function: Callable[[], Any],
+        then: Callable[[Any], None],
+    ) -> None:
         if future.cancelled():
             return
         error = future.exception()
@@ -279,7 +344,9 @@ class Supervisor:
             reason = _reason(error)
             log.get().warning("disk.trouble", reason=reason)
             self._stalled.append(Stalled(lambda: self._off(executor, function, then), reason))
-            self._retry_at = min(self._retry_at, time.monotonic() + self.config.watch.rescan_seconds)
+            self._retry_at = min(
+                self._retry_at, time.monotonic() + self.config.watch.rescan_seconds
+            )
         elif error is not None:
             raise error
         else:
@@ -311,12 +378,12 @@ class Supervisor:
         scan, trouble = None, None
         try:
             self._watcher.check(self._watched_folders())
-            self._spool.require_folders()
+            self.spool.require_folders()
             scan = self._inbox.scan(now, self.config.watch, self.config.inbox.recursive)
-            self._spool.require_space(self.config.limits.min_free_disk_mib)
+            self.spool.require_space(self.config.limits.min_free_disk_mib)
         except Disk as e:
             trouble = _reason(e)
-        paused, commands = control.read(self._spool.control)
+        paused, commands = control.read(self.spool.control)
         return Survey(scan, trouble, paused, commands)
 
     def _surveyed(self, survey: Survey) -> None:
@@ -340,23 +407,31 @@ class Supervisor:
             for offer in scan.offers:
                 self._offered += 1
                 self._last_activity = time.monotonic()
-                self._off(self._reader, functools.partial(self._read, offer), functools.partial(self._was_read, offer))  # fmt: skip
+                self._off(
+                    self._reader,
+                    functools.partial(self._read, offer),
+                    functools.partial(self._was_read, offer),
+                )
 
     def _watched_folders(self) -> dict[Path, bool]:
-        folders = {self._spool.control: False}
+        folders = {self.spool.control: False}
         if self._watch_mode() == "inotify":
-            folders[self._spool.inbox] = self.config.inbox.recursive
+            folders[self.spool.inbox] = self.config.inbox.recursive
         return folders
 
     def _watch_mode(self) -> Literal["inotify", "poll"]:
         mode = self.config.watch.mode
         if mode == "auto":
-            return "inotify" if not self._spool.inbox.is_dir() or sees_every_writer(self._spool.inbox) else "poll"  # fmt: skip
+            return (
+                "inotify"
+                if not self.spool.inbox.is_dir() or sees_every_writer(self.spool.inbox)
+                else "poll"
+            )
         return mode
 
     def _read(self, offer: Offer) -> Request | RequestError | None:
         """On the reader's thread: what the file asks for, why it is refused, or None: it changed."""
-        path = self._spool.inbox / offer.sub / offer.file
+        path = self.spool.inbox / offer.sub / offer.file
         return read_job_file(path, offer.file, self.config, offer.signature)
 
     def _was_read(self, offer: Offer, result: Request | RequestError | None) -> None:
@@ -369,22 +444,30 @@ class Supervisor:
             self._verdicts.append(lambda: self._inbox.object(offer.path, str(result)))
             self._wake_to_look()
         else:
-            self._off(self._clerk, functools.partial(self._claim, offer), functools.partial(self._was_claimed, offer, result))  # fmt: skip
+            self._off(
+                self._clerk,
+                functools.partial(self._claim, offer),
+                functools.partial(self._was_claimed, offer, result),
+            )
 
     def _claim(self, offer: Offer) -> Unresolved | None:
         """On the clerk's thread. None: withdrawn."""
-        self._spool.require_folders()
-        source = self._spool.inbox / offer.sub / offer.file
+        self.spool.require_folders()
+        source = self.spool.inbox / offer.sub / offer.file
         try:
-            return self._spool.claim(offer.sub, offer.file)
+            return self.spool.claim(offer.sub, offer.file)
         except FileNotFoundError:
             if os.path.lexists(source):
                 raise
             return None
         except PermissionError as e:
-            raise DiskTrouble(f"{names.printable(offer.path)} cannot be moved out of the inbox: {e.strerror}: {describe_permissions(source.parent)}") from None  # fmt: skip
+            raise DiskTrouble(
+                f"{names.printable(offer.path)} cannot be moved out of the inbox: {e.strerror}: {describe_permissions(source.parent)}"
+            ) from None
 
-    def _was_claimed(self, offer: Offer, result: Request | RequestError, claimed: Unresolved | None) -> None:  # fmt: skip
+    def _was_claimed(
+        self, offer: Offer, result: Request | RequestError, claimed: Unresolved | None
+    ) -> None:
         self._offered -= 1
         self._last_activity = time.monotonic()
         if claimed is None:
@@ -393,30 +476,53 @@ class Supervisor:
         if isinstance(result, RequestError):
             self._refuse(claimed, result)
         else:
-            self._off(self._clerk, functools.partial(self._resolve, claimed, offer, result), self._resolved)  # fmt: skip
+            self._off(
+                self._clerk,
+                functools.partial(self._resolve, claimed, offer, result),
+                self._resolved,
+            )
 
-    def _resolve(self, claimed: Unresolved, offer: Offer | None, asked: Request | None) -> Job | tuple[Unresolved, RequestError] | None:  # fmt: skip
+    def _resolve(
+        self, claimed: Unresolved, offer: Offer | None, asked: Request | None
+    ) -> Job | tuple[Unresolved, RequestError] | None:
         """On the clerk's thread. The claimed file is looked at again: a writer may hold it still."""
-        self._spool.require_folders()
+        self.spool.require_folders()
         drop = claimed.home / "drop" / claimed.sub / claimed.file
-        if offer is None or asked is None or not _same_content(signature_of(drop), offer.signature):
+        if (
+            offer is None
+            or asked is None
+            or not _same_content(fs.signature_of(drop), offer.signature)
+        ):
             result = read_job_file(drop, claimed.file, self.config, None)
             if not isinstance(result, Request):
                 return claimed, result or RequestError("changed while it was claimed")
             asked = result
         moment = offer.settled if offer else time.monotonic()
         asked = request.with_seeds(asked, claimed.id)
-        return self._spool.resolve(claimed, asked, Settled(moment, self._spool.boot), self._settings())
+        return self.spool.resolve(
+            claimed, asked, Settled(moment, self.spool.boot), self._settings()
+        )
 
     def _resolved(self, result: Job | tuple[Unresolved, RequestError] | None) -> None:
         if isinstance(result, Job):
-            log.get().info("job.claimed", job=result.id, file=names.printable(result.path), images=len(result.specs), folder=result.folder)  # fmt: skip
+            log.get().info(
+                "job.claimed",
+                job=result.id,
+                file=names.printable(result.path),
+                images=len(result.specs),
+                folder=result.folder,
+            )
             self._accept(result)
         elif result is not None:
             self._refuse(*result)
 
     def _settings(self) -> Settings:
-        return Settings(self.config.prompt, self.config.output, self.config.engine.max_attempts, self.config.engine.on_timeout)  # fmt: skip
+        return Settings(
+            self.config.prompt,
+            self.config.output,
+            self.config.engine.max_attempts,
+            self.config.engine.on_timeout,
+        )
 
     def _refuse(self, claimed: Unresolved, error: RequestError) -> None:
         self._running[claimed.id] = Running(_nobody(claimed))  # keeps the drain waiting
@@ -424,7 +530,7 @@ class Supervisor:
         inode = _inode(claimed.home / "drop" / path)
         self._off(
             self._clerk,
-            functools.partial(self._spool.refuse, claimed, error.problems),
+            functools.partial(self.spool.refuse, claimed, error.problems),
             functools.partial(self._refused, claimed.id, path, inode),
         )
 
@@ -438,12 +544,14 @@ class Supervisor:
 
     def _recover(self) -> tuple[list[Job], list[Unresolved]]:
         """On the clerk's thread."""
-        jobs, unresolved = self._spool.recover()
+        jobs, unresolved = self.spool.recover()
         for job in jobs:
             publish.recover(job)
             for image in job.todo():
                 if job.states.get(image) and job.states[image].deaths >= DEATHS_FAILED:
-                    self._spool.fail_image(job, image, f"the daemon died {DEATHS_FAILED} times with this image in hand")  # fmt: skip
+                    self.spool.fail_image(
+                        job, image, f"the daemon died {DEATHS_FAILED} times with this image in hand"
+                    )
         return jobs, unresolved
 
     def _recovered(self, left: tuple[list[Job], list[Unresolved]]) -> None:
@@ -454,7 +562,9 @@ class Supervisor:
         for job in jobs:
             self._accept(job)
         for claimed in unresolved:
-            self._off(self._clerk, functools.partial(self._resolve, claimed, None, None), self._resolved)  # fmt: skip
+            self._off(
+                self._clerk, functools.partial(self._resolve, claimed, None, None), self._resolved
+            )
         self._wake_to_look()
 
     def _accept(self, job: Job) -> None:
@@ -485,14 +595,17 @@ class Supervisor:
             return
         job, limit = running.job, running.job.settings.prompt.max_tokens
         problems = [
-            Problem(f"image {spec.image}: the prompt has {count} tokens, more than prompt.max_tokens: {limit}", field="prompt")
+            Problem(
+                f"image {spec.image}: the prompt has {count} tokens, more than prompt.max_tokens: {limit}",
+                field="prompt",
+            )
             for spec, count in zip(job.specs, answer.counts, strict=True)
             if count > limit
-        ]  # fmt: skip
+        ]
         if problems:
             self._off(
                 self._clerk,
-                functools.partial(self._spool.refuse_job, job, problems),
+                functools.partial(self.spool.refuse_job, job, problems),
                 functools.partial(self._refused, job.id, job.path, job.inode),
             )
         else:
@@ -511,30 +624,54 @@ class Supervisor:
 
     def _finish(self, running: Running) -> JobOutcome:
         """On the clerk's thread."""
-        self._spool.require_folders()
-        return self._spool.finish(running.job, running.cancelled)
+        self.spool.require_folders()
+        return self.spool.finish(running.job, running.cancelled)
 
     def _job_ended(self, running: Running, outcome: JobOutcome) -> None:
         job = running.job
         del self._running[job.id]
         self._last_activity = time.monotonic()
         states = job.states.values()
-        errors = [f"image {image}: {state.error}" for image, state in job.states.items() if state.error]
-        lasted = job.settled.milliseconds_to(time.monotonic(), self._spool.boot)
+        errors = [
+            f"image {image}: {state.error}" for image, state in job.states.items() if state.error
+        ]
+        lasted = job.settled.milliseconds_to(time.monotonic(), self.spool.boot)
         write = log.get().info if outcome == "done" else log.get().warning
         write(
-            f"job.{outcome}", job=job.id, file=names.printable(job.path), folder=job.folder,
-            images=len(job.specs), rendered=sum(s.outcome == "rendered" for s in states),
-            seconds=lasted and round(lasted / 1e3, 3), **({"error": "; ".join(errors[:3])} if errors else {}),
-        )  # fmt: skip
+            f"job.{outcome}",
+            job=job.id,
+            file=names.printable(job.path),
+            folder=job.folder,
+            images=len(job.specs),
+            rendered=sum(s.outcome == "rendered" for s in states),
+            seconds=lasted and round(lasted / 1e3, 3),
+            **({"error": "; ".join(errors[:3])} if errors else {}),
+        )
         self.failures += outcome != "done"
-        self._note_end(job.id, job.path, job.inode, outcome, job.folder, "; ".join(errors[:3]) or None)  # fmt: skip
+        self._note_end(
+            job.id, job.path, job.inode, outcome, job.folder, "; ".join(errors[:3]) or None
+        )
 
-    def _note_end(self, job_id: str, path: str, inode: int, outcome: Any, folder: str | None, error: str | None) -> None:  # fmt: skip
-        self.finished.append(StatusFinished(
-            id=job_id, file=names.printable(path), inode=inode, outcome=outcome, folder=folder,
-            error=error, finished=clock.timestamp(),
-        ))  # fmt: skip
+    def _note_end(
+        self,
+        job_id: str,
+        path: str,
+        inode: int,
+        outcome: Any,
+        folder: str | None,
+        error: str | None,
+    ) -> None:
+        self.finished.append(
+            StatusFinished(
+                id=job_id,
+                file=names.printable(path),
+                inode=inode,
+                outcome=outcome,
+                folder=folder,
+                error=error,
+                finished=clock.timestamp(),
+            )
+        )
         self._status_at = 0.0  # whoever waits for this job reads the status
 
     # --- commands -----------------------------------------------------------------------------
@@ -563,16 +700,21 @@ class Supervisor:
 
     def _retry(self, target: str) -> Job | str | None:
         """On the clerk's thread. A text says why nothing is retried."""
-        self._spool.require_folders()
+        self.spool.require_folders()
         try:
-            return self._spool.retry(target)
+            return self.spool.retry(target)
         except (UsageError, FileNotFoundError) as e:
             return f"cannot retry {names.printable(target)}: {e}"
 
     def _retried(self, result: Job | str | None) -> None:
         self._last_activity = time.monotonic()
         if isinstance(result, Job):
-            log.get().info("job.retried", job=result.id, file=names.printable(result.path), images=len(result.todo()))  # fmt: skip
+            log.get().info(
+                "job.retried",
+                job=result.id,
+                file=names.printable(result.path),
+                images=len(result.todo()),
+            )
             self._accept(result)
         elif result:
             log.get().warning("job.not_retried", reason=result)
@@ -644,7 +786,13 @@ class Supervisor:
         self._info = answer.info
         self._nvml = Nvml(answer.info.device_index)
         seconds = round(time.monotonic() - self._engine.started, 1)
-        log.get().info("engine.ready", model=answer.info.model, device=answer.info.device, dtype=answer.info.dtype, seconds=seconds)  # fmt: skip
+        log.get().info(
+            "engine.ready",
+            model=answer.info.model,
+            device=answer.info.device,
+            dtype=answer.info.dtype,
+            seconds=seconds,
+        )
         self._notifier.ready()
         self._measure()
 
@@ -668,7 +816,13 @@ class Supervisor:
             if image.began is not None:
                 began = True
                 timed_out = self._kill_reason is not None
-                self._image_failed(running, image.spec, f"the engine died: {how}" if not timed_out else how, timed_out, now)  # fmt: skip
+                self._image_failed(
+                    running,
+                    image.spec,
+                    f"the engine died: {how}" if not timed_out else how,
+                    timed_out,
+                    now,
+                )
             else:
                 self._put_back(running, image.spec)
             self._maybe_finish(running)
@@ -676,7 +830,10 @@ class Supervisor:
         self._measuring = {}
         self._idle_deaths = 0 if began or self.exit_status is not None else self._idle_deaths + 1
         if self._idle_deaths >= IDLE_DEATHS:
-            self._end(1, reason=f"the engine died {IDLE_DEATHS} times in a row without an image in hand: {how}")  # fmt: skip
+            self._end(
+                1,
+                reason=f"the engine died {IDLE_DEATHS} times in a row without an image in hand: {how}",
+            )
         if self.exit_status is None and self._stop_at is None:
             self._start_engine()
 
@@ -691,7 +848,7 @@ class Supervisor:
                 return
             job, image = taken
             try:
-                self._spool.take(job)
+                self.spool.take(job)
             except OSError as e:
                 self._queue.put_back(job, image)
                 self._trouble = _reason(e)
@@ -703,7 +860,9 @@ class Supervisor:
             ticket = self._next_ticket()
             self._tickets[ticket] = running
             empty_cache = self._rendered % self.config.engine.empty_cache_every == 0
-            engine_.render(ticket, Render(ticket, job.specs[image - 1], job.settings.prompt, empty_cache), now)  # fmt: skip
+            engine_.render(
+                ticket, Render(ticket, job.specs[image - 1], job.settings.prompt, empty_cache), now
+            )
 
     def _hold(self) -> bool:
         """Whether no new image may begin."""
@@ -713,30 +872,42 @@ class Supervisor:
         assert self._engine is not None
         running, spec = self._tickets[ticket], self._engine.in_hand[ticket].spec
         try:
-            self._spool.begin_image(running.job, spec.image)
+            self.spool.begin_image(running.job, spec.image)
         except OSError as e:
             log.get().warning("disk.trouble", reason=_reason(e))  # a death of ours goes uncounted
 
-    def _image_rendered(self, running: Running, image: InHand, answer: Rendered, now: float) -> None:
-        assert self._info is not None and image.began is not None
+    def _image_rendered(
+        self, running: Running, image: InHand, answer: Rendered, now: float
+    ) -> None:
+        assert self._info is not None
+        assert image.began is not None
         self._idle_deaths = 0
         utilization = self._nvml.utilization_percent()
         self._window.add(now, answer.rendering.latency_ms.render, utilization)
         attempt = running.job.state(image.spec.image).attempts + 1
         publication = Publication(
-            running.job, image.spec, image.pixels, answer.rendering, self._info, attempt,
-            image.began, self._window.summary(), utilization,
-        )  # fmt: skip
+            running.job,
+            image.spec,
+            image.pixels,
+            answer.rendering,
+            self._info,
+            attempt,
+            image.began,
+            self._window.summary(),
+            utilization,
+        )
         self._publish(running, publication)
 
     def _publish(self, running: Running, publication: Publication) -> None:
         self._publishing += 1
 
         def run() -> str:
-            self._spool.require_folders()
+            self.spool.require_folders()
             return publication.run()
 
-        self._off(self._publishers, run, functools.partial(self._image_published, running, publication))
+        self._off(
+            self._publishers, run, functools.partial(self._image_published, running, publication)
+        )
 
     def _image_published(self, running: Running, publication: Publication, file: str) -> None:
         self._publishing -= 1
@@ -747,29 +918,61 @@ class Supervisor:
             close()
         spec, rendering = publication.spec, publication.rendering
         log.get().info(
-            "image.published", job=running.job.id, image=spec.image, file=f"{running.job.folder}/{file}",
-            seed=spec.seed, render_ms=rendering and round(rendering.latency_ms.render, 1),
-        )  # fmt: skip
+            "image.published",
+            job=running.job.id,
+            image=spec.image,
+            file=f"{running.job.folder}/{file}",
+            seed=spec.seed,
+            render_ms=rendering and round(rendering.latency_ms.render, 1),
+        )
         self._maybe_finish(running)
 
-    def _image_failed(self, running: Running, spec: ImageSpec, error: str, timed_out: bool, now: float) -> None:  # fmt: skip
+    def _image_failed(
+        self, running: Running, spec: ImageSpec, error: str, timed_out: bool, now: float
+    ) -> None:
         """One attempt is charged; the last one decides."""
         job, state = running.job, running.job.state(spec.image)
         state.attempts += 1
         last = state.attempts >= job.settings.max_attempts
-        log.get().warning("image.failed", job=job.id, image=spec.image, attempt=state.attempts, error=error, last=last)  # fmt: skip
+        log.get().warning(
+            "image.failed",
+            job=job.id,
+            image=spec.image,
+            attempt=state.attempts,
+            error=error,
+            last=last,
+        )
         if not last:
             self._put_back(running, spec)
-        elif timed_out and job.settings.on_timeout == "placeholder" and self._info and not running.cancelled:  # fmt: skip
+        elif (
+            timed_out
+            and job.settings.on_timeout == "placeholder"
+            and self._info
+            and not running.cancelled
+        ):
             running.busy += 1
             pixels = picture.placeholder(spec.width, spec.height, error)
-            self._publish(running, Publication(job, spec, pixels, None, self._info, state.attempts, now, self._window.summary(), None, error))  # fmt: skip
+            self._publish(
+                running,
+                Publication(
+                    job,
+                    spec,
+                    pixels,
+                    None,
+                    self._info,
+                    state.attempts,
+                    now,
+                    self._window.summary(),
+                    None,
+                    error,
+                ),
+            )
         else:
             running.busy += 1
             text = f"{error} (attempt {state.attempts} of {job.settings.max_attempts})"
             self._off(
                 self._clerk,
-                functools.partial(self._spool.fail_image, job, spec.image, text),
+                functools.partial(self.spool.fail_image, job, spec.image, text),
                 functools.partial(self._image_given_up, running),
             )
 
@@ -782,13 +985,17 @@ class Supervisor:
         if not running.cancelled:
             self._queue.put_back(running.job, spec.image)
         try:
-            self._spool.end_attempt(running.job, spec.image)
+            self.spool.end_attempt(running.job, spec.image)
         except OSError as e:
-            log.get().warning("disk.trouble", reason=_reason(e))  # a death of ours is counted too many
+            log.get().warning(
+                "disk.trouble", reason=_reason(e)
+            )  # a death of ours is counted too many
 
     def _limits(self) -> Limits:
         section = self.config.engine
-        return Limits(section.load_timeout_seconds, section.kill_grace_seconds, section.stall_seconds)
+        return Limits(
+            section.load_timeout_seconds, section.kill_grace_seconds, section.stall_seconds
+        )
 
     def _next_ticket(self) -> int:
         self._ticket += 1
@@ -835,6 +1042,10 @@ class Supervisor:
 
     # --- reporting ----------------------------------------------------------------------------
 
+    def snapshot(self) -> Status:
+        """The state now; called from any thread."""
+        return self._status(self._state())
+
     def _has_work(self) -> bool:
         return bool(self._running)
 
@@ -846,8 +1057,20 @@ class Supervisor:
         if now < self._status_at + STATUS_SECONDS:
             return
         state = self._state()
-        key = (state, self._published, len(self._running), tuple(self._waiting.items())[:LISTED], self._stuck_reason(), len(self.finished) and self.finished[-1].id, self._engine and self._engine.stage)  # fmt: skip
-        if key == self._status_key and not self._tickets and now < self._status_at + HEARTBEAT_SECONDS:
+        key = (
+            state,
+            self._published,
+            len(self._running),
+            tuple(self._waiting.items())[:LISTED],
+            self._stuck_reason(),
+            len(self.finished) and self.finished[-1].id,
+            self._engine and self._engine.stage,
+        )
+        if (
+            key == self._status_key
+            and not self._tickets
+            and now < self._status_at + HEARTBEAT_SECONDS
+        ):
             return
         self._status_key, self._status_at = key, now
         status = self._status(state)
@@ -856,7 +1079,7 @@ class Supervisor:
 
     def _write_status(self, status: Status) -> None:
         try:
-            fs.write_quickly(self._spool.own / "status.json", to_bytes(status))
+            fs.write_quickly(self.spool.own / "status.json", to_bytes(status))
         except OSError:
             pass  # the disk's trouble is reported by those who need it to work
 
@@ -876,56 +1099,63 @@ class Supervisor:
         left = len(self._queue) + len(self._tickets)
         rate = window.images_per_second or (1e3 / window.p50_ms if window.p50_ms else None)
         return Status(
-            state=state, reason=self._stuck_reason(), pid=os.getpid(),
-            engine=self._status_engine(), current=self._current(),
+            state=state,
+            reason=self._stuck_reason(),
+            pid=os.getpid(),
+            engine=self._status_engine(),
+            current=self._current(),
             queue=StatusQueue(jobs=len(self._running), images=left, publishing=self._publishing),
-            jobs=[_status_job(running.job) for running in list(self._running.values())[:LISTED] if running.job.specs],
-            waiting=[StatusWaiting(file=names.printable(path), why=why) for path, why in list(self._waiting.items())[:LISTED]],
-            finished=list(self.finished), window=window,
+            jobs=[
+                _status_job(running.job)
+                for running in list(self._running.values())[:LISTED]
+                if running.job.specs
+            ],
+            waiting=[
+                StatusWaiting(file=names.printable(path), why=why)
+                for path, why in list(self._waiting.items())[:LISTED]
+            ],
+            finished=list(self.finished),
+            window=window,
             eta_seconds=round(left / rate, 1) if rate else None,
             images_published=self._published,
-            started=self._started, updated=clock.timestamp(), version=f"promptdrop {__version__}",
-        )  # fmt: skip
+            started=self._started,
+            updated=clock.timestamp(),
+            version=f"promptdrop {__version__}",
+        )
 
     def _status_engine(self) -> StatusEngine:
         alive, info = self._engine, self._info
-        state: Any = "stopped" if alive is None else "ready" if alive.is_ready else "starting" if self._lives == 1 else "replacing"  # fmt: skip
+        state: Any = (
+            "stopped"
+            if alive is None
+            else "ready"
+            if alive.is_ready
+            else "starting"
+            if self._lives == 1
+            else "replacing"
+        )
         return StatusEngine(
-            state=state, stage="ready" if state == "ready" else alive.stage if alive else "stopped",
-            pid=alive and alive.pid, model=info.model if info else self.config.model.id,
-            device=info and info.device, dtype=info and info.dtype,
-        )  # fmt: skip
+            state=state,
+            stage="ready" if state == "ready" else alive.stage if alive else "stopped",
+            pid=alive.pid if alive else None,
+            model=info.model if info else self.config.model.id,
+            device=info.device if info else None,
+            dtype=info.dtype if info else None,
+        )
 
     def _current(self) -> StatusImage | None:
         for ticket, image in self._engine.in_hand.items() if self._engine else ():
             if image.began is not None and ticket in self._tickets:
                 job = self._tickets[ticket].job
                 return StatusImage(
-                    job=job.id, file=names.printable(job.path), image=image.spec.image,
-                    images=len(job.specs), step=image.step, steps=image.spec.steps,
+                    job=job.id,
+                    file=names.printable(job.path),
+                    image=image.spec.image,
+                    images=len(job.specs),
+                    step=image.step,
+                    steps=image.spec.steps,
                     seconds=round(time.monotonic() - image.began, 1),
-                )  # fmt: skip
-        return None
-
-
-def read_job_file(path: Path, name: str, settings: Config, signature: object) -> Request | RequestError | None:  # fmt: skip
-    """What a dropped file asks for, or why it is refused; None: gone, or not what `signature` saw."""
-    limit = settings.limits.job_file_kib * 1024
-    try:
-        before = signature_of(path)
-        data, _ = fs.read_plain(path, limit)
-        if before is None or signature_of(path) != before or (signature is not None and before != signature):  # fmt: skip
-            return None
-        if len(data) > limit:
-            raise RequestError(f"is larger than limits.job_file_kib: {settings.limits.job_file_kib} KiB")
-        if not data:
-            raise RequestError("is empty")
-        return request.parse(data, names.split(name)[1], settings)
-    except RequestError as e:
-        return e
-    except PermissionError:
-        return RequestError(f"cannot be read: {describe_permissions(path)}")
-    except (FileNotFoundError, fs.NotPlain):
+                )
         return None
 
 
@@ -935,7 +1165,7 @@ def one_line(status: Status) -> str:
         return f"{status.state}: {status.reason}"
     if status.state == "starting":
         return f"{status.engine.stage}; {status.queue.images} images queued"
-    parts = [status.state]
+    parts: list[str] = [status.state]
     if status.current:
         parts.append(f"{status.current.file} {status.current.image}/{status.current.images}")
     parts.append(f"{status.queue.images} images queued")
@@ -944,13 +1174,15 @@ def one_line(status: Status) -> str:
     return ", ".join(parts)
 
 
-
-
 def _status_job(job: Job) -> StatusJob:
     return StatusJob(
-        id=job.id, file=names.printable(job.path), inode=job.inode, folder=job.folder,
-        images=len(job.specs), done=len(job.specs) - len(job.todo()),
-    )  # fmt: skip
+        id=job.id,
+        file=names.printable(job.path),
+        inode=job.inode,
+        folder=job.folder,
+        images=len(job.specs),
+        done=len(job.specs) - len(job.todo()),
+    )
 
 
 def _same_content(now: Any, then: Any) -> bool:
@@ -962,9 +1194,19 @@ def _nobody(claimed: Unresolved) -> Job:
     """A job without images, for a file on its way to failed/."""
     settings = Settings(config.Prompt(), config.Output(), 1, "fail")
     return Job(
-        claimed.id, claimed.home, claimed.sub, claimed.file, 0, Path(), "", 0, clock.timestamp(),
-        Settled(0, ""), settings, (),
-    )  # fmt: skip
+        claimed.id,
+        claimed.home,
+        claimed.sub,
+        claimed.file,
+        0,
+        Path(),
+        "",
+        0,
+        clock.timestamp(),
+        Settled(0, ""),
+        settings,
+        (),
+    )
 
 
 def _inode(path: Path) -> int:

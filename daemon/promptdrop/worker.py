@@ -23,11 +23,29 @@ from typing import NoReturn
 from promptdrop import engine, log
 from promptdrop.config import Config
 from promptdrop.engine import Engine
-from promptdrop.errors import ConfigError, EngineError, EngineStartError, ImageCancelled, ImageTimeout
+from promptdrop.errors import (
+    ConfigError,
+    EngineError,
+    EngineStartError,
+    ImageCancelled,
+    ImageTimeout,
+)
 from promptdrop.messages import (
-    Answer, Began, Cancel, Cancelled, CannotStart, CountTokens, Failed, Ready, Render, Rendered,
-    Stage, Step, Stop, Tokens,
-)  # fmt: skip
+    Answer,
+    Began,
+    Cancel,
+    Cancelled,
+    CannotStart,
+    CountTokens,
+    Failed,
+    Ready,
+    Render,
+    Rendered,
+    Stage,
+    Step,
+    Stop,
+    Tokens,
+)
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _STAGE_SECONDS = 1.0  # warm-up reports its steps at most this often
@@ -115,7 +133,9 @@ def _serve(warm: Engine, inbound: Inbound, send: Callable[[Answer], None]) -> No
             warm.empty_cache()
 
 
-def _render(warm: Engine, render: Render, memory: int, inbound: Inbound, send: Callable[[Answer], None]) -> None:  # fmt: skip
+def _render(
+    warm: Engine, render: Render, memory: int, inbound: Inbound, send: Callable[[Answer], None]
+) -> None:
     ticket, spec = render.ticket, render.spec
     if inbound.is_cancelled(ticket):
         send(Cancelled(ticket))
@@ -131,13 +151,22 @@ def _render(warm: Engine, render: Render, memory: int, inbound: Inbound, send: C
             raise ImageTimeout
 
     try:
-        with _alarm(spec.timeout_seconds), mmap.mmap(memory, spec.height * spec.width * 3) as pixels:
-            with memoryview(pixels) as buffer:
-                rendering = warm.render(spec, render.prompt, on_step, buffer)
+        with (
+            _alarm(spec.timeout_seconds),
+            mmap.mmap(memory, spec.height * spec.width * 3) as pixels,
+            memoryview(pixels) as buffer,
+        ):
+            rendering = warm.render(spec, render.prompt, on_step, buffer)
     except ImageCancelled:
         send(Cancelled(ticket))
     except ImageTimeout:
-        send(Failed(ticket, f"took longer than {spec.timeout_seconds:g} s (timeout_seconds)", timed_out=True))  # fmt: skip
+        send(
+            Failed(
+                ticket,
+                f"took longer than {spec.timeout_seconds:g} s (timeout_seconds)",
+                timed_out=True,
+            )
+        )
     except EngineError as e:
         send(Failed(ticket, str(e)))
     else:

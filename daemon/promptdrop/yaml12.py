@@ -79,7 +79,8 @@ def documents(text: str) -> list[Node]:
         return list(_build(yaml.parse(text, Loader=_Loader)))
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        raise YamlError(f"not valid YAML: {e.problem or e.context}", mark.line + 1 if mark else None) from None  # fmt: skip
+        line = mark.line + 1 if mark else None
+        raise YamlError(f"not valid YAML: {e.problem or e.context}", line) from None
     except yaml.reader.ReaderError as e:
         line = text.encode().count(b"\n", 0, e.position) + 1  # the C reader counts bytes
         raise YamlError(f"not valid YAML: {e.reason}", line) from None
@@ -160,7 +161,7 @@ def _build(events: Iterator[yaml.Event]) -> Iterator[Node]:
         line = event.start_mark.line + 1
         root: Node | None = None
         if isinstance(event, yaml.AliasEvent):
-            raise YamlError(f"aliases are not allowed: *{_short(event.anchor)}", line)
+            raise YamlError(f"aliases are not allowed: *{_short(str(event.anchor))}", line)
         if isinstance(event, yaml.NodeEvent):
             _refuse_extras(event, line)
         if isinstance(event, yaml.ScalarEvent):
@@ -181,9 +182,9 @@ def _short(text: str) -> str:
 
 def _refuse_extras(event: yaml.NodeEvent, line: int) -> None:
     if event.anchor:
-        raise YamlError(f"anchors are not allowed: &{_short(event.anchor)}", line)
-    if getattr(event, "tag", None):
-        raise YamlError(f"tags are not allowed: {_short(event.tag)}", line)
+        raise YamlError(f"anchors are not allowed: &{_short(str(event.anchor))}", line)
+    if tag := getattr(event, "tag", None):
+        raise YamlError(f"tags are not allowed: {_short(tag)}", line)
 
 
 def _resolve(text: str) -> Plain:

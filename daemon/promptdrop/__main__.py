@@ -1,0 +1,8 @@
+"""`python -m promptdrop` is the command `promptdrop`."""
+
+import sys
+
+from promptdrop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

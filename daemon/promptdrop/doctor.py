@@ -1,0 +1,147 @@
+"""`promptdrop doctor`: what would keep this configuration from working, one line each."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from promptdrop import config as configuration
+from promptdrop import engine, fs, names, weights
+from promptdrop.config import Config
+from promptdrop.errors import PromptdropError
+from promptdrop.inbox import sees_every_writer, strangers
+from promptdrop.spool import Spool, describe_permissions
+
+_STRANGERS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    grade: Literal["ok", "note", "bad"]
+    what: str
+    text: str
+
+
+def examine(settings: Config) -> Iterator[Finding]:
+    """Check everything that can be checked without loading the model."""
+    spool = Spool(settings)
+    yield from _guarded("configuration", lambda: _configuration(settings))
+    yield from _folders(spool)
+    yield from _guarded("model", lambda: _model(settings))
+    yield from _guarded("device", lambda: _device(settings))
+    yield _daemon(spool)
+
+
+def _guarded(what: str, check: Callable[[], Finding]) -> Iterator[Finding]:
+    try:
+        yield check()
+    except PromptdropError as e:
+        yield Finding("bad", what, str(e))
+
+
+def _configuration(settings: Config) -> Finding:
+    configuration.refuse_what_is_not_ready(settings)
+    return Finding("ok", "configuration", f"{settings.file}")
+
+
+def _folders(spool: Spool) -> Iterator[Finding]:
+    folders = {
+        "inbox": spool.inbox,
+        "state": spool.own,
+        "outbox": spool.outbox,
+        "failed": spool.failed,
+    }
+    for what, path in folders.items():
+        if not path.is_dir():
+            yield Finding(
+                "bad", what, f"{path} is missing; make it with: promptdrop init {spool.root.parent}"
+            )
+            continue
+        yield _folder(what, path, spool.config.limits.min_free_disk_mib)
+    if spool.inbox.is_dir():
+        yield from _inbox(spool)
+
+
+def _folder(what: str, path: Path, min_free_mib: int) -> Finding:
+    free = fs.free_mib(path)
+    text = f"{path} on {fs.file_system(path)}, {free:,.0f} MiB free, mode {stat.S_IMODE(path.stat().st_mode):04o}"
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return Finding("bad", what, f"{describe_permissions(path)} cannot be read and written")
+    if free < min_free_mib:
+        return Finding("bad", what, f"{text}; less than limits.min_free_disk_mib: {min_free_mib}")
+    return Finding("ok", what, text)
+
+
+def _inbox(spool: Spool) -> Iterator[Finding]:
+    status = spool.inbox.stat()
+    if spool.own.is_dir() and status.st_dev != spool.own.stat().st_dev:
+        yield Finding(
+            "bad",
+            "inbox",
+            f"{spool.inbox} and {spool.own} are on different file systems; a claim is one rename, so mount the file system on {spool.root} instead",
+        )
+    if status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid() != 0:
+        yield Finding(
+            "bad",
+            "inbox",
+            f"{describe_permissions(spool.inbox)} is sticky: files of other users cannot be moved out; chmod -t it",
+        )
+    mode = spool.config.watch.mode
+    if mode == "auto":
+        mode = "inotify" if sees_every_writer(spool.inbox) else "poll"
+    yield Finding(
+        "ok", "watch", f"{mode}, and a look every {spool.config.watch.rescan_seconds:g} s"
+    )
+    for n, (path, why) in enumerate(strangers(spool.inbox)):
+        if n == _STRANGERS_SHOWN:
+            yield Finding("note", "inbox", "... and more")
+            break
+        yield Finding("note", "inbox", f"{names.printable(path)}: {why}")
+
+
+def _model(settings: Config) -> Finding:
+    engine.require(settings)
+    if settings.model.id in engine.ENGINES:
+        return Finding("note", "model", f"{settings.model.id}: no model, for tests and dry runs")
+    return Finding("ok", "model", f"{settings.model.id} in {weights.resolve(settings)}")
+
+
+def _device(settings: Config) -> Finding:
+    wanted, present = settings.model.device, _nvidia_devices()
+    if wanted == "cpu" or (wanted == "auto" and not present):
+        return Finding(
+            "ok" if wanted == "cpu" else "note",
+            "device",
+            "cpu, float32" + ("" if wanted == "cpu" else ": no NVIDIA GPU was found"),
+        )
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= len(present):
+        return Finding(
+            "bad",
+            "device",
+            f"model.device: {wanted}: no such device; found {len(present)} NVIDIA GPUs",
+        )
+    return Finding("ok", "device", f"cuda:{index} {present[index]}, {settings.model.dtype}")
+
+
+def _nvidia_devices() -> list[str]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            f"{pynvml.nvmlDeviceGetName(h)}, {pynvml.nvmlDeviceGetMemoryInfo(h).free / 2**30:.0f} GiB free"
+            for h in handles
+        ]
+    except pynvml.NVMLError:
+        return []
+
+
+def _daemon(spool: Spool) -> Finding:
+    pid = spool.daemon_pid()
+    return Finding("ok", "daemon", f"running, pid {pid}" if pid is not None else "not running")

@@ -1,0 +1,173 @@
+"""What people see: colours, bars and tables on a terminal, plain lines when piped.
+
+rich is imported where it draws: piped commands start without it.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def is_terminal() -> bool:
+    """Whether stdout is a terminal."""
+    return sys.stdout.isatty()
+
+
+def say(text: str) -> None:
+    """A line on stdout."""
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """A table on a terminal; tab-separated lines with a header when piped."""
+    if not is_terminal():
+        for row in (columns, *rows):
+            say("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    drawn = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    Console().print(drawn)
+
+
+class Bar:
+    """A progress bar of images on stderr; silent unless stderr is a terminal."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        self._task = progress.add_task("starting", total=None)
+
+    def update(self, text: str, done: float, total: float | None) -> None:
+        """`done` may count a part of an image."""
+        from rich.markup import escape
+
+        self._progress.update(
+            self._task, description=escape(text[:60]), completed=done, total=total
+        )
+
+    def show(self, status: Any) -> None:
+        """Follow the daemon's own Status."""
+        current = status.current
+        part = current.step / current.steps if current else 0.0
+        total = status.images_published + status.queue.images + status.queue.publishing
+        if current:
+            text = f"{current.file} {current.image}/{current.images}, step {current.step}/{current.steps}"
+        else:
+            text = status.reason or (
+                status.engine.stage if status.state == "starting" else status.state
+            )
+        self.update(text, status.images_published + part, total or None)
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Where nothing is to be shown."""
+    yield None
+
+
+def finding(grade: str, what: str, text: str) -> None:
+    """One line of `doctor`."""
+    if not is_terminal():
+        say(f"{grade}\t{what}\t{text}")
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    colour = {"ok": "green", "note": "yellow", "bad": "bold red"}[grade]
+    Console(soft_wrap=True).print(
+        f"[{colour}]{grade:>4}[/]  {what:<13} {escape(text)}", highlight=False
+    )
+
+
+def status(document: dict[str, Any]) -> None:
+    """`promptdrop status`: the daemon's own document, for people."""
+    engine, queue, window = document["engine"], document["queue"], document["window"]
+    rows = [
+        ("state", document["state"] + (f": {document['reason']}" if document["reason"] else ""))
+    ]
+    device = f" on {engine['device']}, {engine['dtype']}" if engine["device"] else ""
+    rows.append(("engine", f"{engine['stage']}, {engine['model']}{device}"))
+    if current := document["current"]:
+        rows.append(
+            (
+                "rendering",
+                f"{current['file']} {current['image']}/{current['images']}, step {current['step']}/{current['steps']}, {current['seconds']:.1f} s",
+            )
+        )
+    rows.append(
+        (
+            "queue",
+            f"{queue['images']} images of {queue['jobs']} jobs, {queue['publishing']} being saved",
+        )
+    )
+    if window["p50_ms"] is not None:
+        rate = (
+            f"{window['images_per_second']:.2f} images/s, " if window["images_per_second"] else ""
+        )
+        rows.append(
+            (
+                "rate",
+                f"{rate}render p50 {window['p50_ms']:.0f} ms, p95 {window['p95_ms']:.0f} ms, p99 {window['p99_ms']:.0f} ms over {window['images']} images",
+            )
+        )
+    if queue["images"] and document["eta_seconds"] is not None:
+        rows.append(("ready in", duration(document["eta_seconds"])))
+    rows += [
+        ("waiting", f"{waiting['file']}: {waiting['why']}") for waiting in document["waiting"][:10]
+    ]
+    bad = [end for end in document["finished"] if end["outcome"] != "done"]
+    rows += [(end["outcome"], f"{end['file']}: {end['error'] or ''}") for end in bad[-5:]]
+    if is_terminal():
+        table(("", ""), rows)
+    else:
+        for name, text in rows:
+            say(f"{name}\t{text}")
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min`, `2 h 10 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Bar | None]:
+    """A bar for as long as the block runs; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Bar(progress)
