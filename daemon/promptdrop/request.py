@@ -296,8 +296,6 @@ def _resolve(documents: Iterable[Node], config: Config, problems: Problems) -> R
     total = 0
     defaults = _defaults(config)
     for document in documents:
-        if isinstance(document, Scalar) and document.value is None:
-            continue
         if not isinstance(document, Mapping):
             problems.add(_not_a_mapping(document), document.line)
             continue

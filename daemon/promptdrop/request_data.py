@@ -45,9 +45,9 @@ def short(text: str, limit: int = 60) -> str:
 
 
 def yaml_documents(text: str) -> list[Node]:
-    """Every YAML document. Raises RequestError: see yaml12.documents."""
+    """Every YAML document but the empty ones. Raises RequestError: see yaml12.documents."""
     try:
-        return documents(text)
+        return [node for node in documents(text) if not _is_null(node)]
     except YamlError as e:
         raise RequestError([Problem(str(e), e.line)]) from None
 
@@ -97,6 +97,10 @@ def csv_documents(text: str, problems: Problems, fields: Collection[str]) -> Ite
             )
         else:
             yield _row_document(zip(header, row, strict=False), line, problems)
+
+
+def _is_null(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.value is None
 
 
 def _json_tree(text: str, line: int) -> Node:

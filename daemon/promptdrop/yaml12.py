@@ -158,6 +158,7 @@ class Builder:
 def _build(events: Iterator[yaml.Event]) -> Iterator[Node]:
     builder = Builder()
     for event in events:
+        assert event.start_mark is not None  # only events made by hand have none
         line = event.start_mark.line + 1
         root: Node | None = None
         if isinstance(event, yaml.AliasEvent):

@@ -1,0 +1,46 @@
+"""Fixtures: daemons that never outlive their test, and one small real model for all tests."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Daemon
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """`make_daemon({...changes to config...})`; whatever runs is killed at the end of the test."""
+    made: list[Daemon] = []
+
+    def make(changes: dict[str, Any] | None = None, home: str = "home") -> Daemon:
+        folder = tmp_path / home
+        folder.mkdir(exist_ok=True)
+        made.append(Daemon(folder, changes))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        if daemon.process and daemon.process.poll() is None:
+            daemon.kill()
+
+
+@pytest.fixture
+def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
+    """A daemon on a fast configuration, not started."""
+    return make_daemon()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small real Z-Image checkpoint, written once per worker of the run."""
+    directory = tmp_path_factory.mktemp("model") / "zimage"
+    subprocess.run(
+        [sys.executable, "-m", "promptdrop", "model", "demo", str(directory)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return directory
