@@ -13,7 +13,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	@$(BIN)/python -m promptdrop.demo demo
+	@mkdir -p demo
+	@cp -n examples/config.yaml demo/config.yaml || true
+	@test -d demo/model || $(BIN)/promptdrop model demo demo/model
+	@$(BIN)/promptdrop init demo
+	@$(BIN)/promptdrop submit --config demo/config.yaml examples/animals.txt examples/scenes.yaml
+	@$(BIN)/promptdrop run --config demo/config.yaml --drain
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2

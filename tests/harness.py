@@ -41,7 +41,9 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for key, value in changes.items():
         old = both.get(key)
-        both[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        both[key] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return both
 
 
@@ -51,7 +53,9 @@ class Daemon:
     def __init__(self, home: Path, changes: dict[str, Any] | None = None) -> None:
         self.home = home
         self.root = home / "spool"
-        self.inbox, self.outbox, self.failed = (self.root / n for n in ("inbox", "outbox", "failed"))
+        self.inbox, self.outbox, self.failed = (
+            self.root / n for n in ("inbox", "outbox", "failed")
+        )
         self.own = self.root / ".promptdrop"
         self.config = home / "config.yaml"
         self.settings = merged(FAST, changes or {})
@@ -84,13 +88,17 @@ class Daemon:
         """A promptdrop command on this configuration."""
         return [sys.executable, "-m", "promptdrop", *arguments, "--config", str(self.config)]
 
-    def run(self, *arguments: str, timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, timeout: float = PATIENCE_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         return subprocess.run(
             self.command(*arguments), capture_output=True, text=True, timeout=timeout, cwd=self.home
         )
 
-    def start(self, *arguments: str, env: dict[str, str] | None = None, wrapper: list[str] | None = None) -> "Daemon":
+    def start(
+        self, *arguments: str, env: dict[str, str] | None = None, wrapper: list[str] | None = None
+    ) -> "Daemon":
         """Start `promptdrop run`; `wrapper` replaces `python -m promptdrop`."""
         head = wrapper or [sys.executable, "-m", "promptdrop"]
         with self.log_file.open("a") as log:
@@ -195,8 +203,12 @@ class Daemon:
     def tree(self) -> list[str]:
         """Every file of inbox, outbox and failed."""
         folders = (self.inbox, self.outbox, self.failed)
-        return sorted(str(p.relative_to(self.root)) for f in folders for p in f.rglob("*") if p.is_file())
+        return sorted(
+            str(p.relative_to(self.root)) for f in folders for p in f.rglob("*") if p.is_file()
+        )
 
     def unfinished(self) -> list[str]:
         """Jobs that are still ours."""
-        return sorted(p.name for state in ("pending", "active") for p in (self.own / state).glob("*"))
+        return sorted(
+            p.name for state in ("pending", "active") for p in (self.own / state).glob("*")
+        )

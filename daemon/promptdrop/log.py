@@ -23,6 +23,7 @@ def set_up(level: str, form: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _what_happened_first,
             *(
                 [structlog.dev.ConsoleRenderer()]
                 if console
@@ -35,6 +36,12 @@ def set_up(level: str, form: str) -> None:
         ),  # the stderr of now: rich wraps it
         cache_logger_on_first_use=False,
     )
+
+
+def _what_happened_first(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Order of the keys in a JSON line: when, how bad, what, then the rest as given."""
+    head = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
+    return {**head, **event}
 
 
 def get() -> Any:

@@ -8,6 +8,7 @@ The record in the job's folder stands before the image has its name, so after a 
 
 import hashlib
 import json
+import mmap
 import os
 import time
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Publication:
 
     job: Job
     spec: ImageSpec
-    pixels: Any  # buffer of uint8 [height, width, 3]
+    pixels: bytes | mmap.mmap  # buffer of uint8 [height, width, 3]
     rendering: Rendering | None  # None: a placeholder, made because of `error`
     engine: EngineInfo
     attempt: int
@@ -65,6 +66,11 @@ class Publication:
             self._recorded = True
         return complete(self.job, self.spec.image)
 
+    def close(self) -> None:
+        """Give the memory of the pixels back."""
+        if isinstance(self.pixels, mmap.mmap):
+            self.pixels.close()
+
     @property
     def _mode(self) -> int:
         return int(self.job.settings.output.mode, 8)
@@ -76,9 +82,9 @@ class Publication:
     def _encode(self) -> bytes:
         spec, output = self.spec, self.job.settings.output
         text = infotext(spec, self.engine.model) if output.embed_metadata else None
-        return picture.encode(
-            self.pixels, spec.width, spec.height, spec.format, output.quality, text
-        )
+        size = spec.width, spec.height
+        with memoryview(self.pixels) as pixels:
+            return picture.encode(pixels, *size, spec.format, output.quality, text)
 
     def _record(self, temporary: str) -> dict[str, Any]:
         record = self._sidecar().model_dump(mode="json")

@@ -127,6 +127,10 @@ class Job:
             if s.image not in self.states or self.states[s.image].outcome == "todo"
         ]
 
+    def deaths(self, image: int) -> int:
+        """Daemon deaths in a row with this image in hand."""
+        return self.states[image].deaths if image in self.states else 0
+
     def stem(self, spec: ImageSpec) -> str:
         """The file name of an image without its suffix, by `output.name`."""
         assert spec.seed is not None
@@ -143,6 +147,12 @@ class Unresolved:
     home: Path
     sub: str
     file: str
+    inode: int
+
+    @property
+    def path(self) -> str:
+        """SUB/FILE as dropped."""
+        return f"{self.sub}/{self.file}" if self.sub else self.file
 
 
 class Spool:
@@ -306,39 +316,30 @@ class Spool:
 
     def claim(self, sub: str, file: str) -> Unresolved:
         """Take a file out of the inbox. Raises FileNotFoundError: it was withdrawn."""
-        claimed = Unresolved(self._new_id(), Path(), sub, file)
-        claimed.home = self.own / "pending" / claimed.id
-        folder = claimed.home / "drop" / sub
+        job_id = self._new_id()
+        home = self.own / "pending" / job_id
+        folder = home / "drop" / sub
         os.makedirs(folder)
         source = self.inbox / sub / file
         try:
             fs.rename(source, folder / file)
         except OSError:
-            fs.remove_tree(claimed.home)
+            fs.remove_tree(home)
             raise
-        for path in (folder, claimed.home, claimed.home.parent, source.parent):
+        for path in (folder, home, home.parent, source.parent):
             _sync_if_there(path)
-        return claimed
-
-    def unclaim(self, claimed: Unresolved) -> None:
-        """Put a file back into the inbox, because it changed while it was taken."""
-        fs.rename(
-            claimed.home / "drop" / claimed.sub / claimed.file,
-            self.inbox / claimed.sub / claimed.file,
-        )
-        fs.remove_tree(claimed.home)
+        return Unresolved(job_id, home, sub, file, os.lstat(folder / file).st_ino)
 
     def resolve(
         self, claimed: Unresolved, request: Request, settled: Settled, settings: Settings
     ) -> Job:
         """Record what a claimed file asks for, seeds included, then make its outbox folder. Once in a job's life."""
-        drop = claimed.home / "drop" / claimed.sub / claimed.file
         job = Job(
             claimed.id,
             claimed.home,
             claimed.sub,
             claimed.file,
-            os.lstat(drop).st_ino,
+            claimed.inode,
             self.outbox,
             "",
             request.priority,
@@ -476,7 +477,7 @@ class Spool:
 
     def refuse_job(self, job: Job, problems: Iterable[Problem]) -> ErrorRecord:
         """Refuse a resolved job before its first image; its empty outbox folder goes."""
-        claimed = Unresolved(job.id, job.home, job.sub, job.file)
+        claimed = Unresolved(job.id, job.home, job.sub, job.file, job.inode)
         _unlink(job.home / "request.json")
         try:
             os.rmdir(job.outbox_folder)
@@ -639,22 +640,21 @@ class Spool:
         return jobs, unresolved
 
     def _recover(self, home: Path) -> Job | Unresolved | None:
+        fs.remove_temporaries(home)
         has_record = (home / "request.json").exists()
         is_failing = (home / "failing.json").exists()
         if has_record:
             job = self._load(home)
-            fs.remove_temporaries(home)
             if not is_failing:
                 self._adopt_folder(job)
                 return job
+            fs.remove_temporaries(job.outbox_folder)
             cancelled = read_json(home / "failing.json")["record"]["outcome"] == "cancelled"
             self.finish(job, cancelled)
             return None
         drop = next((p for p in _files(home / "drop")), None)
         if is_failing:
-            claimed = Unresolved(home.name, home, "", drop.name if drop else "gone")
-            if drop:
-                claimed.sub = _relative(drop.parent, home / "drop")
+            claimed = _unresolved(home, drop or home / "drop" / "gone")
             self._move_to_failed(
                 claimed, ErrorRecord.model_validate(read_json(home / "failing.json")["record"])
             )
@@ -663,7 +663,7 @@ class Spool:
         if drop is None:
             fs.remove_tree(home)
             return None
-        return Unresolved(home.name, home, _relative(drop.parent, home / "drop"), drop.name)
+        return _unresolved(home, drop)
 
     def _recover_parked(self, home: Path) -> None:
         plan = read_json(home / "failing.json")
@@ -837,6 +837,11 @@ def _retry_command(sub: str, file: str) -> str:
 
 def _reason_file(target: Path) -> Path:
     return target.with_name(f"{target.name}.error.json")
+
+
+def _unresolved(home: Path, drop: Path) -> Unresolved:
+    inode = os.lstat(drop).st_ino if os.path.lexists(drop) else 0
+    return Unresolved(home.name, home, _relative(drop.parent, home / "drop"), drop.name, inode)
 
 
 def _of_image(job: Job, image: int, kind: str) -> Path:

@@ -1,0 +1,243 @@
+"""From a file in the inbox to a job: look, read, claim, resolve, or refuse."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from promptdrop import control, fs, log, names, request
+from promptdrop.config import Config
+from promptdrop.errors import DiskTrouble, RequestError
+from promptdrop.inbox import Inbox, Offer, Scan, Watcher, sees_every_writer
+from promptdrop.job import Request
+from promptdrop.loop import TROUBLE, Loop, reason_of
+from promptdrop.reading import read_job_file
+from promptdrop.spool import Job, Settings, Settled, Spool, Unresolved, describe_permissions
+
+SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
+
+
+class Desk(Protocol):
+    """Who takes what comes in; called on the loop."""
+
+    config: Config
+
+    def accept(self, job: Job) -> None:
+        """A new job, resolved."""
+
+    def refuse(self, claimed: Unresolved, error: RequestError) -> None:
+        """A claimed file that is no job."""
+
+    def surveyed(self, survey: "Survey") -> None:
+        """Everything outside was looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """One look at everything outside: the inbox, the control folder, the disks."""
+
+    scan: Scan | None
+    trouble: str | None
+    paused: bool
+    commands: tuple[control.Command, ...]
+
+
+class Intake:
+    """Looks when woken and when time comes; `look` never blocks."""
+
+    def __init__(self, loop: Loop, spool: Spool, desk: Desk) -> None:
+        self.waiting: dict[str, str] = {}  # SUB/FILE -> why it is not taken yet
+        self.last_activity = 0.0  # when something was last taken or put back
+        self._loop, self._spool, self._desk = loop, spool, desk
+        self._inbox = Inbox(spool.inbox)
+        self._watcher = Watcher(self.wake)
+        self._woken = True
+        self._scanning = False
+        self._last_scan = self._next_scan = 0.0
+        self._quiet_since: float | None = None  # start of the last look that found no job file
+        self._offered = 0  # files being read or claimed
+        self._verdicts: list[Callable[[], None]] = []  # what the next look must know
+
+    def wake(self) -> None:
+        """Look soon. Called from any thread."""
+        self._woken = True
+        self._loop.wake()
+
+    def next_look(self) -> float:
+        """When `look` has something to do, monotonic seconds."""
+        if self._scanning:
+            return float("inf")
+        soon = self._last_scan + SCAN_SECONDS if self._woken else float("inf")
+        return min(self._next_scan, soon)
+
+    def is_quiet(self) -> bool:
+        """Whether a look that began after all that happened found nothing to take."""
+        busy = self._scanning or self._offered or self._verdicts
+        quiet = self._quiet_since is not None and self._quiet_since >= self.last_activity
+        if not quiet:
+            self._woken = True
+        return quiet and not busy
+
+    def look(self, now: float) -> None:
+        """Start a look if one is due."""
+        if self._scanning or now < self.next_look():
+            return
+        self._scanning, self._woken, self._last_scan = True, False, now
+        verdicts, self._verdicts = self._verdicts, []
+        self._off("scanner", partial(self._survey, now, verdicts), self._surveyed)
+
+    def resolve_again(self, claimed: Unresolved) -> None:
+        """Read a file that was claimed before a crash."""
+        self._offered += 1
+        self._off("clerk", partial(self._resolve, claimed, None, None), self._resolved)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watcher.close()
+
+    def watch_mode(self) -> Literal["inotify", "poll"]:
+        """`watch.mode`, decided."""
+        mode = self._desk.config.watch.mode
+        if mode != "auto":
+            return mode
+        return "inotify" if sees_every_writer(self._spool.inbox) else "poll"
+
+    def _off(
+        self,
+        room: Literal["scanner", "reader", "clerk"],
+        function: Callable[[], Any],
+        then: Callable[[Any], None],
+    ) -> None:
+        self._loop.off(room, function, then, self._desk.config.watch.rescan_seconds)
+
+    # --- looking ------------------------------------------------------------------------------
+
+    def _survey(self, now: float, verdicts: list[Callable[[], None]]) -> Survey:
+        """On the scanner's thread."""
+        settings = self._desk.config
+        for verdict in verdicts:
+            verdict()
+        verdicts.clear()
+        scan, trouble = None, None
+        try:
+            self._watcher.check(self._watched_folders())
+            self._spool.require_folders()
+            scan = self._inbox.scan(now, settings.watch, settings.inbox.recursive)
+            self._spool.require_space(settings.limits.min_free_disk_mib)
+        except TROUBLE as e:
+            trouble = reason_of(e)
+        paused, commands = control.read(self._spool.control)
+        return Survey(scan, trouble, paused, commands)
+
+    def _watched_folders(self) -> dict[Path, bool]:
+        folders = {self._spool.control: False}
+        if self.watch_mode() == "inotify":
+            folders[self._spool.inbox] = self._desk.config.inbox.recursive
+        return folders
+
+    def _surveyed(self, survey: Survey) -> None:
+        self._scanning = False
+        self._next_scan = self._last_scan + self._desk.config.watch.rescan_seconds
+        self._desk.surveyed(survey)
+        if scan := survey.scan:
+            self.waiting = scan.waiting
+            self._next_scan = min(self._next_scan, scan.next_look)
+            self._quiet_since = scan.started if scan.found == 0 else None
+            for offer in scan.offers:
+                self._offered += 1
+                self._off("reader", partial(self._read, offer), partial(self._was_read, offer))
+
+    # --- taking -------------------------------------------------------------------------------
+
+    def _read(self, offer: Offer) -> Request | RequestError | None:
+        """On the reader's thread: what the file asks for, why it is refused, or None: it changed."""
+        path = self._spool.inbox / offer.sub / offer.file
+        return read_job_file(path, offer.file, self._desk.config, offer.signature)
+
+    def _was_read(self, offer: Offer, result: Request | RequestError | None) -> None:
+        if result is None:
+            self._not_taken(lambda: self._inbox.put_back(offer.path))
+        elif isinstance(result, RequestError) and offer.give_up is None:
+            self._not_taken(lambda: self._inbox.object(offer.path, str(result)))
+        else:
+            then = partial(self._was_claimed, offer, result)
+            self._off("clerk", partial(self._claim, offer), then)
+
+    def _not_taken(self, verdict: Callable[[], None]) -> None:
+        self._offered -= 1
+        self._verdicts.append(verdict)
+        self.wake()
+
+    def _claim(self, offer: Offer) -> Unresolved | None:
+        """On the clerk's thread. None: withdrawn."""
+        self._spool.require_folders()
+        source = self._spool.inbox / offer.sub / offer.file
+        try:
+            return self._spool.claim(offer.sub, offer.file)
+        except FileNotFoundError:
+            if os.path.lexists(source):
+                raise
+            return None
+        except PermissionError as e:
+            raise DiskTrouble(
+                f"{names.printable(offer.path)} cannot be moved out of the inbox:"
+                f" {e.strerror}: {describe_permissions(source.parent)}"
+            ) from None
+
+    def _was_claimed(
+        self, offer: Offer, result: Request | RequestError, claimed: Unresolved | None
+    ) -> None:
+        self.last_activity = time.monotonic()
+        if claimed is None:
+            self._not_taken(lambda: self._inbox.put_back(offer.path))
+        elif isinstance(result, RequestError):
+            self._offered -= 1
+            self._desk.refuse(claimed, result)
+        else:
+            self._off("clerk", partial(self._resolve, claimed, offer, result), self._resolved)
+
+    def _resolve(
+        self, claimed: Unresolved, offer: Offer | None, asked: Request | None
+    ) -> Job | tuple[Unresolved, RequestError]:
+        """On the clerk's thread. The claimed file is looked at again: a writer may hold it still."""
+        self._spool.require_folders()
+        drop = claimed.home / "drop" / claimed.sub / claimed.file
+        if offer is None or asked is None or not _is_same(fs.signature_of(drop), offer.signature):
+            result = read_job_file(drop, claimed.file, self._desk.config, None)
+            if not isinstance(result, Request):
+                return claimed, result or RequestError("changed while it was claimed")
+            asked = result
+        settled = Settled(offer.settled if offer else time.monotonic(), self._spool.boot)
+        settings = settings_of(self._desk.config)
+        return self._spool.resolve(
+            claimed, request.with_seeds(asked, claimed.id), settled, settings
+        )
+
+    def _resolved(self, result: Job | tuple[Unresolved, RequestError]) -> None:
+        self._offered -= 1
+        self.last_activity = time.monotonic()
+        if isinstance(result, Job):
+            log.get().info(
+                "job.claimed",
+                job=result.id,
+                file=names.printable(result.path),
+                images=len(result.specs),
+                folder=result.folder,
+            )
+            self._desk.accept(result)
+        else:
+            self._desk.refuse(*result)
+
+
+def settings_of(config: Config) -> Settings:
+    """What a job claimed now keeps of the configuration."""
+    section = config.engine
+    return Settings(config.prompt, config.output, section.max_attempts, section.on_timeout)
+
+
+def _is_same(now: fs.Signature | None, then: fs.Signature) -> bool:
+    """Whether inode, size and mtime are the same: the rename itself changed only ctime."""
+    return now is not None and now[:3] == then[:3]

@@ -1,0 +1,126 @@
+"""The daemon's one wait, and the threads that touch disks for it.
+
+Whatever may block runs in a room, a small pool of threads, and what follows from it runs on the
+loop. Trouble with a disk is never an answer: the same work is tried again until it is cured.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from typing import Any, Literal
+
+from promptdrop import log
+from promptdrop.errors import DiskTrouble, PromptdropError
+
+PUBLISHERS = 4  # images being encoded and saved at once
+TROUBLE = (OSError, DiskTrouble)
+
+# scanner: looks at the inbox. reader: parses drops. clerk: moves jobs, one thing after another.
+Room = Literal["scanner", "reader", "clerk", "publisher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """Work that met trouble with a disk, to be tried again."""
+
+    again: Callable[[], None]
+    reason: str
+
+
+class Loop:
+    """Owned by the main thread; only `wake` may be called from elsewhere."""
+
+    def __init__(self) -> None:
+        self.stalled: list[Stalled] = []
+        self._retry_at = float("inf")
+        self._closed = False
+        self._results: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._rooms = {
+            "scanner": ThreadPoolExecutor(1, "scanner"),
+            "reader": ThreadPoolExecutor(1, "reader"),
+            "clerk": ThreadPoolExecutor(1, "clerk"),
+            "publisher": ThreadPoolExecutor(PUBLISHERS, "publisher"),
+        }
+
+    def wake(self) -> None:
+        """End the wait in hand. Called from any thread and from signal handlers."""
+        try:
+            os.write(self._wake_write, b"\0")
+        except OSError:
+            pass  # the pipe is full of wake-ups already, or closed
+
+    def wait(self, descriptors: list[int], deadline: float) -> None:
+        """Until a descriptor is ready, a wake-up, stalled work is due, or `deadline` (monotonic)."""
+        timeout = max(0.0, min(deadline, self._retry_at) - time.monotonic())
+        wait([self._wake_read, *descriptors], timeout)
+        try:
+            while os.read(self._wake_read, 4096):
+                pass
+        except BlockingIOError:
+            pass  # drained
+
+    def run_results(self) -> None:
+        """What the threads have brought back, and stalled work whose time has come."""
+        while not self._results.empty():
+            self._results.get()()
+        if time.monotonic() >= self._retry_at:
+            stalled, self.stalled, self._retry_at = self.stalled, [], float("inf")
+            for work in stalled:
+                work.again()
+
+    def off(
+        self,
+        room: Room,
+        function: Callable[[], Any],
+        then: Callable[[Any], None],
+        retry_seconds: float,
+    ) -> None:
+        """Run `function` in a room, then `then(result)` here; after disk trouble, again later."""
+
+        def done(future: Future[Any]) -> None:
+            self._results.put(lambda: returned(future))
+            self.wake()
+
+        def returned(future: Future[Any]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if isinstance(error, TROUBLE):
+                self._stall(again, reason_of(error), retry_seconds)
+            elif error is not None:
+                raise error
+            else:
+                then(future.result())
+
+        def again() -> None:
+            if not self._closed:
+                self._rooms[room].submit(function).add_done_callback(done)
+
+        again()
+
+    def close(self) -> None:
+        """Let work in hand end, drop what has not begun."""
+        self._closed = True
+        for room in self._rooms.values():
+            room.shutdown(wait=True, cancel_futures=True)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _stall(self, again: Callable[[], None], reason: str, retry_seconds: float) -> None:
+        log.get().warning("disk.trouble", reason=reason)
+        self.stalled.append(Stalled(again, reason))
+        self._retry_at = min(self._retry_at, time.monotonic() + retry_seconds)
+
+
+def reason_of(error: BaseException) -> str:
+    """The file, the error and what it means, of trouble with a disk."""
+    if isinstance(error, PromptdropError):
+        return str(error)
+    assert isinstance(error, OSError)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
