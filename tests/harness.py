@@ -197,7 +197,7 @@ class Daemon:
     def sidecars(self, folder: str) -> list[dict[str, Any]]:
         """The sidecars of an outbox folder, by image number."""
         read = [json.loads(p.read_bytes()) for p in (self.outbox / folder).glob("*.json")]
-        images = [s for s in read if s["schema"] == "promptdrop.image/1"]
+        images = [s for s in read if s.get("schema") == "promptdrop.image/1"]
         return sorted(images, key=lambda s: s["job"]["image"])
 
     def tree(self) -> list[str]:

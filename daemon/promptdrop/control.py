@@ -1,8 +1,9 @@
 """How commands reach the daemon: files in `.promptdrop/control`, writable by the spool's group.
 
-`pause` is a flag that lasts; a command is a small JSON file that the daemon removes when it acts.
+`pause` is a flag that lasts; a command is a small JSON file that the daemon removes once it is done.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ class Cancel:
     """Withdraw or stop these jobs, by id."""
 
     targets: tuple[str, ...]
+    file: str = ""  # of a command that was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Retry:
     """Resume the jobs of these files, as paths below failed/."""
 
     targets: tuple[str, ...]
+    file: str = ""
 
 
 Command = Cancel | Retry
@@ -61,15 +64,25 @@ def is_paused(folder: Path) -> bool:
 
 
 def read(folder: Path) -> tuple[bool, tuple[Command, ...]]:
-    """Whether we are paused, and the commands left since the last call, which are removed."""
+    """Whether we are paused, and the commands that are not `done`; what is no command is removed."""
     commands = []
     for entry in sorted(fs.entries(folder), key=lambda entry: entry.name):
         if entry.name.endswith(".json") and not entry.name.startswith("."):
             command = _parse(Path(entry.path))
-            os.unlink(entry.path)
             if command:
                 commands.append(command)
+            else:
+                done(folder, entry.name)
     return is_paused(folder), tuple(commands)
+
+
+def done(folder: Path, file: str) -> None:
+    """The command was carried out; a crash before this repeats it."""
+    try:
+        os.unlink(folder / file)
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.EISDIR, errno.EPERM):
+            raise
 
 
 def _parse(path: Path) -> Command | None:
@@ -82,4 +95,4 @@ def _parse(path: Path) -> Command | None:
         return None
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         return None
-    return kind(tuple(targets))
+    return kind(tuple(targets), path.name)

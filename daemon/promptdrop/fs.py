@@ -55,15 +55,10 @@ def move(source: Path, target: Path) -> None:
     source goes. Raises FileExistsError: the target is another file.
     """
     try:
-        rename(source, target)
+        _rename_or_copy(source, target)
     except FileExistsError:
         if not _is_rest_of_move(source, target):
             raise
-        os.unlink(source)
-    except OSError as e:
-        if e.errno != errno.EXDEV:
-            raise
-        _copy(source, target)
         os.unlink(source)
     sync_directory(target.parent)
     sync_directory(source.parent)
@@ -224,6 +219,16 @@ def free_mib(path: Path) -> float:
     """Free space for an unprivileged writer, MiB."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize / 2**20
+
+
+def _rename_or_copy(source: Path, target: Path) -> None:
+    try:
+        rename(source, target)
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        _copy(source, target)
+        os.unlink(source)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -38,9 +39,13 @@ def set_up(level: str, form: str) -> None:
     )
 
 
-def _what_happened_first(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+def _what_happened_first(
+    logger: Any, method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
     """Order of the keys in a JSON line: when, how bad, what, then the rest as given."""
-    head = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
+    head: dict[str, Any] = {
+        key: event.pop(key) for key in ("timestamp", "level", "event") if key in event
+    }
     return {**head, **event}
 
 

@@ -8,7 +8,6 @@ anywhere leaves a folder that says what is left. Everything here may block on a 
 off the daemon's loop; an OSError that escapes is trouble with a disk, never a job's fault.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -94,6 +93,7 @@ class Job:
     settings: Settings
     specs: tuple[ImageSpec, ...]
     states: dict[int, ImageState] = field(default_factory=dict)  # only what is not plain todo
+    cancelled: bool = False
 
     @property
     def name(self) -> str:
@@ -445,9 +445,14 @@ class Spool:
 
     # --- the end of a job ---------------------------------------------------------------------
 
-    def finish(self, job: Job, cancelled: bool = False) -> JobOutcome:
+    def cancel(self, job: Job) -> None:
+        """Remember durably that nobody wants the rest of this job."""
+        if job.home.exists():
+            fs.write_durably(job.home / "cancelled", b"")
+
+    def finish(self, job: Job) -> JobOutcome:
         """Move the dropped file to its last place, write job.json, let the job go."""
-        outcome = outcome_of(job, cancelled)
+        outcome = outcome_of(job)
         if outcome == "done":
             self._ensure_folder(job)
             self._move_request(job)
@@ -585,6 +590,7 @@ class Spool:
                 os.unlink(entry.path)
         if plan:
             _unlink(_reason_file(self.failed / plan["target"]))
+        _unlink(home / "cancelled")
         _unlink(home / "failing.json")
         pending = self.own / "pending" / job.id
         fs.rename(home, pending)
@@ -593,22 +599,17 @@ class Spool:
         return self._load(pending)
 
     def _drop_again(self, path: Path, target: str) -> None:
+        """A refused file goes back to the inbox. Its reason goes first: a crash repeats the command."""
         sub, _, file = target.rpartition("/")
         stem, suffix = names.split(file)
-        os.makedirs(self.inbox / sub, exist_ok=True)
+        fs.make_directories(self.inbox / sub, _TREE_MODE, below=self.inbox)
+        _unlink(_reason_file(path))
         n = 1
-        while True:
+        while path.exists():
             try:
-                fs.rename(path, self.inbox / sub / names.numbered(stem, suffix, n))
-                break
+                fs.move(path, self.inbox / sub / names.numbered(stem, suffix, n))
             except FileExistsError:
                 n += 1
-            except OSError as e:
-                if e.errno != errno.EXDEV:
-                    raise
-                fs.move(path, self.inbox / sub / names.numbered(stem, suffix, n))
-                break
-        _unlink(_reason_file(path))
 
     # --- after a crash ------------------------------------------------------------------------
 
@@ -649,8 +650,7 @@ class Spool:
                 self._adopt_folder(job)
                 return job
             fs.remove_temporaries(job.outbox_folder)
-            cancelled = read_json(home / "failing.json")["record"]["outcome"] == "cancelled"
-            self.finish(job, cancelled)
+            self.finish(job)
             return None
         drop = next((p for p in _files(home / "drop")), None)
         if is_failing:
@@ -710,6 +710,7 @@ class Spool:
         )
         for entry in fs.entries(home):
             image, _, kind = entry.name.partition(".")
+            job.cancelled |= entry.name == "cancelled"
             if image.isdecimal():
                 self._load_image(job, int(image), kind, read_json(Path(entry.path)))
         return job
@@ -741,13 +742,13 @@ class Spool:
         return f"{stamp}-{secrets.token_hex(3)}"
 
 
-def outcome_of(job: Job, cancelled: bool) -> JobOutcome:
+def outcome_of(job: Job) -> JobOutcome:
     """done: every image rendered. failed: none. partial: some."""
-    if cancelled:
-        return "cancelled"
     rendered = sum(state.outcome == "rendered" for state in job.states.values())
     if rendered == len(job.specs):
         return "done"
+    if job.cancelled:
+        return "cancelled"
     return "partial" if rendered else "failed"
 
 

@@ -54,7 +54,6 @@ class Running:
 
     job: Job
     busy: int = 0  # images in the engine or on their way to the disk
-    cancelled: bool = False
     ending: bool = False
 
 
@@ -80,6 +79,7 @@ class Supervisor:
 
         self._queue = Queue(settings.queue.policy)
         self._running: dict[str, Running] = {}
+        self._obeying: set[str] = set()  # commands that are being carried out
         self._refusing = 0  # files on their way to failed/
         self._recovering = True
 
@@ -248,44 +248,70 @@ class Supervisor:
             self._paused = survey.paused
             log.get().info("daemon.paused" if survey.paused else "daemon.resumed")
         for command in survey.commands:
-            self._obey(command)
+            if command.file not in self._obeying:
+                self._obey(command)
 
     def _obey(self, command: control.Command) -> None:
+        self._obeying.add(command.file)
+        work: Callable[[], Any]
+        then: Callable[[Any], None]
+        if isinstance(command, control.Cancel):
+            work, then = partial(self._record_cancel, command), self._cancel
+        else:
+            work, then = partial(self._retry, command, list(command.targets), []), self._retried
+        self._off("clerk", work, partial(self._obeyed, command, then))
+
+    def _obeyed(self, command: control.Command, then: Callable[[Any], None], result: Any) -> None:
+        self._obeying.discard(command.file)
+        then(result)
+
+    def _record_cancel(self, command: control.Cancel) -> list[str]:
+        """On the clerk's thread: durable before the command goes."""
         for target in command.targets:
-            if isinstance(command, control.Retry):
-                self._off("clerk", partial(self._retry, target), self._retried)
-            elif running := self._running.get(target):
-                self._cancel(running)
+            if running := self._running.get(target):
+                self.spool.cancel(running.job)
+        control.done(self.spool.control, command.file)
+        return list(command.targets)
 
-    def _cancel(self, running: Running) -> None:
-        if running.ending:
-            return
-        log.get().info("job.cancelling", job=running.job.id)
-        running.cancelled = True
-        self._queue.drop(running.job)
-        self._unmeasured = [other for other in self._unmeasured if other is not running]
-        for ticket, other in self._tickets.items():
-            if other is running and self._engine:
-                self._engine.cancel(ticket)
-        self._maybe_finish(running)
+    def _cancel(self, targets: list[str]) -> None:
+        for running in [self._running[target] for target in targets if target in self._running]:
+            if running.ending:
+                continue
+            log.get().info("job.cancelling", job=running.job.id)
+            running.job.cancelled = True
+            self._queue.drop(running.job)
+            self._unmeasured = [other for other in self._unmeasured if other is not running]
+            for ticket, other in self._tickets.items():
+                if other is running and self._engine:
+                    self._engine.cancel(ticket)
+            self._maybe_finish(running)
 
-    def _retry(self, target: str) -> Job | str | None:
-        """On the clerk's thread. A text says why nothing is retried."""
+    def _retry(
+        self, command: control.Retry, left: list[str], results: list[Job | str]
+    ) -> list[Job | str]:
+        """On the clerk's thread. `left` and `results` last over trouble with a disk.
+
+        Returns jobs to go on with, and texts that say why something is not retried.
+        """
         self.spool.require_folders()
-        try:
-            return self.spool.retry(target)
-        except (UsageError, FileNotFoundError) as e:
-            return f"cannot retry {names.printable(target)}: {e}"
+        while left:
+            try:
+                results += [job] if (job := self.spool.retry(left[0])) else []
+            except (UsageError, FileNotFoundError) as e:
+                results.append(f"cannot retry {names.printable(left[0])}: {e}")
+            left.pop(0)
+        control.done(self.spool.control, command.file)
+        return results
 
-    def _retried(self, result: Job | str | None) -> None:
-        if isinstance(result, Job):
-            left = len(result.todo())
-            log.get().info(
-                "job.retried", job=result.id, file=names.printable(result.path), images=left
-            )
-            self.accept(result)
-        elif result:
-            log.get().warning("job.not_retried", reason=result)
+    def _retried(self, results: list[Job | str]) -> None:
+        for result in results:
+            if isinstance(result, Job):
+                file, left = names.printable(result.path), len(result.todo())
+                log.get().info("job.retried", job=result.id, file=file, images=left)
+                self.accept(result)
+            else:
+                log.get().warning("job.not_retried", reason=result)
+        self._intake.last_activity = time.monotonic()
         self._intake.wake()
 
     # --- jobs ---------------------------------------------------------------------------------
@@ -316,14 +342,15 @@ class Supervisor:
         """A job to render: new, recovered or retried."""
         running = self._running[job.id] = Running(job)
         self._intake.last_activity = time.monotonic()
-        if job.settings.prompt.overflow == "refuse" and not job.states:
+        if job.settings.prompt.overflow == "refuse" and not (job.states or job.cancelled):
             self._unmeasured.append(running)
             self._measure()
         else:
             self._enqueue(running)
 
     def _enqueue(self, running: Running) -> None:
-        self._queue.add(running.job, running.job.todo())
+        if not running.job.cancelled:
+            self._queue.add(running.job, running.job.todo())
         self._maybe_finish(running)
 
     def refuse(self, claimed: Unresolved, error: RequestError) -> None:
@@ -352,7 +379,7 @@ class Supervisor:
 
     def _measured(self, answer: Tokens) -> None:
         running = self._measuring.pop(answer.ticket, None)
-        if running is None or running.cancelled:
+        if running is None or running.job.cancelled:
             return
         job, limit = running.job, running.job.settings.prompt.max_tokens
         problems = [
@@ -374,7 +401,7 @@ class Supervisor:
 
     def _maybe_finish(self, running: Running) -> None:
         """End the job if nothing of it is left to do or in flight."""
-        if running.ending or running.busy or (running.job.todo() and not running.cancelled):
+        if running.ending or running.busy or (running.job.todo() and not running.job.cancelled):
             return
         running.ending = True
         self._off("clerk", partial(self._finish, running), partial(self._job_ended, running))
@@ -382,7 +409,7 @@ class Supervisor:
     def _finish(self, running: Running) -> JobOutcome:
         """On the clerk's thread."""
         self.spool.require_folders()
-        return self.spool.finish(running.job, running.cancelled)
+        return self.spool.finish(running.job)
 
     def _job_ended(self, running: Running, outcome: JobOutcome) -> None:
         job = running.job
@@ -581,7 +608,7 @@ class Supervisor:
             error=error,
             last=last,
         )
-        if not last or running.cancelled:
+        if not last or running.job.cancelled:
             self._put_back(running, spec)
         elif timed_out and job.settings.on_timeout == "placeholder" and self._info:
             running.busy += 1
@@ -605,7 +632,7 @@ class Supervisor:
 
     def _put_back(self, running: Running, spec: ImageSpec) -> None:
         """The image was not rendered and has another try; a cancelled job wants none."""
-        if not running.cancelled:
+        if not running.job.cancelled:
             self._queue.put_back(running.job, spec.image)
         self._end_attempt(running.job, spec.image)
         self._maybe_finish(running)
@@ -665,7 +692,7 @@ class Supervisor:
             saving = self._publishing > 0 and not self._loop.stalled
             if not self._tickets and not saving:
                 self._end(1, f"cannot drain: {reason}")
-        elif not self._recovering and not self._running and not self._refusing:
+        elif not (self._recovering or self._running or self._refusing or self._obeying):
             ready = self._engine is not None and self._engine.is_ready
             if self._intake.is_quiet() and ready:
                 self._end(0)

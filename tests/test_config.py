@@ -1,0 +1,120 @@
+"""config.yaml: ranges, unknown keys, null, what SIGHUP may change."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptdrop import config
+from promptdrop.errors import ConfigError
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def load(tmp_path: Path, text: str) -> config.Config:
+    """A configuration of this text."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return config.load(file)
+
+
+def test_the_shipped_file_holds_every_key_with_its_default() -> None:
+    """config.yaml loads as it stands, and says nothing that is not the default."""
+    shipped = config.load(REPOSITORY / "config.yaml")
+    defaults = config.parse({"model": {"id": "Tongyi-MAI/Z-Image-Turbo"}})
+
+    assert shipped.model_dump() == defaults.model_dump()
+    text = (REPOSITORY / "config.yaml").read_text()
+    sections = [s for s in config.Config.model_fields if s not in ("file", "root")]
+    for section in sections:
+        for key in type(getattr(shipped, section)).model_fields:
+            assert f"  {key}:" in text, f"{section}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("root: x", ":1: 'model' is required and has no default"),
+        ("model: {id: x}\nwatch:\n  setle_seconds: 1", ":3: unknown key 'watch.setle_seconds'; did you mean 'settle_seconds'?"),
+        ("modle: {id: x}", ":1: unknown key 'modle'; did you mean 'model'?"),
+        ("model: {id: x}\nfile: y", ":2: unknown key 'file'"),
+        ("model: {id: x}\nwatch: {mode: events}", ":2: watch.mode: 'events': input should be 'auto', 'inotify' or 'poll'"),
+        ("model: {id: x}\nengine: {batch: 0}", ":2: engine.batch: 0: input should be greater than or equal to 1"),
+        ("model: {id: x}\nengine:\n  warmup: [100x100]", "multiples of 16 in [64, 4096]"),
+        ("model: {id: x}\ndefaults: {width: 100}", ":2: defaults.width: 100: input should be a multiple of 16"),
+        ("model: {id: x}\noutput: {name: '{job}'}", "must contain {image}"),
+        ("model: {id: x}\noutput: {name: '{image}/{job}'}", "plain file name"),
+        ("model: {id: x}\noutput: {name: '{image.__class__}'}", "must contain {image}"),
+        ("model: {id: x}\ninbox: {encodings: [klingon]}", "'klingon' is not an encoding"),
+        ("model: {id: x}\nmodel: {id: y}", ":2: duplicate key 'model'"),
+        ("model: &a {id: x}", "anchors are not allowed"),
+        ("- model", "expected one mapping"),
+        ("model: [", ":2: not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_names_line_key_and_value(tmp_path: Path, text: str, words: str) -> None:
+    """78, and words that name the thing, the value and what was expected."""
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, text)
+
+    assert words in str(raised.value)
+    assert raised.value.exit_status == 78
+
+
+def test_yaml_means_what_it_looks_like(tmp_path: Path) -> None:
+    """`compile: off` is a word, `mode: 0644` keeps its zero, null is the default where it says nothing."""
+    loaded = load(
+        tmp_path, "model: {id: x}\nengine: {compile: off}\noutput: {mode: 0644}\nlimits: null\n"
+    )
+
+    assert loaded.engine.compile == "off"
+    assert loaded.output.mode == "0644"
+    assert loaded.limits.megapixels == 4.2
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    """Wherever the daemon was started."""
+    loaded = load(tmp_path, "root: a\npaths: {outbox: ../b}\nmodel: {path: m}\n")
+
+    assert loaded.spool == tmp_path / "a"
+    assert loaded.outbox == tmp_path.parent / "b"
+    assert loaded.failed == tmp_path / "a" / "failed"
+    assert loaded.model_path == tmp_path / "m"
+    assert loaded.model.id == "m"
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"backend": "ray"},
+        {"workers": 2},
+        {"compile": "on"},
+        {"quantization": "fp8"},
+        {"batch": 4},
+        {"offload": "model"},
+    ],
+)
+def test_what_is_not_ready_is_said(section: dict[str, Any]) -> None:
+    """Never silently ignored."""
+    loaded = config.parse({"model": {"id": "x"}, "engine": section})
+
+    with pytest.raises(ConfigError, match="not available yet"):
+        config.refuse_what_is_not_ready(loaded)
+
+
+def test_a_reload_takes_some_keys_and_names_the_others() -> None:
+    """SIGHUP applies the contract's list; the engine's own settings need a restart."""
+    old = config.parse({"model": {"id": "x"}})
+    new = config.parse({
+        "model": {"id": "y"}, "watch": {"settle_seconds": 3}, "defaults": {"steps": 4},
+        "engine": {"max_attempts": 9, "batch": 2}, "inbox": {"recursive": False, "encodings": ["gb18030"]},
+    })  # fmt: skip
+
+    merged, needs_restart = config.reloaded(old, new)
+
+    assert needs_restart == ["inbox.recursive", "model.id", "engine.batch"]
+    assert merged.watch.settle_seconds == 3
+    assert merged.defaults.steps == 4
+    assert (merged.engine.max_attempts, merged.engine.batch) == (9, 1)
+    assert (merged.inbox.encodings, merged.inbox.recursive) == (("gb18030",), True)
+    assert merged.model.id == "x"
