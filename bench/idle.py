@@ -60,7 +60,9 @@ def main() -> None:
             before = sum(parent.cpu_times()[:2])
             time.sleep(seconds)
             share = (sum(parent.cpu_times()[:2]) - before) / seconds
-            print(f"idle: {share:.3%} of a core over {seconds:g} s, {_mib(parent):.1f} MiB resident")
+            print(
+                f"idle: {share:.3%} of a core over {seconds:g} s, {_mib(parent):.1f} MiB resident"
+            )
             times = [pick_up_seconds(spool, f"pick{n}.txt") for n in range(5)]
             print("pick-up after a rename:", ", ".join(f"{t:.3f} s" for t in times))
             drop(spool / "inbox", "many.yaml", "prompt: a cat\ncount: 200\n")

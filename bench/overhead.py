@@ -66,11 +66,13 @@ def daemon(home: Path, model: Path) -> Iterator[Path]:
     """A daemon, loaded and warm; yields its spool."""
     config = home / "config.yaml"
     config.write_text(
-        yaml.safe_dump({
-            "model": {"path": str(model)},
-            "engine": {"warmup": ["256x256"]},
-            "defaults": {"width": 256, "height": 256},
-        })
+        yaml.safe_dump(
+            {
+                "model": {"path": str(model)},
+                "engine": {"warmup": ["256x256"]},
+                "defaults": {"width": 256, "height": 256},
+            }
+        )
     )
     command = [sys.executable, "-m", "promptdrop"]
     subprocess.run([*command, "init", str(home)], check=True, stdout=subprocess.DEVNULL)
@@ -104,7 +106,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="promptdrop-bench-") as folder:
         home, model = Path(folder), Path(folder) / "model"
-        subprocess.run([sys.executable, "-m", "promptdrop", "model", "demo", str(model)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "promptdrop", "model", "demo", str(model)], check=True
+        )
         ratios = []
         with bare_loop(model, arguments.images) as bare, daemon(home, model) as spool:
             for number in range(arguments.rounds):

@@ -25,12 +25,17 @@ from watchdog.events import (
 )
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
+from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper
 
 from promptdrop import fs, names
 from promptdrop.config import Watch
 from promptdrop.fs import Signature, signature
 
 LOOKS = 2  # a file must look the same at least this often
+# watchdog holds every move out of a folder, and all events behind it, back for half a second in case
+# the other half of the move comes. Our claims are moves out of the inbox, and we pair nothing.
+InotifyMoveEventGrouper.delay = 0.0
+
 WRITER_SECONDS = 0.25  # how often a file that somebody has open for writing is probed again
 
 # File systems whose other writers inotify cannot see: inotify(7), "Limitations".

@@ -1,0 +1,69 @@
+"""The README's examples are run, not believed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promptdrop import cli, config, request
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+FENCES = re.findall(r"^```(\S+)(?: (\S+))?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+JOBS = [(kind, text) for kind, _, text in FENCES if kind in ("txt", "yaml", "json", "jsonl", "csv")]
+COMMANDS = [
+    line for kind, _, text in FENCES if kind == "sh" for line in text.splitlines()
+    if line.startswith("promptdrop ")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text"), JOBS)
+def test_job_files_are_accepted(kind: str, text: str) -> None:
+    """Every job file shown parses."""
+    settings = config.parse({"model": {"id": "x"}})
+
+    assert request.parse(text.encode(), f".{kind}", settings).images
+
+
+def test_the_refusal_is_the_real_one() -> None:
+    """The message shown is the one users get."""
+    settings = config.parse({"model": {"id": "x"}})
+    with pytest.raises(request.RequestError) as raised:
+        request.parse(b"prompt: a\nheight: 64\nwidth: 100\n", ".yaml", settings)
+    problem = raised.value.problems[0]
+
+    assert f"dog.yaml:{problem.line}: {problem.message}" in README
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command: str) -> None:
+    """Every command shown is one the program takes."""
+    arguments = shlex.split(command, comments=True)[1:]
+
+    assert cli._parser().parse_args(arguments).command
+
+
+@pytest.mark.timeout(300)
+def test_the_quick_start_works(tmp_path: Path) -> None:
+    """The commands without a GPU, as written, in an empty folder."""
+    script = next(text for kind, name, text in FENCES if name == "quick-start")
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    program = bin_folder / "promptdrop"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m promptdrop "$@"\n')
+    program.chmod(0o755)
+    path = f"{bin_folder}:{os.environ['PATH']}"
+    # The default warm-up is 1024x1024: right for a GPU, slow here, and not what is tested.
+    script = script.replace("promptdrop submit", "sed -i 's/1024x1024/64x64/' try/config.yaml\npromptdrop submit", 1)  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lighthouse.png").stat().st_size > 1000
+    assert len(list((tmp_path / "try/spool/inbox").iterdir())) == 1
