@@ -8,7 +8,6 @@ being 1.0.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -51,8 +50,8 @@ def main() -> None:
         config.write_text(yaml.safe_dump({"model": {"id": "gradient"}, "engine": {"warmup": []}}))
         command = [sys.executable, "-m", "promptdrop"]
         subprocess.run([*command, "init", folder], check=True, stdout=subprocess.DEVNULL)
-        log = open(os.devnull, "w")
-        with subprocess.Popen([*command, "run", "--config", str(config)], stderr=log) as process:
+        run = [*command, "run", "--config", str(config)]
+        with subprocess.Popen(run, stderr=subprocess.DEVNULL) as process:
             spool, parent = Path(folder) / "spool", psutil.Process(process.pid)
             drop(spool / "inbox", "warm.txt", "a cat\n")
             wait_for(spool / "outbox" / "warm" / "job.json")

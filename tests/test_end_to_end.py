@@ -61,10 +61,9 @@ def library_pixels(model: Path, prompt: str, seed: int, out: Path) -> bytes:
     code = f"""
 import torch
 from diffusers import ZImagePipeline
-pipe = ZImagePipeline.from_pretrained({str(model)!r}, local_files_only=True)
 device = "cuda:0" if torch.cuda.is_available() else "cpu"
-if device != "cpu":
-    pipe = pipe.to(torch.bfloat16)
+dtype = torch.bfloat16 if device != "cpu" else torch.float32
+pipe = ZImagePipeline.from_pretrained({str(model)!r}, dtype=dtype, local_files_only=True)
 pipe.to(device).set_progress_bar_config(disable=True)
 pipe(prompt={prompt!r}, height=64, width=96, num_inference_steps=3, guidance_scale=0.0,
      generator=torch.Generator(device).manual_seed({seed})).images[0].save({str(out)!r})
