@@ -23,10 +23,10 @@ def set_up(level: str, form: str) -> None:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
             _what_happened_first,
             *(
-                [structlog.dev.ConsoleRenderer()]
+                [structlog.dev.ConsoleRenderer(pad_event_to=17, sort_keys=False)]
                 if console
                 else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
             ),

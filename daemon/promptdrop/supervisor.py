@@ -176,7 +176,10 @@ class Supervisor:
         self._intake.close()
         self._loop.close()
         self._put_down_images()
-        self._write_status(self._status("stopping"))
+        last = self._status("stopping")
+        self._write_status(last)
+        if self._on_change:
+            self._on_change(last)
         self.spool.unlock()
         self._notifier.close()
         log.get().info("daemon.stopped", exit_status=self.exit_status, published=self._published)
@@ -427,7 +430,7 @@ class Supervisor:
             images=len(job.specs),
             rendered=sum(state.outcome == "rendered" for state in job.states.values()),
             seconds=None if lasted is None else round(lasted / 1e3, 3),
-            error=error,
+            **({"error": error} if error else {}),
         )
         self._note_end(job, outcome, job.folder, error)
 

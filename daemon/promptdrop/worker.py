@@ -7,6 +7,7 @@ unknown CUDA error every later call fails too, so the only cure is a new process
 
 import ctypes
 import faulthandler
+import gc
 import mmap
 import os
 import signal
@@ -103,6 +104,8 @@ def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
     except EngineError as e:
         send(CannotStart(f"warm-up failed: {e}", 1))
         sys.exit(1)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: later collections need not look at a million objects
     send(Ready(loaded.info))
     return loaded
 
