@@ -47,6 +47,15 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
 class Daemon:
     """One spool and the daemon that may run on it."""
 
@@ -62,7 +71,7 @@ class Daemon:
         self.process: subprocess.Popen[str] | None = None
         self.log_file = home / "daemon.log"
         self.write_config()
-        for folder in (self.inbox, self.outbox, self.failed):
+        for folder in (self.inbox, self.outbox, self.failed, self.own / "control"):
             folder.mkdir(parents=True, exist_ok=True)
 
     # --- configuration and drops ---
@@ -174,6 +183,36 @@ class Daemon:
         until(lambda: len(self.log("daemon.started")) >= max(lives, 1), "daemon.started")
         self.until_log("engine.ready")
         return self
+
+    def engine_pid(self) -> int:
+        """The process id of the engine that was started last."""
+        return int(self.until_log("engine.starting")["pid"])
+
+    def published(self) -> list[tuple[str, int]]:
+        """Every image that was published, in order, as (file in the outbox, image number)."""
+        return [(e["file"], e["image"]) for e in self.log("image.published")]
+
+    def until_begun(self, image: int = 1) -> None:
+        """Wait until the engine works on this image of a job; it must take a while."""
+        until(lambda: list(self.own.glob(f"active/*/{image:04d}.begun")), f"image {image} begun")
+
+    def until_status(self, what: str, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """Wait until the status fulfils a condition; returns it."""
+
+        def found() -> dict[str, Any] | None:
+            status = self.status()
+            return status if status and condition(status) else None
+
+        found_status: dict[str, Any] = until(found, f"a status with {what}")
+        return found_status
+
+    def until_waiting(self, file: str, word: str = "") -> str:
+        """Wait until the status says that a file in the inbox waits, and why."""
+
+        def why(status: dict[str, Any]) -> list[str]:
+            return [w["why"] for w in status["waiting"] if w["file"] == file and word in w["why"]]
+
+        return why(self.until_status(f"{file} waiting: {word}", why))[0]
 
     # --- what came of it ---
 

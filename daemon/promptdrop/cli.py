@@ -13,6 +13,7 @@ from promptdrop import __version__
 from promptdrop.errors import PromptdropError, UsageError
 
 if TYPE_CHECKING:
+    from promptdrop.client import Dropped
     from promptdrop.config import Config
     from promptdrop.spool import Spool
 
@@ -302,18 +303,10 @@ def _run(arguments: argparse.Namespace) -> int:
     log.set_up(settings.log.level, settings.log.format)
     with terminal.progress_bar() if arguments.drain else terminal.no_bar() as bar:
         supervisor = Supervisor(settings, arguments.drain, bar.show if bar else None)
-        _export_metrics(settings, supervisor)
         status = supervisor.run()
     if arguments.drain:
         _print_results(supervisor)
     return status
-
-
-def _export_metrics(settings: "Config", supervisor: Any) -> None:
-    if settings.metrics.listen:
-        from promptdrop import exporter
-
-        exporter.start(settings.metrics.listen, supervisor.snapshot)
 
 
 def _print_results(supervisor: Any) -> None:
@@ -390,10 +383,8 @@ def _submit(arguments: argparse.Namespace) -> int:
         jobs.append((data, client.name_of_prompt(arguments.prompt)))
     dropped = [client.drop(spool, data, name, _sub(arguments.folder)) for data, name in jobs]
     for one in dropped:
-        terminal.say(f"submitted {one.path}")
-    if not arguments.wait:
-        return 0
-    return max(_wait(spool, one) for one in dropped)
+        terminal.say(f"submitted {names.printable(one.path)}")
+    return _wait(spool, dropped) if arguments.wait else 0
 
 
 def _sub(folder: str) -> str:
@@ -403,38 +394,21 @@ def _sub(folder: str) -> str:
     return "/".join(parts)
 
 
-def _wait(spool: "Spool", dropped: Any) -> int:
-    """Show one job's progress; returns its outcome as an exit status."""
-    from promptdrop import client, terminal
+def _wait(spool: "Spool", drops: list["Dropped"]) -> int:
+    """Show the jobs' progress; returns their worst outcome as an exit status."""
+    from promptdrop import client, names, terminal
 
-    said_alone = False
     with terminal.progress_bar() as bar:
-
-        def on_poll(status: dict[str, Any] | None, where: str) -> None:
-            nonlocal said_alone
-            if status is None and not said_alone:
-                said_alone = True
-                terminal.complain("no daemon runs on this spool; the job waits for: promptdrop run")
-            if bar and status:
-                job = next((j for j in status["jobs"] if j["inode"] == dropped.inode), None)
-                why = next(
-                    (w["why"] for w in status["waiting"] if w["file"] == dropped.path), where
-                )
-                text = (
-                    f"{dropped.path}: {status.get('reason') or (status['state'] if job else why)}"
-                )
-                bar.update(text, job["done"] if job else 0, job["images"] if job else None)
-
-        ended = client.wait(spool, dropped, on_poll)
-    where = f" {spool.outbox / ended.folder}" if ended.folder else ""
-    terminal.say(
-        f"{ended.outcome} {dropped.path}{where}{': ' + ended.error if ended.error else ''}"
-    )
-    return 0 if ended.outcome == "done" else 1
+        ends = client.wait(spool, drops, terminal.Follower(bar))
+    for one, end in zip(drops, ends, strict=True):
+        where = f" {spool.outbox / end.folder}" if end.folder else ""
+        error = f": {end.error}" if end.error else ""
+        terminal.say(f"{end.outcome} {names.printable(one.path)}{where}{error}")
+    return int(any(end.outcome != "done" for end in ends))
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from promptdrop import config, terminal
+    from promptdrop import config, names, terminal
     from promptdrop.errors import ConfigError, RequestError
     from promptdrop.reading import read_job_file
 
@@ -452,12 +426,14 @@ def _check(arguments: argparse.Namespace) -> int:
         if isinstance(result, RequestError):
             refused = True
             for problem in result.problems:
-                terminal.complain(f"{file}:{problem.line or 1}: {problem.message}")
+                terminal.complain(
+                    f"{names.printable(str(file))}:{problem.line or 1}: {problem.message}"
+                )
             continue
         for spec in result.images:
             rows.append(
                 (
-                    f"{file.name} {spec.image}/{len(result.images)}",
+                    f"{names.printable(file.name)} {spec.image}/{len(result.images)}",
                     f"{spec.width}x{spec.height}",
                     str(spec.steps),
                     "of the job's id" if spec.seed is None else str(spec.seed),

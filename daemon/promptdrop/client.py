@@ -9,19 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promptdrop import fs, names
+from promptdrop import clock, fs, names
 from promptdrop.errors import ConfigError, PromptdropError, UsageError
 from promptdrop.spool import Spool, failures, read_json
 
 POLL_SECONDS = 0.1
+LOST_SECONDS = 5.0  # a file that is nowhere for so long was withdrawn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Dropped:
     """A file that was put into the inbox. Its inode stays its own through every rename."""
 
     path: str  # SUB/FILE
     inode: int
+    moment: str  # timestamp; what ended before is another's
+    job_id: str | None = None  # once it is resolved
+    folder: str | None = None
+    where: str = "inbox"
+    gone_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
             )
         fs.make_directories(folder, 0o2775, below=spool.inbox)
     stem, suffix = names.split(file)
-    n = 1
+    moment, n = clock.timestamp(), 1
     with fs.temporary(folder, 0o664) as (handle, temporary):
         handle.write(data)
         fs.sync(handle)
@@ -66,7 +72,7 @@ def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
             except FileExistsError:
                 n += 1
         inode = os.fstat(handle.fileno()).st_ino
-    return Dropped(f"{sub}/{name}" if sub else name, inode)
+    return Dropped(f"{sub}/{name}" if sub else name, inode, moment)
 
 
 def name_of_prompt(prompt: str) -> str:
@@ -81,31 +87,34 @@ def read_status(spool: Spool) -> dict[str, Any] | None:
 
 
 def wait(
-    spool: Spool, dropped: Dropped, on_poll: Callable[[dict[str, Any] | None, str], None]
-) -> Ended:
-    """Wait until the job of a dropped file has ended.
+    spool: Spool,
+    drops: list[Dropped],
+    on_poll: Callable[[dict[str, Any] | None, list[Dropped]], None],
+) -> list[Ended]:
+    """Wait until the jobs of all dropped files have ended; how they ended, in the drops' order.
 
-    `on_poll(status, where)` is called at every look; status is None while no daemon runs.
-    Raises PromptdropError: the file is nowhere any more (withdrawn by somebody).
+    `on_poll(status, open)` is called at every look; status is None while no daemon runs.
+    Raises PromptdropError: a file is nowhere any more (withdrawn by somebody).
     """
-    job_id, lost_since = "", 0.0
-    while True:
+    ends: dict[int, Ended] = {}
+    homes: dict[str, dict[str, Any]] = {}
+    while len(ends) < len(drops):
         status = read_json(spool.own / "status.json")
-        if ended := _find_end(status, dropped, job_id):
-            return ended
-        where = _where(spool, dropped)
-        if where in ("pending", "active"):
-            job_id = _id_of(spool, dropped) or job_id
-        if where == "gone":
-            lost_since = lost_since or time.monotonic()
-            if time.monotonic() > lost_since + 5:
+        _look_at_homes(spool, homes)
+        waiting = [(n, one) for n, one in enumerate(drops) if n not in ends]
+        for n, one in waiting:
+            _locate(spool, one, homes)
+            if one.where == "gone" and (end := _find_end(spool, status, one)):
+                ends[n] = end
+            elif one.gone_since and time.monotonic() > one.gone_since + LOST_SECONDS:
                 raise PromptdropError(
-                    f"{dropped.path}: no longer in the spool; somebody withdrew it"
+                    f"{names.printable(one.path)}: no longer in the spool; somebody withdrew it"
                 )
-        else:
-            lost_since = 0.0
-        on_poll(status if spool.daemon_pid() is not None else None, where)
-        time.sleep(POLL_SECONDS)
+        alive = status if spool.daemon_pid() is not None else None
+        on_poll(alive, [one for n, one in waiting if n not in ends])
+        if len(ends) < len(drops):
+            time.sleep(POLL_SECONDS)
+    return [ends[n] for n in range(len(drops))]
 
 
 def find_unfinished(spool: Spool, name: str) -> list[Match]:
@@ -169,24 +178,59 @@ def _unfinished(spool: Spool) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _id_of(spool: Spool, dropped: Dropped) -> str | None:
-    return next((r["id"] for r in _unfinished(spool) if r["inode"] == dropped.inode), None)
+def _look_at_homes(spool: Spool, homes: dict[str, dict[str, Any]]) -> None:
+    """Bring the records of jobs in hand up to date, each read once; unresolved ones are empty."""
+    there = {
+        entry.name: Path(entry.path)
+        for state in ("pending", "active")
+        for entry in fs.entries(spool.own / state)
+    }
+    for name in homes.keys() - there.keys():
+        del homes[name]
+    for name, home in there.items():
+        if not homes.get(name):
+            homes[name] = read_json(home / "request.json")
 
 
-def _where(spool: Spool, dropped: Dropped) -> str:
-    if (spool.inbox / dropped.path).exists():
-        return "inbox"
-    for state in ("pending", "active"):
-        for entry in fs.entries(spool.own / state):
-            if (Path(entry.path) / "drop" / dropped.path).exists():
-                return state
-    return "gone"
+def _locate(spool: Spool, one: Dropped, homes: dict[str, dict[str, Any]]) -> None:
+    """Where the file is now, by its inode."""
+    record = next((r for r in homes.values() if r.get("inode") == one.inode), None)
+    if _inode(spool.inbox / one.path) == one.inode:
+        one.where = "inbox"
+    elif record:
+        one.where, one.job_id, one.folder = "in hand", record["id"], record["folder"]
+    elif not all(homes.values()):
+        one.where = "being claimed"  # perhaps one of those without a record
+    else:
+        one.where = "gone"
+    if one.where != "gone":
+        one.gone_since = None
+    elif one.gone_since is None:
+        one.gone_since = time.monotonic()
 
 
-def _find_end(status: dict[str, Any], dropped: Dropped, job_id: str) -> Ended | None:
+def _inode(path: Path) -> int | None:
+    try:
+        return os.lstat(path).st_ino
+    except OSError:
+        return None
+
+
+def _find_end(spool: Spool, status: dict[str, Any], one: Dropped) -> Ended | None:
+    """What the daemon says of its last jobs, else what it left on the disk."""
     for end in reversed(status.get("finished", [])):
-        if end["id"] == job_id or (
-            end["inode"] == dropped.inode and end["file"] == names.printable(dropped.path)
-        ):
+        is_this = (
+            end["id"] == one.job_id
+            if one.job_id
+            else end["finished"] >= one.moment
+            and (end["inode"], end["file"]) == (one.inode, names.printable(one.path))
+        )
+        if is_this:
             return Ended(end["outcome"], end["folder"], end["error"])
+    if one.job_id is None or one.folder is None:
+        return None
+    summary = read_json(spool.outbox / one.folder / "job.json")
+    if summary.get("id") == one.job_id:
+        errors = [image["error"] for image in summary["images"] if image["error"]]
+        return Ended(summary["outcome"], one.folder, "; ".join(errors[:3]) or None)
     return None

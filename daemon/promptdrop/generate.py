@@ -42,9 +42,7 @@ def run(
     if not own_engine and spool.daemon_pid() is not None:
         dropped = client.drop(spool, data, name)
         with terminal.progress_bar() as bar:
-            ended = client.wait(
-                spool, dropped, lambda status, where: bar.update(where, 0, None) if bar else None
-            )
+            (ended,) = client.wait(spool, [dropped], terminal.Follower(bar))
         return _collect(spool, ended, targets)
     with tempfile.TemporaryDirectory(prefix="promptdrop-") as folder:
         spool, ended = _render_privately(settings, Path(folder), data, name)

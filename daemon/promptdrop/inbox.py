@@ -66,6 +66,8 @@ class Seen:
     since: float  # unchanged since, monotonic seconds
     looks: int = 1
     objection: str | None = None  # why it would be refused as it stands
+    obstacle: str | None = None  # why it could not be moved
+    obstacle_until: float = 0.0  # when that is tried again
     offered: bool = False
 
 
@@ -76,6 +78,7 @@ class Scan:
     started: float
     offers: tuple[Offer, ...]
     waiting: dict[str, str]  # SUB/FILE -> why it is not taken yet
+    blocked: dict[str, str]  # of these, what cannot be moved out of the inbox
     next_look: float  # monotonic seconds; inf: nothing is due
     found: int  # job files, taken or not
 
@@ -113,13 +116,19 @@ class Inbox:
                 waiting[path] = why
         for path in self._seen.keys() - found:
             del self._seen[path]  # taken or withdrawn
+        blocked = {path: why for path, why in waiting.items() if self._seen[path].obstacle == why}
         offers.sort(key=lambda offer: (self._seen[offer.path].since, offer.path))
-        return Scan(now, tuple(offers), waiting, next_look, len(found))
+        return Scan(now, tuple(offers), waiting, blocked, next_look, len(found))
 
     def object(self, path: str, objection: str) -> None:
         """The offered file would be refused; it may still be arriving, so it waits."""
         if seen := self._seen.get(path):
             seen.objection, seen.offered = objection, False
+
+    def block(self, path: str, obstacle: str, until: float) -> None:
+        """The offered file could not be moved out; it is offered again at `until`."""
+        if seen := self._seen.get(path):
+            seen.obstacle, seen.obstacle_until, seen.offered = obstacle, until, False
 
     def put_back(self, path: str) -> None:
         """The offered file was not taken: it changed or could not be moved. It settles anew."""
@@ -140,6 +149,8 @@ class Inbox:
         settles = seen.since + watch.settle_seconds
         if not ready:
             return f"waiting for {path.name}{watch.ready_suffix}", float("inf"), False
+        if seen.obstacle and now < seen.obstacle_until:
+            return seen.obstacle, seen.obstacle_until, False
         objection = seen.objection or ("is empty" if seen.signature[1] == 0 else None)
         if objection:
             gives_up = seen.since + max(watch.give_up_seconds, watch.settle_seconds)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from promptdrop import control, fs, log, names, request
 from promptdrop.config import Config
-from promptdrop.errors import DiskTrouble, RequestError
+from promptdrop.errors import RequestError
 from promptdrop.inbox import Inbox, Offer, Scan, Watcher, sees_every_writer
 from promptdrop.job import Request
 from promptdrop.loop import TROUBLE, Loop, reason_of
@@ -50,6 +50,7 @@ class Intake:
 
     def __init__(self, loop: Loop, spool: Spool, desk: Desk) -> None:
         self.waiting: dict[str, str] = {}  # SUB/FILE -> why it is not taken yet
+        self.obstacle: str | None = None  # why nothing that is left can be taken
         self.last_activity = 0.0  # when something was last taken or put back
         self._loop, self._spool, self._desk = loop, spool, desk
         self._inbox = Inbox(spool.inbox)
@@ -75,11 +76,14 @@ class Intake:
 
     def is_quiet(self) -> bool:
         """Whether a look that began after all that happened found nothing to take."""
-        busy = self._scanning or self._offered or self._verdicts
         quiet = self._quiet_since is not None and self._quiet_since >= self.last_activity
         if not quiet:
             self._woken = True
-        return quiet and not busy
+        return quiet and self.is_idle()
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being looked at or taken."""
+        return not (self._scanning or self._offered or self._verdicts)
 
     def look(self, now: float) -> None:
         """Start a look if one is due."""
@@ -146,6 +150,8 @@ class Intake:
             self.waiting = scan.waiting
             self._next_scan = min(self._next_scan, scan.next_look)
             self._quiet_since = scan.started if scan.found == 0 else None
+            stuck = scan.blocked and len(scan.blocked) == scan.found
+            self.obstacle = next(iter(scan.blocked.values())) if stuck else None
             for offer in scan.offers:
                 self._offered += 1
                 self._off("reader", partial(self._read, offer), partial(self._was_read, offer))
@@ -171,8 +177,8 @@ class Intake:
         self._verdicts.append(verdict)
         self.wake()
 
-    def _claim(self, offer: Offer) -> Unresolved | None:
-        """On the clerk's thread. None: withdrawn."""
+    def _claim(self, offer: Offer) -> Unresolved | str | None:
+        """On the clerk's thread. None: withdrawn. A text: why it cannot be moved out."""
         self._spool.require_folders()
         source = self._spool.inbox / offer.sub / offer.file
         try:
@@ -182,18 +188,23 @@ class Intake:
                 raise
             return None
         except PermissionError as e:
-            raise DiskTrouble(
-                f"{names.printable(offer.path)} cannot be moved out of the inbox:"
-                f" {e.strerror}: {describe_permissions(source.parent)}"
-            ) from None
+            where = describe_permissions(source.parent)
+            return f"cannot be moved out of the inbox: {e.strerror}: {where}"
 
     def _was_claimed(
-        self, offer: Offer, result: Request | RequestError, claimed: Unresolved | None
+        self, offer: Offer, result: Request | RequestError, claimed: Unresolved | str | None
     ) -> None:
-        self.last_activity = time.monotonic()
+        self.last_activity = now = time.monotonic()
         if claimed is None:
             self._not_taken(lambda: self._inbox.put_back(offer.path))
-        elif isinstance(result, RequestError):
+            return
+        if isinstance(claimed, str):
+            again = now + self._desk.config.watch.rescan_seconds
+            self._not_taken(lambda: self._inbox.block(offer.path, claimed, again))
+            return
+        # Its name is free: the next file under it may be there before the next look.
+        self._verdicts.append(lambda: self._inbox.put_back(offer.path))
+        if isinstance(result, RequestError):
             self._offered -= 1
             self._desk.refuse(claimed, result)
         else:

@@ -36,6 +36,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.stalled: list[Stalled] = []
+        self._told: set[str] = set()  # reasons that were logged since all was well
         self._retry_at = float("inf")
         self._closed = False
         self._results: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -95,6 +96,8 @@ class Loop:
             elif error is not None:
                 raise error
             else:
+                if not self.stalled:
+                    self._told.clear()
                 then(future.result())
 
         def again() -> None:
@@ -112,7 +115,9 @@ class Loop:
         os.close(self._wake_write)
 
     def _stall(self, again: Callable[[], None], reason: str, retry_seconds: float) -> None:
-        log.get().warning("disk.trouble", reason=reason)
+        if reason not in self._told:
+            self._told.add(reason)
+            log.get().warning("disk.trouble", reason=reason)
         self.stalled.append(Stalled(again, reason))
         self._retry_at = min(self._retry_at, time.monotonic() + retry_seconds)
 

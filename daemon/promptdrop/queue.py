@@ -36,17 +36,14 @@ class Queue:
 
     def add(self, job: Job, images: list[int]) -> None:
         """Queue a job's images; those in hand at several daemon deaths go behind everything."""
-        behind = [i for i in images if i in job.states and job.states[i].deaths >= DEATHS_BEHIND]
-        for priority, numbers in (
-            (job.priority, [i for i in images if i not in behind]),
-            (_BEHIND, behind),
-        ):
+        for priority in (job.priority, _BEHIND):
+            numbers = deque(i for i in images if self._priority(job, i) == priority)
             if numbers:
-                self._lane(priority, job).append(Waiting(job, deque(numbers)))
+                self._lane(priority, job).append(Waiting(job, numbers))
 
     def put_back(self, job: Job, image: int) -> None:
         """An image that was taken and not rendered is the next of its job."""
-        lane = self._lane(job.priority, job)
+        lane = self._lane(self._priority(job, image), job)
         for waiting in lane:
             if waiting.job is job:
                 waiting.images.appendleft(image)
@@ -93,6 +90,9 @@ class Queue:
         elif self.policy == "fair":
             lanes.move_to_end(name)
         return waiting.job, image
+
+    def _priority(self, job: Job, image: int) -> int:
+        return _BEHIND if job.deaths(image) >= DEATHS_BEHIND else job.priority
 
     def _lane(self, priority: int, job: Job) -> deque[Waiting]:
         lanes = self._levels.setdefault(priority, OrderedDict())

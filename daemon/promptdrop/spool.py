@@ -11,7 +11,9 @@ off the daemon's loop; an OSError that escapes is trouble with a disk, never a j
 import fcntl
 import json
 import os
+import re
 import secrets
+import shlex
 import socket
 import stat
 import time
@@ -41,6 +43,7 @@ DEATHS_FAILED = 10  # ... and after which it fails
 HOST = socket.gethostname()
 _LOCK_TRIES = 10  # `status` holds the lock for microseconds when it looks who is there
 _TREE_MODE = 0o2775
+_ID = re.compile(r"\d{8}T\d{12}-[0-9a-f]{6}\Z")  # what else lies among our folders is a stranger's
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,7 +571,7 @@ class Spool:
         Raises UsageError: nothing there can be retried.
         """
         path = self.failed / target
-        if ".." in Path(target).parts or not path.is_file():
+        if Path(target).is_absolute() or ".." in Path(target).parts or not path.is_file():
             raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
         for home in self._homes("parked"):
             if read_json(home / "failing.json").get("target") == target:
@@ -728,7 +731,7 @@ class Spool:
     def _homes(self, *states: str) -> Iterator[Path]:
         for state in states:
             for entry in fs.entries(self.own / state):
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                if _ID.match(entry.name) and entry.is_dir(follow_symlinks=False):
                     yield Path(entry.path)
 
     def _new_id(self) -> str:
@@ -833,7 +836,7 @@ def _error_record(job: Job, outcome: JobOutcome) -> ErrorRecord:
 
 
 def _retry_command(sub: str, file: str) -> str:
-    return f"promptdrop retry '{names.printable(f'{sub}/{file}' if sub else file)}'"
+    return f"promptdrop retry {shlex.quote(names.printable(f'{sub}/{file}' if sub else file))}"
 
 
 def _reason_file(target: Path) -> Path:

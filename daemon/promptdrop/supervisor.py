@@ -100,12 +100,14 @@ class Supervisor:
         self._publishing = 0
 
         self._trouble: str | None = None
+        self._looked = False
         self._paused = False
         self._stop_at: float | None = None
         self._signals: list[int] = []
         self._started = clock.timestamp()
         self._status_at = self._progress_at = 0.0
         self._status_key: object = None
+        self._shown = self._status("starting")  # what status.json says
 
     # --- a life -------------------------------------------------------------------------------
 
@@ -136,8 +138,17 @@ class Supervisor:
             watch=self._intake.watch_mode(),
             version=__version__,
         )
+        self._paused = control.is_paused(self.spool.control)
+        self._export_metrics()
         self._start_engine()
         self._off("clerk", self._recover, self._recovered)
+
+    def _export_metrics(self) -> None:
+        """Once the spool is ours: a second daemon must end as such, not on the port."""
+        if listen := self.config.metrics.listen:
+            from promptdrop import exporter  # only who asks for it loads it
+
+            exporter.start(listen, lambda: self._shown)
 
     def _turn(self) -> None:
         descriptors = self._engine.filenos() if self._engine else []
@@ -218,6 +229,10 @@ class Supervisor:
         log.get().info("daemon.stopping", at_once=at_once)
         self._notifier.stopping()
         self._stop_at = time.monotonic() + (0 if at_once else self.config.engine.stop_seconds)
+        self._recall_prefetched()
+
+    def _recall_prefetched(self) -> None:
+        """No image that the engine has not begun shall begin; each comes back as Cancelled."""
         for ticket, image in self._engine.in_hand.items() if self._engine else ():
             if image.began is None and self._engine:
                 self._engine.cancel(ticket)
@@ -241,6 +256,7 @@ class Supervisor:
 
     def surveyed(self, survey: Survey) -> None:
         """What the last look found outside the inbox."""
+        self._looked = True
         if survey.trouble != self._trouble:
             self._trouble = survey.trouble
             if survey.trouble:
@@ -250,6 +266,8 @@ class Supervisor:
         if survey.paused != self._paused:
             self._paused = survey.paused
             log.get().info("daemon.paused" if survey.paused else "daemon.resumed")
+            if survey.paused:
+                self._recall_prefetched()
         for command in survey.commands:
             if command.file not in self._obeying:
                 self._obey(command)
@@ -573,7 +591,8 @@ class Supervisor:
 
     def _is_held(self) -> bool:
         """Whether no new image may begin."""
-        return self._paused or self._trouble is not None or self._stop_at is not None
+        blind = not self._looked  # the disks and the pause are not known yet
+        return blind or self._paused or self._trouble is not None or self._stop_at is not None
 
     # --- images -------------------------------------------------------------------------------
 
@@ -699,6 +718,8 @@ class Supervisor:
             ready = self._engine is not None and self._engine.is_ready
             if self._intake.is_quiet() and ready:
                 self._end(0)
+            elif self._intake.obstacle and ready and self._intake.is_idle():
+                self._end(1, f"cannot drain: a file {self._intake.obstacle}")
 
     def _why_held(self) -> str | None:
         """Why work does not go on by itself."""
@@ -708,15 +729,11 @@ class Supervisor:
 
     # --- reporting ----------------------------------------------------------------------------
 
-    def snapshot(self) -> Status:
-        """The state now; called from any thread."""
-        return self._status(self._state())
-
     def _report(self, now: float) -> None:
         self._notifier.ping(now)
         if self._on_change and now >= self._progress_at + PROGRESS_SECONDS:
             self._progress_at = now
-            self._on_change(self.snapshot())
+            self._on_change(self._status(self._state()))
         if now < self._status_at + STATUS_SECONDS:
             return
         last = self.finished[-1].id if self.finished else None
@@ -728,9 +745,9 @@ class Supervisor:
         if key == self._status_key and not self._tickets and not is_old:
             return
         self._status_key, self._status_at = key, now
-        status = self.snapshot()
-        self._notifier.status(one_line(status))
-        self._write_status(status)
+        self._shown = self._status(self._state())
+        self._notifier.status(one_line(self._shown))
+        self._write_status(self._shown)
 
     def _write_status(self, status: Status) -> None:
         try:

@@ -74,6 +74,37 @@ class Bar:
         self.update(text, status.images_published + part, total or None)
 
 
+class Follower:
+    """Tells how jobs that somebody waits for get on: on a bar, else a line when something changes."""
+
+    def __init__(self, bar: Bar | None) -> None:
+        self._bar = bar
+        self._said = ""
+
+    def __call__(self, document: dict[str, Any] | None, drops: Sequence[Any]) -> None:
+        """One look: the daemon's status (None: no daemon), and the files that have not ended."""
+        why = self._why(document, drops)
+        if why and why != self._said:
+            complain(why)
+        self._said = why
+        if self._bar and document and drops:
+            inodes = {one.inode for one in drops}
+            jobs = [job for job in document["jobs"] if job["inode"] in inodes]
+            done, images = sum(job["done"] for job in jobs), sum(job["images"] for job in jobs)
+            text = f"{drops[0].path}: {document['state'] if jobs else drops[0].where}"
+            self._bar.update(text, done, images or None)
+
+    def _why(self, document: dict[str, Any] | None, drops: Sequence[Any]) -> str:
+        """Why nothing happens, or the empty string."""
+        if document is None:
+            return "no daemon runs on this spool; the job waits for: promptdrop run"
+        if document["reason"]:
+            return f"the daemon waits: {document['reason']}"
+        paths = {one.path for one in drops}
+        refused = [w for w in document["waiting"] if w["file"] in paths and ":" in w["why"]]
+        return f"{refused[0]['file']} {refused[0]['why']}" if refused else ""
+
+
 @contextmanager
 def no_bar() -> Iterator[None]:
     """Where nothing is to be shown."""

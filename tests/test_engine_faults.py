@@ -1,0 +1,281 @@
+"""What an engine may do wrong, and who pays for it: the image in hand, nobody else."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness import Daemon, alive, until
+
+MakeDaemon = Callable[..., Daemon]
+
+QUICK = {"image_timeout_seconds": 0.3, "kill_grace_seconds": 0.3, "max_attempts": 2}
+
+
+def jsonl(*prompts: str) -> str:
+    """A job of one image per prompt, as JSON lines."""
+    return "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+
+
+def test_a_timeout_in_python_leaves_the_engine_alive(make_daemon: MakeDaemon) -> None:
+    """SIGALRM at image_timeout_seconds ends the image, charges it, and keeps the engine."""
+    daemon = make_daemon({"engine": QUICK})
+    daemon.drop("a.jsonl", jsonl("!hang", "fine"))
+    done = daemon.drain()
+    job = daemon.job("a")
+
+    assert done.returncode == 0
+    assert job["outcome"] == "partial"
+    assert [i["outcome"] for i in job["images"]] == ["failed", "rendered"]
+    assert "0.3 s (timeout_seconds)" in job["images"][0]["error"]
+    assert "attempt 2 of 2" in job["images"][0]["error"]
+    assert [e["attempt"] for e in daemon.log("image.failed")] == [1, 2]
+    assert len(daemon.log("engine.starting")) == 1
+
+
+def test_timeout_seconds_of_a_job_overrules_the_configuration(make_daemon: MakeDaemon) -> None:
+    """`timeout_seconds` in the job file is the image's own limit."""
+    daemon = make_daemon({"engine": {"max_attempts": 1}})
+    daemon.drop("a.yaml", 'prompt: "!hang"\ntimeout_seconds: 0.2\n')
+    daemon.drain()
+
+    assert "longer than 0.2 s" in daemon.job("a")["images"][0]["error"]
+
+
+def test_a_hang_that_holds_the_gil_costs_the_engine_and_only_that_image(
+    make_daemon: MakeDaemon,
+) -> None:
+    """SIGKILL kill_grace_seconds after the timeout; a new engine; the prefetched image is not charged."""
+    daemon = make_daemon({"engine": QUICK})
+    daemon.drop("a.jsonl", jsonl("!hang-gil", "second", "third"))
+    done = daemon.drain()
+    job = daemon.job("a")
+
+    assert done.returncode == 0
+    assert job["outcome"] == "partial"
+    assert [i["outcome"] for i in job["images"]] == ["failed", "rendered", "rendered"]
+    assert "kill_grace_seconds" in job["images"][0]["error"]
+    assert [(s["job"]["image"], s["job"]["attempt"]) for s in daemon.sidecars("a")] == [
+        (2, 1),
+        (3, 1),
+    ]
+    assert len(daemon.log("engine.killed")) == 2
+    assert len(daemon.log("engine.starting")) == 3
+    record = daemon.error("a.jsonl")
+    assert (record["outcome"], record["missing"]) == ("partial", [1])
+    assert (record["id"], record["folder"]) == (job["id"], "a")
+    assert (daemon.failed / "a.jsonl").read_text() == jsonl("!hang-gil", "second", "third")
+
+
+def test_a_fault_fails_its_image_and_no_other(make_daemon: MakeDaemon) -> None:
+    """However an image ends the engine, all others of its job are rendered and the reason is named."""
+    faults = {
+        "segfault": "SIGSEGV",
+        "crash": "exit status 3",
+        "unknown": "exit status 1",
+        "raise": "scripted by !raise",
+        "constant": "same colour",
+    }
+    daemon = make_daemon({"engine": {"max_attempts": 1}})
+    for fault in faults:
+        daemon.drop(f"{fault}.jsonl", jsonl("first", f"!{fault}", "third"))
+    done = daemon.drain()
+    jobs = {fault: daemon.job(fault) for fault in faults}
+
+    assert done.returncode == 0
+    for fault, said in faults.items():
+        job = jobs[fault]
+        assert [i["outcome"] for i in job["images"]] == ["rendered", "failed", "rendered"]
+        assert said in job["images"][1]["error"]
+        assert said in daemon.error(f"{fault}.jsonl")["error"]
+        assert {s["job"]["attempt"] for s in daemon.sidecars(fault)} == {1}
+        assert job["totals"] | {"seconds": 0} == {
+            "images": 3, "rendered": 2, "failed": 1, "cancelled": 0, "seconds": 0,
+        }  # fmt: skip
+
+
+def test_a_stopped_engine_is_silent_for_stall_seconds_and_killed(make_daemon: MakeDaemon) -> None:
+    """Silence for stall_seconds counts as death, long before the image's own timeout."""
+    daemon = make_daemon({"engine": {"stall_seconds": 0.5, "max_attempts": 1}})
+    daemon.drop("a.jsonl", jsonl("!stop", "fine"))
+    began = time.monotonic()
+    daemon.drain()
+
+    assert time.monotonic() - began < 20  # not the 60 s of image_timeout_seconds
+    assert "stall_seconds" in daemon.job("a")["images"][0]["error"]
+    assert [s["job"]["image"] for s in daemon.sidecars("a")] == [2]
+
+
+def test_a_fault_that_happens_once_is_made_good(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    """The second attempt renders the image, with the seed of the first; its neighbour is not charged."""
+    faults = ("raise", "crash", "unknown", "hang")
+    daemon = make_daemon({"engine": QUICK})
+    for fault in faults:
+        daemon.drop(f"{fault}.jsonl", jsonl(f"!once-{fault} {tmp_path}/{fault} a cat", "a dog"))
+    daemon.drain()
+
+    for fault in faults:
+        job, (cat, dog) = daemon.job(fault), daemon.sidecars(fault)
+        assert job["outcome"] == "done"
+        assert (cat["job"]["attempt"], dog["job"]["attempt"]) == (2, 1)
+        assert cat["request"]["seed"] == job["images"][0]["seed"]
+        assert (tmp_path / fault).exists()
+
+
+def test_a_retried_image_has_the_pixels_of_an_undisturbed_one(
+    make_daemon: MakeDaemon, tmp_path: Path
+) -> None:
+    """An attempt leaves no trace in the image: same prompt and seed, same file."""
+    daemon = make_daemon()
+    prompt = f"!once-crash {tmp_path}/flag a cat"
+    daemon.drop("a.yaml", f'prompt: "{prompt}"\nseed: 5\n')
+    daemon.drain()
+    daemon.drop("b.yaml", f'prompt: "{prompt}"\nseed: 5\n')
+    daemon.drain()
+    (a,), (b,) = daemon.sidecars("a"), daemon.sidecars("b")
+
+    assert (a["job"]["attempt"], b["job"]["attempt"]) == (2, 1)
+    assert a["image"]["sha256"] == b["image"]["sha256"]
+
+
+def test_on_timeout_placeholder_publishes_a_marked_picture(make_daemon: MakeDaemon) -> None:
+    """After the last attempt a placeholder stands in the outbox; the image still counts as failed."""
+    daemon = make_daemon({"engine": {**QUICK, "on_timeout": "placeholder"}})
+    daemon.drop("a.jsonl", jsonl("!hang", "fine"))
+    daemon.drop("b.txt", "!hang-gil\n")
+    done = daemon.drain()
+    a, b = daemon.job("a"), daemon.job("b")
+    placeholder, rendered = daemon.sidecars("a")
+
+    assert done.returncode == 0
+    assert (a["outcome"], b["outcome"]) == ("partial", "failed")
+    assert [i["outcome"] for i in a["images"]] == ["placeholder", "rendered"]
+    assert (placeholder["outcome"], rendered["outcome"]) == ("placeholder", "rendered")
+    assert placeholder["latency_ms"]["render"] is None
+    assert (daemon.outbox / "a" / placeholder["image"]["file"]).stat().st_size > 0
+    assert a["totals"]["failed"] == 1
+    assert daemon.error("a.jsonl")["missing"] == [1]
+    assert daemon.error("b.txt")["outcome"] == "failed"
+
+
+def test_on_timeout_placeholder_is_for_timeouts_only(make_daemon: MakeDaemon) -> None:
+    """An image that failed for another reason gets no picture."""
+    daemon = make_daemon({"engine": {"max_attempts": 1, "on_timeout": "placeholder"}})
+    daemon.drop("a.txt", "!raise\n")
+    daemon.drain()
+
+    assert daemon.job("a")["images"][0]["outcome"] == "failed"
+    assert daemon.sidecars("a") == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        ("!load-raise", 1, "scripted by !load-raise"),
+        ("!load-crash", 1, "exit status 3"),
+        ("!load-hang", 1, "engine.load_timeout_seconds"),
+    ],
+)
+def test_an_engine_that_cannot_load_ends_the_daemon(
+    make_daemon: MakeDaemon, fault: str, status: int, said: str
+) -> None:
+    """The exit status and the reason come at once, and the jobs stay where they are."""
+    daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": 1}})
+    daemon.drop("a.txt", "a cat\n")
+    daemon.start()
+    assert daemon.process
+
+    assert daemon.process.wait(30) == status
+    ending = daemon.log("daemon.ending")[-1]
+    assert said in ending["reason"]
+    assert ending["exit_status"] == status
+    assert daemon.published() == []
+    assert (daemon.inbox / "a.txt").exists() or len(daemon.unfinished()) == 1
+    assert not alive(daemon.engine_pid())
+
+
+def test_an_engine_killed_between_images_is_replaced_and_nobody_is_charged(
+    daemon: Daemon,
+) -> None:
+    """A death without an image in hand costs a restart and nothing else."""
+    daemon.start().until_ready()
+    first = daemon.engine_pid()
+    os.kill(first, signal.SIGKILL)
+    daemon.until_log("engine.ready", times=2)
+    daemon.drop("a.txt", "a cat\n")
+
+    assert daemon.job("a")["outcome"] == "done"
+    assert daemon.sidecars("a")[0]["job"]["attempt"] == 1
+    assert daemon.engine_pid() != first
+    assert daemon.log("engine.died")[0]["how"] == "killed by SIGKILL"
+    assert daemon.stop() == 0
+
+
+def test_an_engine_killed_with_an_image_in_hand_charges_that_image(daemon: Daemon) -> None:
+    """SIGKILL from outside while rendering is a failed attempt; the next one succeeds."""
+    daemon.drop("a.jsonl", jsonl("!slow 0.3", "!slow 0.01"))
+    daemon.start()
+    daemon.until_begun()
+    os.kill(daemon.engine_pid(), signal.SIGKILL)
+
+    assert daemon.job("a")["outcome"] == "done"
+    assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [2, 1]
+    assert daemon.stop() == 0
+
+
+def test_an_engine_that_keeps_dying_idle_ends_the_daemon(daemon: Daemon) -> None:
+    """Five deaths in a row without an image begun: something else kills it, and the daemon says so."""
+    daemon.start()
+    for life in range(1, 6):
+        daemon.until_log("engine.ready", times=life)
+        os.kill(daemon.engine_pid(), signal.SIGKILL)
+    assert daemon.process
+
+    assert daemon.process.wait(30) == 1
+    assert "died 5 times in a row" in daemon.log("daemon.ending")[-1]["reason"]
+
+
+@pytest.mark.parametrize("prompt", ["!slow 5", "!hang-gil", "!hang"])
+def test_no_engine_outlives_a_killed_daemon(daemon: Daemon, prompt: str) -> None:
+    """PR_SET_PDEATHSIG: SIGKILL of the daemon alone ends the engine, whatever it is doing."""
+    daemon.drop("a.txt", f"{prompt}\n")
+    daemon.start()
+    daemon.until_begun()
+    engine = daemon.engine_pid()
+    assert daemon.process
+    daemon.process.kill()
+    daemon.process.wait(10)
+
+    until(lambda: not alive(engine), "the end of the engine", 10)
+
+
+def test_no_engine_outlives_a_daemon_killed_while_it_loads(make_daemon: MakeDaemon) -> None:
+    """The same while the weights are being read."""
+    daemon = make_daemon({"model": {"revision": "!load-hang"}})
+    daemon.start()
+    daemon.until_log("engine.stage", stage="loading weights")
+    engine = daemon.engine_pid()
+    assert daemon.process
+    daemon.process.kill()
+    daemon.process.wait(10)
+
+    until(lambda: not alive(engine), "the end of the engine", 10)
+
+
+def test_a_death_while_prompts_are_measured_measures_them_again(make_daemon: MakeDaemon) -> None:
+    """A job whose prompts wait to be counted is not lost with the engine."""
+    daemon = make_daemon({"prompt": {"overflow": "refuse"}, "engine": {"max_attempts": 1}})
+    daemon.drop("a.txt", "!slow 0.2\n")
+    daemon.start()
+    daemon.until_begun()
+    daemon.drop("b.txt", "a dog\n")
+    daemon.until_log("job.claimed", times=2)
+    os.kill(daemon.engine_pid(), signal.SIGKILL)
+
+    assert daemon.job("a")["outcome"] == "failed"
+    assert daemon.job("b")["outcome"] == "done"
+    assert daemon.stop() == 0
