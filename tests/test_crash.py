@@ -150,9 +150,8 @@ def _copy(make: Make, template: Daemon, home: str, changes: Any) -> Daemon:
     return daemon
 
 
-def two_jobs(daemon: Daemon) -> None:
-    daemon.drop("cat.txt", '--prompt "a cat" --seed 1\n--prompt "two cats" --seed 2\n')
-    daemon.drop("sub/dog.yaml", "prompt: a dog\nseed: 3\nformat: jpeg\n")
+def a_job_in_a_sub_folder(daemon: Daemon) -> None:
+    daemon.drop("sub/cat.txt", '--prompt "a cat" --seed 1\n--prompt "two" --seed 2 --format jpeg\n')
 
 
 def a_partly_failed_job_and_a_refused_file(daemon: Daemon) -> None:
@@ -179,7 +178,7 @@ def a_retry_and_a_cancel(daemon: Daemon) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "build",
-    [two_jobs, a_partly_failed_job_and_a_refused_file, a_retry_and_a_cancel],
+    [a_job_in_a_sub_folder, a_partly_failed_job_and_a_refused_file, a_retry_and_a_cancel],
     ids=lambda build: build.__name__,
 )
 def test_a_crash_at_any_change_loses_nothing(make_daemon: Make, drain: Drain, build: Any) -> None:

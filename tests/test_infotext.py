@@ -1,7 +1,5 @@
 """A1111's infotext, written and read."""
 
-import time
-
 import pytest
 
 from promptdrop.infotext import ParsedInfotext, format_infotext, parse_infotext, parse_settings
@@ -108,10 +106,10 @@ def test_settings_are_read_as_a1111_reads_them(line, settings):
     assert parse_settings(line) == settings
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("unit", ["a", " -/", "aa: 1,", 'aa: "', 'aa: "\\",', "a:", '"', "\\"])
-def test_reading_takes_linear_time(unit):
-    """A1111's own expression takes quadratic time for a long word."""
-    began = time.perf_counter()
-    parse_infotext("a\n" + unit * (500_000 // len(unit)))
+def test_reading_does_not_take_quadratic_time(unit):
+    """A1111's own expression would be at it for hours: half a megabyte has no settings line, or one."""
+    parsed = parse_infotext("a\n" + unit * (500_000 // len(unit)))
 
-    assert time.perf_counter() - began < 2
+    assert parsed is None or parsed.fields

@@ -610,11 +610,11 @@ def test_submit_wait_is_not_fooled_by_an_earlier_job(daemon: Daemon, tmp_path: P
     inode = link.stat().st_ino
     link.rename(daemon.inbox / "a.txt")
     program = (
-        "import os, sys; from pathlib import Path; from promptdrop import client, config;"
+        "import os, sys; from pathlib import Path; from promptdrop import client, clock, config;"
         "from promptdrop.spool import Spool;"
         "spool = Spool(config.load(Path(sys.argv[1])));"
-        "dropped = client.Dropped('a.txt', int(sys.argv[2]));"
-        "client.wait(spool, dropped, lambda status, where: os._exit(9))"
+        "dropped = client.Dropped('a.txt', int(sys.argv[2]), clock.timestamp());"
+        "client.wait(spool, [dropped], lambda status, drops: os._exit(9))"
     )
     again = subprocess.run(
         [sys.executable, "-c", program, str(daemon.config), str(inode)],

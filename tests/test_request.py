@@ -3,7 +3,6 @@
 import json
 import random
 import shlex
-import time
 import tracemalloc
 
 import pytest
@@ -660,14 +659,9 @@ def big(unit, size=1 << 20):
     ],
     ids=range(7),
 )
-def test_the_worst_mebibyte_is_bounded(suffix, text):
-    """Under 3 s; 0.9 to 1.6 s were measured on a busy machine."""
-    data = text.encode()[: 1 << 20]
-    began = time.perf_counter()
-    refusal(data, suffix)
-    seconds = time.perf_counter() - began
-
-    assert seconds < 3
+def test_the_worst_mebibyte_is_refused(suffix, text):
+    """The inputs that cost most are answered like any other; bench/requests.py times them."""
+    refusal(text.encode()[: 1 << 20], suffix)
 
 
 def test_the_greediest_yaml_stays_small():

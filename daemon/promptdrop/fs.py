@@ -184,7 +184,10 @@ def signature_of(path: Path) -> Signature | None:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory of our own with all it holds; gone already is fine."""
-    shutil.rmtree(path, ignore_errors=False, onerror=_ignore_missing)
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass  # somebody tidied up
 
 
 def remove_temporaries(directory: Path) -> None:
@@ -257,8 +260,3 @@ def _unlink(path: Path) -> None:
         os.unlink(path)
     except FileNotFoundError:
         pass  # renamed into place, or somebody was faster
-
-
-def _ignore_missing(function: object, path: str, info: tuple[type, BaseException, object]) -> None:
-    if not isinstance(info[1], FileNotFoundError):
-        raise info[1]

@@ -127,8 +127,8 @@ class Intake:
         verdicts.clear()
         scan, trouble = None, None
         try:
-            self._watcher.check(self._watched_folders())
             self._spool.require_folders()
+            self._watcher.check(self._watched_folders())
             scan = self._inbox.scan(now, settings.watch, settings.inbox.recursive)
             self._spool.require_space(settings.limits.min_free_disk_mib)
         except TROUBLE as e:

@@ -536,12 +536,13 @@ class Supervisor:
         """The engine process is dead: charge whom it had in hand, and start another."""
         dead.reap()
         self._engine = None
-        how = self._kill_reason or f"the engine died: {dead.how_it_ended()}"
+        how = dead.how_it_ended()
         log.get().error("engine.died", pid=dead.pid, how=how, in_hand=len(dead.in_hand))
+        error = self._kill_reason or f"the engine died: {how}"
         if dead.cannot_start:
             self._end(dead.cannot_start.exit_status, dead.cannot_start.error)
         elif not dead.is_ready:
-            self._end(1, f"while {dead.stage}: {how}")
+            self._end(1, f"while {dead.stage}: {error}")
         began = any(image.began is not None for image in dead.in_hand.values())
         for ticket, image in dead.in_hand.items():
             running = self._tickets.pop(ticket)
@@ -550,14 +551,15 @@ class Supervisor:
             if image.began is None:
                 self._put_back(running, image.spec)
             else:
-                self._image_failed(
-                    running, image.spec, how, timed_out=self._kill_reason is not None
-                )
+                timed_out = self._kill_reason is not None
+                self._image_failed(running, image.spec, error, timed_out)
         self._unmeasured += self._measuring.values()
         self._measuring = {}
         self._idle_deaths = 0 if began else self._idle_deaths + 1
         if self.exit_status is None and self._idle_deaths >= IDLE_DEATHS:
-            self._end(1, f"{IDLE_DEATHS} times in a row without an image in hand, {how}")
+            self._end(
+                1, f"the engine died {IDLE_DEATHS} times in a row without an image in hand: {how}"
+            )
         if self.exit_status is None and self._stop_at is None:
             self._start_engine()
 
