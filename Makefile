@@ -8,9 +8,10 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "installing into $(VENV): torch, diffusers and friends, some minutes ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 demo: $(VENV)/installed
 	@mkdir -p demo
@@ -21,7 +22,7 @@ demo: $(VENV)/installed
 	@$(BIN)/promptdrop run --config demo/config.yaml --drain
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
