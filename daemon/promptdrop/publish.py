@@ -170,6 +170,9 @@ class Publication:
 def complete(job: Job, image: int) -> str:
     """Finish a publication whose record stands. Repeatable; returns the image's file name."""
     path = _record_path(job, image, "publishing")
+    if not path.exists():  # done but for what comes after the last rename
+        record = json.loads(_record_path(job, image, "published").read_bytes())
+        return _remember(job, image, record)
     record = json.loads(path.read_bytes())
     folder = job.outbox_folder
     began = time.monotonic()
@@ -182,10 +185,7 @@ def complete(job: Job, image: int) -> str:
         )
         _write_sidecar(job, record, sidecar)
     os.replace(path, _record_path(job, image, "published"))
-    state = job.state(image)
-    state.outcome, state.file, state.error = record["outcome"], file, record["error"]
-    _unlink(_record_path(job, image, "begun"))
-    return str(file)
+    return _remember(job, image, record)
 
 
 def recover(job: Job) -> None:
@@ -218,6 +218,13 @@ _SAMPLERS = {
     "unipc": "UniPC",
     "heun": "Heun",
 }
+
+
+def _remember(job: Job, image: int, record: dict[str, Any]) -> str:
+    state, file = job.state(image), str(record["image"]["file"])
+    state.outcome, state.file, state.error = record["outcome"], file, record["error"]
+    _unlink(_record_path(job, image, "begun"))
+    return file
 
 
 def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ DEATHS_BEHIND = 3  # daemon deaths in a row after which an image goes behind all
 DEATHS_FAILED = 10  # ... and after which it fails
 HOST = socket.gethostname()
 _LOCK_TRIES = 10  # `status` holds the lock for microseconds when it looks who is there
-_TREE_MODE = 0o2775
+_TREE_MODE = 0o2775  # inbox, outbox, failed and control: the whole group may write
+_OWN_MODE = 0o2755  # what only the daemon writes
 _ID = re.compile(r"\d{8}T\d{12}-[0-9a-f]{6}\Z")  # what else lies among our folders is a stranger's
 
 
@@ -190,15 +191,11 @@ class Spool:
         Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
         """
         self._refuse_nesting()
-        for path in (
-            self.root,
-            self.inbox,
-            self.own,
-            self.control,
-            self.cache,
-            *(self.own / s for s in STATES),
-        ):
+        for path in (self.root, self.inbox):
             _make(path)
+        for path in (self.own, self.cache, *(self.own / state for state in STATES)):
+            _make(path, _OWN_MODE)
+        _make(self.control)
         for path, configured in (
             (self.outbox, self.config.paths.outbox),
             (self.failed, self.config.paths.failed),
@@ -570,12 +567,12 @@ class Spool:
 
         Raises UsageError: nothing there can be retried.
         """
-        path = self.failed / target
-        if Path(target).is_absolute() or ".." in Path(target).parts or not path.is_file():
-            raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
         for home in self._homes("parked"):
             if read_json(home / "failing.json").get("target") == target:
                 return self._unpark(home)
+        path = self.failed / target
+        if Path(target).is_absolute() or ".." in Path(target).parts or not path.is_file():
+            raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
         self._drop_again(path, target)
         return None
 
@@ -852,12 +849,12 @@ def _of_image(job: Job, image: int, kind: str) -> Path:
     return job.home / f"{image:04d}.{kind}"
 
 
-def _make(path: Path) -> None:
-    """mkdir -p of our own tree, group-writable with the group inherited. Raises ConfigError."""
+def _make(path: Path, mode: int = _TREE_MODE) -> None:
+    """mkdir -p of our own tree; new files inherit its group. Raises ConfigError."""
     try:
         if not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fs.make_directory(path, _TREE_MODE)
+            fs.make_directory(path, mode)
     except FileExistsError:
         if not path.is_dir():
             raise ConfigError(f"{path} exists and is not a folder") from None
@@ -889,8 +886,8 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sync_if_there(path: Path) -> None:
     try:
         fs.sync_directory(path)
-    except FileNotFoundError:
-        pass  # the dropper's sub-folder may be gone by now
+    except OSError:
+        pass  # the dropper's folder is gone, or the disk is sick: the file is ours all the same
 
 
 def _chmod_quietly(path: Path, mode: int) -> None:
