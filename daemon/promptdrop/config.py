@@ -228,11 +228,20 @@ def width_height(size: str) -> tuple[int, int]:
 
 
 def default_file() -> Path:
-    """`$PROMPTDROP_CONFIG`, then ./config.yaml, then /etc/promptdrop/config.yaml."""
+    """`$PROMPTDROP_CONFIG`, then ./config.yaml, then /etc/promptdrop/config.yaml.
+
+    Raises ConfigError: there is none.
+    """
     if configured := os.environ.get("PROMPTDROP_CONFIG"):
         return Path(configured)
-    local = Path("config.yaml")
-    return local if local.exists() else Path("/etc/promptdrop/config.yaml")
+    for file in (Path("config.yaml"), Path("/etc/promptdrop/config.yaml")):
+        if file.exists():
+            return file
+    raise ConfigError(
+        "no configuration: $PROMPTDROP_CONFIG is not set, and neither ./config.yaml nor"
+        " /etc/promptdrop/config.yaml is there; name one with --config FILE, or write one with:"
+        " promptdrop init DIR"
+    )
 
 
 def load(file: Path) -> Config:
