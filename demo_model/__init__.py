@@ -1,0 +1,1 @@
+"""A small, really trained ZImagePipeline that draws coloured shapes from words."""

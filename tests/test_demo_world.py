@@ -1,0 +1,115 @@
+"""The demonstration model in the making: its world, its judge, and its training code."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from demo_model import model
+from demo_model.captions import describe, forget
+from demo_model.data import CaptionedBatches, sample_training_scene
+from demo_model.evaluate import held_out_cases
+from demo_model.judge import compare, is_right, look
+from demo_model.world import Scene, is_held_out, pack, place, render, sample_scene
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors are quickest on one thread, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def drawn(scene: Scene, height: int, width: int, rng: random.Random) -> NDArray[np.uint8]:
+    """The scene itself as pixels [height, width, 3]."""
+    image = render(torch.tensor([pack(scene, place(scene, height, width, rng))]), height, width)[0]
+    return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def test_the_judge_reads_drawn_scenes() -> None:
+    """Every attribute of at least 99% of 300 drawn scenes is read back, at any size."""
+    rng = random.Random(1)
+    right = 0
+    for i in range(300):
+        height, width = rng.randrange(128, 257, 16), rng.randrange(128, 257, 16)
+        scene = sample_scene(rng, two=i % 2 == 1)
+        right += all(compare(look(drawn(scene, height, width, rng)), scene).values())
+
+    assert right >= 297
+
+
+def test_the_judge_tells_a_wrong_picture() -> None:
+    """A picture of another scene is not right."""
+    rng = random.Random(2)
+    for i in range(40):
+        asked, other = (sample_scene(rng, two=i % 2 == 1) for _ in range(2))
+
+        assert not is_right(look(drawn(other, 160, 192, rng)), asked)
+
+
+def test_noise_is_not_clean() -> None:
+    """Random pixels are no picture of this world."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+
+    assert not look(noise).clean
+
+
+def test_training_never_sees_a_held_out_scene() -> None:
+    """The scenes that prompts are judged on are not among those that training draws."""
+    rng = random.Random(3)
+
+    assert not any(is_held_out(sample_training_scene(rng)) for _ in range(300))
+    assert all(is_held_out(case.asked) for case in held_out_cases(100) if said_all(case.asked))
+
+
+def said_all(scene: Scene) -> bool:
+    return scene.background is not None and (scene.position or scene.relation) is not None
+
+
+def test_a_training_batch_is_made_from_its_number() -> None:
+    """Batch 5 is the same however training came to it, and its prompts pad to one length."""
+    tokenizer = model.build_tokenizer()
+    first, again = (CaptionedBatches(tokenizer, seed=0, tokens=9000)[5] for _ in range(2))
+
+    assert torch.equal(first.ids, again.ids)
+    assert torch.equal(first.pictures.packed, again.pictures.packed)
+    assert bool((first.lengths > first.ids.shape[1] - model.SEQUENCE_MULTIPLE).all())
+
+
+def test_captions_are_short_and_never_empty() -> None:
+    """A caption of either language is at most 64 tokens with its chat template."""
+    tokenizer = model.build_tokenizer()
+    rng = random.Random(4)
+    for i in range(200):
+        asked = forget(sample_scene(rng, two=i % 2 == 1), rng)
+        text = describe(asked, rng, chinese=i % 4 > 1)
+
+        assert text
+        assert len(tokenizer(model.templated(tokenizer, text)).input_ids) <= 64
+
+
+def test_training_runs_the_pipelines_own_function() -> None:
+    """predict_velocity is ZImageTransformer2DModel.forward, and encode_text its text's encoding."""
+    torch.manual_seed(0)
+    tokenizer = model.build_tokenizer()
+    encoder, transformer = model.build_text_encoder(tokenizer).eval(), model.build_transformer()
+    pipe = model.assemble(tokenizer, encoder, transformer, model.build_vae())
+    prompts = ["a red circle above a blue square", "右边有一个小的绿色三角形"]
+    batches = CaptionedBatches(tokenizer, seed=0, tokens=1)
+    ids = batches.tokenize(prompts)
+    lengths = torch.tensor([len(row) for row in ids])  # [2]
+    latents, t = torch.randn(2, 16, 18, 20), torch.rand(2)  # [2, 16, h, w], [2]
+    with torch.no_grad():
+        embeds = pipe.encode_prompt([*prompts], do_classifier_free_guidance=False)[0]
+        frames = list(latents.unsqueeze(2).unbind())  # each [16, 1, h, w]
+        expected = torch.stack(transformer(frames, t, embeds, return_dict=False)[0]).squeeze(2)
+        text = model.encode_text(encoder, batches.pad(ids, model.SEQUENCE_MULTIPLE))  # [2, 32, dim]
+        model.use_real_rotary(transformer)
+        actual = model.predict_velocity(transformer, latents, t, text, lengths)
+
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
