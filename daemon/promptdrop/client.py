@@ -82,8 +82,10 @@ def name_of_prompt(prompt: str) -> str:
 
 
 def read_status(spool: Spool) -> dict[str, Any] | None:
-    """What the daemon wrote last, or None: no daemon owns this spool."""
-    return read_json(spool.own / "status.json") if spool.daemon_pid() is not None else None
+    """What the daemon wrote last, or None: no daemon owns this spool, or it has only just begun."""
+    return (
+        (read_json(spool.own / "status.json") or None) if spool.daemon_pid() is not None else None
+    )
 
 
 def wait(
@@ -110,7 +112,7 @@ def wait(
                 raise PromptdropError(
                     f"{names.printable(one.path)}: no longer in the spool; somebody withdrew it"
                 )
-        alive = status if spool.daemon_pid() is not None else None
+        alive = (status or None) if spool.daemon_pid() is not None else None
         on_poll(alive, [one for n, one in waiting if n not in ends])
         if len(ends) < len(drops):
             time.sleep(POLL_SECONDS)

@@ -140,6 +140,7 @@ class Supervisor:
         )
         self._paused = control.is_paused(self.spool.control)
         self._export_metrics()
+        self._write_status(self._shown)
         self._start_engine()
         self._off("clerk", self._recover, self._recovered)
 
