@@ -45,6 +45,8 @@ def test_the_shipped_file_holds_every_key_with_its_default() -> None:
         ("model: {id: x}\noutput: {name: '{job}'}", "must contain {image}"),
         ("model: {id: x}\noutput: {name: '{image}/{job}'}", "plain file name"),
         ("model: {id: x}\noutput: {name: '{image.__class__}'}", "must contain {image}"),
+        ("model: {id: x}\noutput: {name: '{seed}{image}'}", "image 1 with seed 11 and image 11 with seed 1"),
+        ("model: {id: x}\nwatch: {ready_suffix: .txt}", "such as '.done'"),
         ("model: {id: x}\ninbox: {encodings: [klingon]}", "'klingon' is not an encoding"),
         ("model: {id: x}\nmodel: {id: y}", ":2: duplicate key 'model'"),
         ("model: &a {id: x}", "anchors are not allowed"),

@@ -686,7 +686,7 @@ def test_generate_goes_through_the_daemon(daemon: Daemon, tmp_path: Path) -> Non
     assert (tmp_path / "fox.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
     assert str(tmp_path / "fox.jpg") in one.stdout
     assert len(list((tmp_path / "pets").iterdir())) == 2
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "width" in failed.stderr
     assert not (tmp_path / "no.png").exists()
     assert len(daemon.published()) == 3

@@ -64,4 +64,4 @@ def test_the_quick_start_works(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lighthouse.png").stat().st_size > 1000
-    assert len(list((tmp_path / "try/spool/inbox").iterdir())) == 1
+    assert len(list((tmp_path / "try/spool/outbox").glob("*/job.json"))) == 1

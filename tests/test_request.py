@@ -246,21 +246,21 @@ def test_limits_of_the_configuration_hold():
 
 
 @pytest.mark.parametrize(
-    ("text", "suffix", "line"),
+    ("text", "suffix", "where"),
     [
-        ("prompt: a\ncount: 1000000000000", ".yaml", 1),
-        ("prompts: [a, b]\nseed: [1, 2, 3]", ".yaml", 1),
-        ("prompt: a\nimages: [{}, {}, {}, {}, {}, {}]", ".yaml", 2),
-        ("a\n" * 6, ".txt", 6),
-        ("prompt\n" + "a\n" * 6, ".csv", 7),
+        ("prompt: a\ncount: 1000000000000", ".yaml", "line 2: count=1000000000000: "),
+        ("prompts: [a, b]\nseed: [1, 2, 3]", ".yaml", "line 2: "),
+        ("prompt: a\nimages: [{}, {}, {}, {}, {}, {}]", ".yaml", "line 2: "),
+        ("a\n" * 6, ".txt", "line 6: "),
+        ("prompt\n" + "a\n" * 6, ".csv", "line 7: "),
     ],
 )
-def test_more_images_than_the_limit_are_refused_before_they_are_made(text, suffix, line):
-    """A count of 10**12 takes neither time nor memory."""
+def test_more_images_than_the_limit_are_refused_before_they_are_made(text, suffix, where):
+    """A count of 10**12 takes neither time nor memory; the field that asks for it is named."""
     settings = configured(limits={"images_per_job": 5})
 
     assert refusal(text, suffix, settings) == [
-        f"line {line}: more than 5 images in one job (limits.images_per_job)"
+        f"{where}more than 5 images in one job (limits.images_per_job)"
     ]
 
 

@@ -119,7 +119,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "-o",
         "--output",
-        type=Path,
         metavar="PATH",
         help="a file for one image, a folder for several",
     )
@@ -272,7 +271,7 @@ def _init(arguments: argparse.Namespace) -> None:
     file = directory / "config.yaml"
     directory.mkdir(parents=True, exist_ok=True)
     if file.exists():
-        print(f"kept   {file}")
+        print(f"kept   {file}" + (", so --model says nothing new" if arguments.model else ""))
     else:
         template = resources.files("promptdrop").joinpath("config.yaml").read_text("utf-8")
         file.write_text(_with_model(template, arguments.model), "utf-8")
@@ -325,7 +324,8 @@ def _print_results(supervisor: Any) -> None:
                     os.path.relpath(file),
                 )
             )
-    terminal.table(("image", "seed", "latency", "file"), rows)
+    if rows:
+        terminal.table(("image", "seed", "latency", "file"), rows)
     for end in supervisor.finished:
         if end.outcome != "done":
             terminal.say(f"{end.outcome}: {end.file}: {end.error}")
@@ -340,11 +340,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     fields = _fields(arguments)
     settings = _config(arguments)
+    output = Path(arguments.output) if arguments.output else None
+    if output and arguments.output.endswith(os.sep):
+        output.mkdir(parents=True, exist_ok=True)
     return generate.run(
         settings,
         prompts,
         fields,
-        arguments.output,
+        output,
         arguments.prompts is not None,
         arguments.own_engine,
     )
@@ -372,6 +375,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     if fields and arguments.prompt is None:
         raise UsageError(f"--{next(iter(fields))} goes with --prompt; a FILE says it inside")
     spool = _spool(arguments)
+    if arguments.folder and not spool.config.inbox.recursive:
+        raise UsageError("--folder: inbox.recursive is false, so sub-folders are not taken")
     for file in arguments.files:
         if not names.is_job_name(file.name):
             raise UsageError(
@@ -379,7 +384,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             )
     jobs = [(file.read_bytes(), file.name) for file in arguments.files]
     if arguments.prompt is not None:
-        data = json.dumps({"prompt": arguments.prompt, **fields}, ensure_ascii=False).encode()
+        data = json.dumps({"prompt": arguments.prompt, **fields}).encode()
         jobs.append((data, client.name_of_prompt(arguments.prompt)))
     dropped = [client.drop(spool, data, name, _sub(arguments.folder)) for data, name in jobs]
     for one in dropped:
@@ -388,7 +393,11 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _sub(folder: str) -> str:
+    from promptdrop import names
+
     parts = Path(folder).parts
+    if any(map(names.is_ignored_folder, parts)):
+        raise UsageError(f"--folder {folder}: the daemon never enters a folder of this name")
     if ".." in parts or Path(folder).is_absolute():
         raise UsageError(f"--folder {folder}: expected a sub-folder of the inbox")
     return "/".join(parts)
@@ -422,7 +431,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for file in arguments.files:
         result = read_job_file(file, file.name, settings, None)
         if result is None:
-            raise UsageError(f"{file}: no such regular file")
+            result = RequestError("no such regular file")
         if isinstance(result, RequestError):
             refused = True
             for problem in result.problems:
@@ -575,13 +584,19 @@ def _schema(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from promptdrop import metrics, terminal
+    from promptdrop import metrics, request, terminal
+    from promptdrop.errors import RequestError
     from promptdrop.script import Engine
 
     if arguments.images < 1:
         raise UsageError(f"--images {arguments.images}: expected at least 1")
     fields = {"size": arguments.size} if arguments.size else {}
-    engine = Engine(_config(arguments))
+    settings = _config(arguments)
+    try:
+        request.parse(json.dumps({"prompt": "a", **fields}).encode(), ".json", settings)
+    except RequestError as e:
+        raise UsageError("; ".join(problem.message for problem in e.problems)) from None
+    engine = Engine(settings)
     engine.generate("a lighthouse on a cliff", **fields)  # not counted: a first one is slower
     made = engine.generate("a lighthouse on a cliff", seed=list(range(arguments.images)), **fields)
     images = made if isinstance(made, list) else [made]

@@ -72,6 +72,8 @@ def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
             except FileExistsError:
                 n += 1
         inode = os.fstat(handle.fileno()).st_ino
+    if ready := spool.config.watch.ready_suffix:
+        (folder / f"{name}{ready}").touch()
     return Dropped(f"{sub}/{name}" if sub else name, inode, moment)
 
 

@@ -78,6 +78,13 @@ class Watch(Section):
     writer_seconds: Annotated[float, Field(ge=0, le=86400)] = 60.0
     ready_suffix: Annotated[str, Field(min_length=1, max_length=32)] | None = None
 
+    @field_validator("ready_suffix")
+    @classmethod
+    def _is_a_suffix(cls, suffix: str | None) -> str | None:
+        if suffix and ("/" in suffix or "\0" in suffix or names.is_job_name(f"a{suffix}")):
+            raise ValueError(f"{suffix!r} must end a name beside the job file's, such as '.done'")
+        return suffix
+
 
 class Queue(Section):
     policy: Literal["fair", "fifo"] = "fair"
@@ -155,6 +162,11 @@ class Output(Section):
             raise ValueError(f"{name!r} may use {{job}}, {{image}} and {{seed}}: {e}") from None
         if one == two:
             raise ValueError(f"{name!r} must contain {{image}}, or all images get one name")
+        if name.format(job="", image=1, seed=11) == name.format(job="", image=11, seed=1):
+            raise ValueError(
+                f"{name!r} gives image 1 with seed 11 and image 11 with seed 1 one name;"
+                " put something between {seed} and {image}"
+            )
         if "/" in one or "\0" in one or not names.is_stem(one):
             raise ValueError(f"{name!r} must give a plain file name, not {one!r}")
         return name

@@ -10,7 +10,7 @@ from typing import Any
 
 from promptdrop import client, fs, log, names, request, terminal
 from promptdrop.config import Config
-from promptdrop.errors import PromptdropError, UsageError
+from promptdrop.errors import PromptdropError, RequestError, UsageError
 from promptdrop.spool import Spool
 from promptdrop.supervisor import Supervisor
 
@@ -33,10 +33,13 @@ def run(
 ) -> int:
     """Render prompts, put the images at `output`, print each path and latency.
 
-    Raises RequestError: a field is wrong; nothing is rendered. UsageError: output cannot be used.
+    Raises UsageError: a field is wrong, or output cannot be used; nothing is rendered.
     """
     data, name = _job(settings, prompts, fields, output), client.name_of_prompt(prompts[0])
-    count = len(request.parse(data, ".json", settings).images)
+    try:
+        count = len(request.parse(data, ".json", settings).images)
+    except RequestError as e:
+        raise UsageError("; ".join(problem.message for problem in e.problems)) from None
     targets = _Targets(output, several or count > 1)
     spool = Spool(settings)
     if not own_engine and spool.daemon_pid() is not None:
@@ -66,11 +69,13 @@ class _Targets:
     """Where images go: the one file that was asked for, or new names in a folder."""
 
     def __init__(self, output: Path | None, several: bool) -> None:
-        self._file = (
-            None if several or output is None or output.is_dir() or not output.suffix else output
-        )
-        if several and output is not None and output.is_file():
+        is_folder = output is None or output.is_dir() or (several and not output.suffix)
+        suffix = output.suffix.lower() if output and not is_folder else ""
+        if several and not is_folder:
             raise UsageError(f"--output {output}: expected a folder for several images")
+        if suffix and suffix not in FORMAT_OF_SUFFIX:
+            raise UsageError(f"--output {output}: expected one of {' '.join(FORMAT_OF_SUFFIX)}")
+        self._file = None if is_folder else output
         self._folder = output or Path()
         parent = self._file.parent if self._file else self._folder
         parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ class _Targets:
     def put(self, source: Path) -> Path:
         """Copy an image to its place, in one step."""
         if self._file:
-            target = self._file
+            target = self._file if self._file.suffix else self._file.with_suffix(source.suffix)
             with fs.temporary(target.parent, 0o644) as (handle, temporary):
                 handle.write(source.read_bytes())
                 handle.flush()
@@ -114,12 +119,13 @@ def _render_privately(
     with terminal.progress_bar() as bar:
         supervisor = Supervisor(private, drain=True, on_change=bar.show if bar else None)
         status = supervisor.run()
-    if not supervisor.finished:
-        raise PromptdropError(
-            supervisor.ending or f"nothing was rendered (exit status {status})", status
-        )
-    end = supervisor.finished[-1]
-    return spool, client.Ended(end.outcome, end.folder, end.error)
+    if supervisor.finished:
+        end = supervisor.finished[-1]
+        return spool, client.Ended(end.outcome, end.folder, end.error)
+    for entry in fs.entries(spool.outbox):  # interrupted: what is finished is still theirs
+        return spool, client.Ended("interrupted", entry.name, supervisor.ending)
+    reason = supervisor.ending or "interrupted before the first image"
+    raise PromptdropError(reason, status or 1)
 
 
 def _collect(spool: Spool, ended: client.Ended, targets: _Targets) -> int:
@@ -130,5 +136,6 @@ def _collect(spool: Spool, ended: client.Ended, targets: _Targets) -> int:
             f"{target}\trender {render} ms\ttotal {total} ms\tseed {sidecar['request']['seed']}"
         )
     if ended.outcome != "done":
-        print(f"promptdrop: {ended.outcome}: {ended.error}", file=sys.stderr)
+        reason = f": {ended.error}" if ended.error else ""
+        print(f"promptdrop: {ended.outcome}{reason}", file=sys.stderr)
     return 0 if ended.outcome == "done" else 1

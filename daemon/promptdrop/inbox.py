@@ -78,7 +78,7 @@ class Scan:
     started: float
     offers: tuple[Offer, ...]
     waiting: dict[str, str]  # SUB/FILE -> why it is not taken yet
-    blocked: dict[str, str]  # of these, what cannot be moved out of the inbox
+    blocked: dict[str, str]  # of these, what no time will cure: not ready, not to be moved
     next_look: float  # monotonic seconds; inf: nothing is due
     found: int  # job files, taken or not
 
@@ -148,7 +148,8 @@ class Inbox:
         """(why it waits, when to look again, whether to give up on it)."""
         settles = seen.since + watch.settle_seconds
         if not ready:
-            return f"waiting for {path.name}{watch.ready_suffix}", float("inf"), False
+            seen.obstacle = f"waiting for {path.name}{watch.ready_suffix}"
+            return seen.obstacle, float("inf"), False
         if seen.obstacle and now < seen.obstacle_until:
             return seen.obstacle, seen.obstacle_until, False
         objection = seen.objection or ("is empty" if seen.signature[1] == 0 else None)

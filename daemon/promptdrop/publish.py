@@ -49,6 +49,7 @@ class Publication:
     utilization: float | None
     error: str | None = None
     _data: bytes | None = field(default=None, init=False)
+    _sha256: str = field(default="", init=False)
     _save_ms: float = field(default=0.0, init=False)
     _recorded: bool = field(default=False, init=False)
 
@@ -60,6 +61,7 @@ class Publication:
                 self._data = self._encode()
             folder = self.job.outbox_folder
             fs.make_directories(folder, self._directory_mode, below=self.job.outbox)
+            self._sha256 = hashlib.sha256(self._data).hexdigest()
             temporary = fs.write_temporary(folder, self._data, self._mode)
             self._save_ms += (time.monotonic() - began) * 1e3
             _write_record(self.job, self.spec.image, self._record(temporary.name))
@@ -111,7 +113,7 @@ class Publication:
                 width=spec.width,
                 height=spec.height,
                 bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
+                sha256=self._sha256,
             ),
             request=SidecarRequest(
                 prompt=spec.prompt,
@@ -234,7 +236,10 @@ def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:
     stem, suffix = names.split(file)
     n = 1
     while temporary.exists():
+        sidecar = folder / f"{Path(record['image']['file']).stem}.json"
         try:
+            if sidecar.exists():  # of another image, whose format differs: one stem, one sidecar
+                raise FileExistsError
             fs.rename(temporary, folder / record["image"]["file"])
         except FileExistsError:
             n += 1

@@ -140,7 +140,7 @@ class Totals(Record):
     rendered: int
     failed: int
     cancelled: int
-    seconds: float | None = Field(description="from claimed to finished")
+    seconds: float | None = Field(description="from settled to finished")
 
 
 class SummaryTime(Record):

@@ -282,7 +282,9 @@ class _Level:
 
     def line(self, name: str) -> int | None:
         """Where the field stands, else where the mapping begins."""
-        return self.node.key_lines.get(name) or self.node.line
+        lines = self.node.key_lines
+        stands_for = "size" if name in ("width", "height") else name
+        return lines.get(name) or lines.get(stands_for) or self.node.line
 
     def add(self, problems: Problems, name: str, message: str) -> None:
         """Note a problem with one of its fields."""
@@ -305,7 +307,9 @@ def _resolve(documents: Iterable[Node], config: Config, problems: Problems) -> R
             values = level.values
             total += len(values["prompts"]) * max(len(values["seeds"]), values["count"])
             if total > limit:  # before anything is multiplied
-                problems.add(_too_many(limit), level.node.line)
+                name = "count" if values["count"] > 1 else "seed" if values["seeds"] else "prompts"
+                value = f"count={values['count']}: " if name == "count" else ""
+                level.add(problems, name, value + _too_many(limit))
                 problems.raise_if_any()
             if not problems:
                 images.extend(_expand(values, len(images)))

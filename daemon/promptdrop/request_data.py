@@ -135,7 +135,7 @@ def _json_scalar(token: str, line: int) -> Scalar:
 
 def _separator(text: str) -> str:
     """The separator most frequent in the header."""
-    header = text.lstrip("\n").partition("\n")[0]
+    header = re.sub(r'"[^"]*"', "", text.lstrip("\n").partition("\n")[0])
     return max(",;\t", key=header.count)
 
 
@@ -169,6 +169,8 @@ def _check_header(
                 name[:60],
             )
         seen.add(name)
+    if "meta" in seen and any(name.startswith("meta.") for name in seen):
+        problems.add("columns meta and meta.KEY cannot stand together", line, "meta")
     problems.raise_if_any()  # else every row would repeat it
 
 

@@ -610,6 +610,9 @@ class Spool:
                 fs.move(path, self.inbox / sub / names.numbered(stem, suffix, n))
             except FileExistsError:
                 n += 1
+                continue
+            if ready := self.config.watch.ready_suffix:
+                (self.inbox / sub / f"{names.numbered(stem, suffix, n)}{ready}").touch()
 
     # --- after a crash ------------------------------------------------------------------------
 

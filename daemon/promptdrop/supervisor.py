@@ -396,7 +396,7 @@ class Supervisor:
             for running in self._unmeasured:
                 ticket = self._next_ticket()
                 self._measuring[ticket] = running
-                self._engine.count_tokens(ticket, tuple(spec.prompt for spec in running.job.specs))
+                self._engine.count_tokens(ticket, tuple(text for _, _, text in _texts(running.job)))
             self._unmeasured = []
 
     def _measured(self, answer: Tokens) -> None:
@@ -406,11 +406,11 @@ class Supervisor:
         job, limit = running.job, running.job.settings.prompt.max_tokens
         problems = [
             Problem(
-                f"image {spec.image}: the prompt has {count} tokens with its template,"
+                f"image {spec.image}: the {field} has {count} tokens with its template,"
                 f" more than prompt.max_tokens: {limit}",
-                field="prompt",
+                field=field,
             )
-            for spec, count in zip(job.specs, answer.counts, strict=True)
+            for (spec, field, _), count in zip(_texts(job), answer.counts, strict=True)
             if count > limit
         ]
         if not problems:
@@ -438,7 +438,7 @@ class Supervisor:
         del self._running[job.id]
         self._intake.last_activity = time.monotonic()
         errors = [f"image {image}: {s.error}" for image, s in sorted(job.states.items()) if s.error]
-        error = "; ".join(errors[:3]) or None
+        error = "; ".join(errors[:3]) or ("cancelled on request" if job.cancelled else None)
         lasted = job.settled.milliseconds_to(time.monotonic(), self.spool.boot)
         write = log.get().info if outcome == "done" else log.get().warning
         write(
@@ -838,6 +838,16 @@ def one_line(status: Status) -> str:
     if status.window.images_per_second:
         parts.append(f"{status.window.images_per_second:.2f} images/s")
     return ", ".join(parts)
+
+
+def _texts(job: Job) -> list[tuple[ImageSpec, str, str]]:
+    """Every text of a job that the encoder is given: (image, field, text)."""
+    texts = [(spec, "prompt", spec.prompt) for spec in job.specs]
+    return texts + [
+        (spec, "negative_prompt", spec.negative_prompt)
+        for spec in job.specs
+        if spec.negative_prompt and spec.guidance_scale > 0
+    ]
 
 
 def _status_job(job: Job) -> StatusJob:

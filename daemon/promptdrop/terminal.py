@@ -101,8 +101,9 @@ class Follower:
         if document["reason"]:
             return f"the daemon waits: {document['reason']}"
         paths = {one.path for one in drops}
-        refused = [w for w in document["waiting"] if w["file"] in paths and ":" in w["why"]]
-        return f"{refused[0]['file']} {refused[0]['why']}" if refused else ""
+        waiting = [w for w in document["waiting"] if w["file"] in paths]
+        stuck = [w for w in waiting if w["why"] != "still settling"]
+        return f"{stuck[0]['file']}: {stuck[0]['why']}" if stuck else ""
 
 
 @contextmanager
