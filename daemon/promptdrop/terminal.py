@@ -27,7 +27,7 @@ def complain(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on a terminal; tab-separated lines with a header when piped."""
     if not is_terminal():
         for row in (columns, *rows):
@@ -37,7 +37,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = ""
     from rich.markup import escape
     from rich.table import Table
 
-    drawn = Table(title=title or None, title_justify="left", header_style="bold")
+    drawn = Table(header_style="bold", show_header=any(columns))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
@@ -158,7 +158,7 @@ def status(document: dict[str, Any]) -> None:
             )
         )
     if queue["images"] and document["eta_seconds"] is not None:
-        rows.append(("ready in", duration(document["eta_seconds"])))
+        rows.append(("done in", duration(document["eta_seconds"])))
     rows += [
         ("waiting", f"{waiting['file']}: {waiting['why']}") for waiting in document["waiting"][:10]
     ]
