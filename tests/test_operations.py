@@ -808,17 +808,19 @@ def test_metrics_are_served_as_prometheus_text(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon({"metrics": {"listen": f"127.0.0.1:{port}"}})
     daemon.start().until_ready()
     daemon.drop("a.txt", "one\ntwo\nthree\n" * 20)
-    bodies = []
-    while not daemon.log("job.done"):
+
+    def body() -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             assert answer.status == 200
-            bodies.append(answer.read().decode())
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        bodies.append(answer.read().decode())
+            return str(answer.read().decode())
 
-    assert "promptdrop_engine_ready 1.0" in bodies[-1]
-    assert "promptdrop_images_published 60.0" in bodies[-1]
-    assert "# TYPE promptdrop_render_p50_seconds gauge" in bodies[-1]
+    while not daemon.log("job.done"):
+        body()
+    until(lambda: "promptdrop_images_published 60.0" in body(), "the last image in the metrics")
+    last = body()
+
+    assert "promptdrop_engine_ready 1.0" in last
+    assert "# TYPE promptdrop_render_p50_seconds gauge" in last
     assert daemon.stop() == 0
 
 
