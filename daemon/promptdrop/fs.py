@@ -109,10 +109,10 @@ def temporary(directory: Path, mode: int, keep: bool = False) -> Iterator[tuple[
             _chmod(name, mode)
             yield file, name
     except BaseException:
-        _unlink(name)
+        remove_file(name)
         raise
     if not keep:
-        _unlink(name)
+        remove_file(name)
 
 
 def sync(file: BinaryIO) -> None:
@@ -190,11 +190,19 @@ def remove_tree(path: Path) -> None:
         pass  # somebody tidied up
 
 
+def remove_file(path: Path) -> None:
+    """Unlink a file of our own; gone already is fine."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # renamed into place, never written, or somebody was faster
+
+
 def remove_temporaries(directory: Path) -> None:
     """Remove what a crash left half-written in a directory of ours."""
     for entry in entries(directory):
         if entry.name.startswith(TEMPORARY) and entry.is_file(follow_symlinks=False):
-            _unlink(Path(entry.path))
+            remove_file(Path(entry.path))
 
 
 def entries(directory: Path) -> list[os.DirEntry[str]]:
@@ -253,10 +261,3 @@ def _chmod(path: Path, mode: int) -> None:
         os.chmod(path, mode)
     except PermissionError:
         pass  # a share mounted with forced modes (CIFS, FUSE): the mount's modes stand
-
-
-def _unlink(path: Path) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass  # renamed into place, or somebody was faster

@@ -1,7 +1,6 @@
 """Names: which files are jobs, and how a dropped name becomes one every client can store."""
 
 import difflib
-import fnmatch
 import os
 import unicodedata
 from collections.abc import Container, Iterable
@@ -121,11 +120,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?` for the nearest known name, or the empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Case-sensitive shell pattern match."""
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 def cut(text: str, limit: int) -> str:

@@ -171,9 +171,9 @@ class Publication:
 
 def complete(job: Job, image: int) -> str:
     """Finish a publication whose record stands. Repeatable; returns the image's file name."""
-    path = _record_path(job, image, "publishing")
+    path = job.record_path(image, "publishing")
     if not path.exists():  # done but for what comes after the last rename
-        record = json.loads(_record_path(job, image, "published").read_bytes())
+        record = json.loads(job.record_path(image, "published").read_bytes())
         return _remember(job, image, record)
     record = json.loads(path.read_bytes())
     folder = job.outbox_folder
@@ -186,7 +186,7 @@ def complete(job: Job, image: int) -> str:
             record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3, 1
         )
         _write_sidecar(job, record, sidecar)
-    os.replace(path, _record_path(job, image, "published"))
+    os.replace(path, job.record_path(image, "published"))
     return _remember(job, image, record)
 
 
@@ -225,7 +225,7 @@ _SAMPLERS = {
 def _remember(job: Job, image: int, record: dict[str, Any]) -> str:
     state, file = job.state(image), str(record["image"]["file"])
     state.outcome, state.file, state.error = record["outcome"], file, record["error"]
-    _unlink(_record_path(job, image, "begun"))
+    fs.remove_file(job.record_path(image, "begun"))
     return file
 
 
@@ -260,19 +260,8 @@ def _write_sidecar(job: Job, record: dict[str, Any], sidecar: Path) -> None:
 
 
 def _write_record(job: Job, image: int, record: dict[str, Any]) -> None:
-    fs.write_durably(_record_path(job, image, "publishing"), json.dumps(record).encode())
-
-
-def _record_path(job: Job, image: int, kind: str) -> Path:
-    return job.home / f"{image:04d}.{kind}"
+    fs.write_durably(job.record_path(image, "publishing"), json.dumps(record).encode())
 
 
 def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
-
-
-def _unlink(path: Path) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass  # the image was never begun under this daemon

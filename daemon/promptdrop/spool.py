@@ -119,6 +119,10 @@ class Job:
         """The dropped file while the job is ours."""
         return self.home / "drop" / self.sub / self.file
 
+    def record_path(self, image: int, kind: str) -> Path:
+        """The record of an image: begun, publishing, published or failed."""
+        return self.home / f"{image:04d}.{kind}"
+
     def state(self, image: int) -> ImageState:
         """The state of an image, to be changed in place."""
         return self.states.setdefault(image, ImageState())
@@ -432,16 +436,16 @@ class Spool:
 
     def fail_image(self, job: Job, image: int, error: str) -> None:
         """Give an image up, durably."""
-        fs.write_durably(_of_image(job, image, "failed"), json.dumps({"error": error}).encode())
-        _unlink(_of_image(job, image, "begun"))
+        fs.write_durably(job.record_path(image, "failed"), json.dumps({"error": error}).encode())
+        fs.remove_file(job.record_path(image, "begun"))
         job.states[image] = ImageState("failed", None, error)
 
     def _write_begun(self, job: Job, image: int, attempts: int, deaths: int) -> None:
-        path = _of_image(job, image, "begun")
+        path = job.record_path(image, "begun")
         if attempts or deaths:
             fs.write_quickly(path, json.dumps({"attempts": attempts, "deaths": deaths}).encode())
         else:
-            _unlink(path)
+            fs.remove_file(path)
 
     # --- the end of a job ---------------------------------------------------------------------
 
@@ -483,7 +487,7 @@ class Spool:
     def refuse_job(self, job: Job, problems: Iterable[Problem]) -> ErrorRecord:
         """Refuse a resolved job before its first image; its empty outbox folder goes."""
         claimed = Unresolved(job.id, job.home, job.sub, job.file, job.inode)
-        _unlink(job.home / "request.json")
+        fs.remove_file(job.home / "request.json")
         try:
             os.rmdir(job.outbox_folder)
         except OSError:
@@ -589,9 +593,9 @@ class Spool:
             if image.isdecimal() and (kind in ("failed", "begun") or is_placeholder):
                 os.unlink(entry.path)
         if plan:
-            _unlink(_reason_file(self.failed / plan["target"]))
-        _unlink(home / "cancelled")
-        _unlink(home / "failing.json")
+            fs.remove_file(_reason_file(self.failed / plan["target"]))
+        fs.remove_file(home / "cancelled")
+        fs.remove_file(home / "failing.json")
         pending = self.own / "pending" / job.id
         fs.rename(home, pending)
         fs.sync_directory(pending.parent)
@@ -603,7 +607,7 @@ class Spool:
         sub, _, file = target.rpartition("/")
         stem, suffix = names.split(file)
         fs.make_directories(self.inbox / sub, _TREE_MODE, below=self.inbox)
-        _unlink(_reason_file(path))
+        fs.remove_file(_reason_file(path))
         n = 1
         while path.exists():
             try:
@@ -782,11 +786,6 @@ def summary(job: Job, outcome: JobOutcome) -> JobSummary:
     )
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """job.json of an outbox folder, or an empty mapping."""
-    return read_json(folder / "job.json")
-
-
 def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every file in failed/ that has a reason beside it: (path below failed/, its error record)."""
     for reason in sorted(failed.rglob("*.error.json")):
@@ -848,10 +847,6 @@ def _unresolved(home: Path, drop: Path) -> Unresolved:
     return Unresolved(home.name, home, _relative(drop.parent, home / "drop"), drop.name, inode)
 
 
-def _of_image(job: Job, image: int, kind: str) -> Path:
-    return job.home / f"{image:04d}.{kind}"
-
-
 def _make(path: Path, mode: int = _TREE_MODE) -> None:
     """mkdir -p of our own tree; new files inherit its group. Raises ConfigError."""
     try:
@@ -898,13 +893,6 @@ def _chmod_quietly(path: Path, mode: int) -> None:
         os.chmod(path, mode)
     except OSError:
         pass  # the dropper owns the file (root_squash, another uid): its mode stands
-
-
-def _unlink(path: Path) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass  # never written, or already taken back
 
 
 def read_json(path: Path) -> dict[str, Any]:
