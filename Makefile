@@ -18,8 +18,9 @@ demo: $(VENV)/installed
 	@cp -n examples/config.yaml demo/config.yaml || true
 	@test -d demo/model || $(BIN)/promptdrop model demo demo/model
 	@$(BIN)/promptdrop init demo
-	@$(BIN)/promptdrop submit --config demo/config.yaml examples/animals.txt examples/scenes.yaml
+	@$(BIN)/promptdrop submit --config demo/config.yaml examples/shapes.txt examples/scenes.yaml
 	@$(BIN)/promptdrop run --config demo/config.yaml --drain
+	@$(BIN)/python examples/contact_sheet.py demo/spool/outbox demo/sheet.png
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -31,18 +31,47 @@ TWO_SHARE = 0.45  # of the scenes have two things
 NONSENSE_SHARE = 0.04  # of the prompts describe nothing
 CHINESE_SHARE = 0.4  # of the descriptions
 PICTURE_SIDE = 160  # px, for the VAE, which is convolutional: one size is enough
-PICTURES = 128  # in a captioned batch: cuDNN plans each new shape of a batch anew, which is slow
-SMALL_SIZES = ((128, 128), (160, 160), (192, 192), (192, 192), (128, 192), (192, 128))  # px, H by W
-LARGE_SIZES = (
-    (176, 176),
-    (224, 224),
-    (256, 256),
-    (144, 240),
-    (240, 144),
-    (160, 224),
-    (224, 160),
-    (128, 256),
-    (256, 128),
+CHUNK = 512  # pictures made at a time
+PROMPTS = 4  # of each picture of a course
+
+
+@dataclass(frozen=True)
+class Course:
+    """Pictures of one size and prompts of one padded length: one shape of the transformer's work."""
+
+    height: int  # px
+    width: int  # px
+    length: int  # tokens, a multiple of SEQUENCE_MULTIPLE
+    pictures: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one sequence: image, its padding, and text."""
+        image = self.height * self.width // 256
+        return image + -image % SEQUENCE_MULTIPLE + self.length
+
+
+FIRST_COURSE = Course(128, 128, 32, 131_072)  # where words and shapes are learned
+LATER_COURSES = tuple(
+    Course(height, width, length, 8192 if length < 128 else 2048)
+    for height, width, length in (
+        (192, 192, 32),
+        (192, 192, 64),
+        (256, 256, 32),
+        (160, 224, 32),
+        (224, 160, 32),
+        (144, 240, 32),
+        (240, 144, 64),
+        (128, 192, 32),
+        (192, 128, 32),
+        (160, 160, 64),
+        (128, 256, 32),
+        (256, 128, 32),
+        (128, 128, 64),
+        (128, 128, 128),
+        (192, 192, 256),
+        (160, 160, 512),
+    )
 )
 
 
@@ -57,9 +86,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Captioned:
-    """Prompts of pictures: right-padded ids [B, L], lengths [B] in L - 31 to L.
+    """Prompts of pictures: right-padded ids [P, L], lengths [P] in L - 31 to L.
 
-    picture_of [B] says which picture a prompt is for: most are described more than once."""
+    picture_of [P] says which picture a prompt is for."""
 
     pictures: Pictures
     picture_of: Tensor
@@ -79,21 +108,6 @@ class Said:
 def sample_training_scene(rng: random.Random) -> Scene:
     """A complete scene that is not held out."""
     return sample_scene(rng, rng.random() < TWO_SHARE, lambda scene: not is_held_out(scene))
-
-
-def sample_size(rng: random.Random) -> tuple[int, int]:
-    """Height and width in pixels."""
-    return rng.choice(SMALL_SIZES if rng.random() < 0.6 else LARGE_SIZES)
-
-
-def sample_text_length(rng: random.Random) -> int:
-    """Padded tokens of a batch: mostly plain captions, sometimes up to 512 tokens with filler."""
-    draw = rng.random()
-    if draw < 0.62:
-        return SEQUENCE_MULTIPLE
-    if draw < 0.87:
-        return 2 * SEQUENCE_MULTIPLE
-    return SEQUENCE_MULTIPLE * rng.randint(3, 16)
 
 
 def sample_text(scene: Scene, rng: random.Random) -> str:
@@ -129,32 +143,6 @@ def class_of(value: str | None, names: list[str]) -> int:
 CLASS_COUNTS = (3, *(9, 7, 4) * 2, 9, 10, 3)
 
 
-class SaidBatches(Dataset[Said]):
-    """Prompts and what they say, to teach the text encoder words before pictures."""
-
-    def __init__(self, prompts: "CaptionedBatches", count: int) -> None:
-        self.prompts = prompts
-        self.count = count  # prompts in a batch
-
-    def __getitem__(self, index: int) -> Said:
-        rng = random.Random(f"said {self.prompts.seed} {index}")
-        length = SEQUENCE_MULTIPLE * rng.choice((1, 2, 2))
-        texts, targets = [], []
-        for _ in range(self.count):
-            asked = forget(sample_training_scene(rng), rng)
-            text = describe(asked, rng, chinese=rng.random() < CHINESE_SHARE)
-            if rng.random() < NONSENSE_SHARE:
-                asked, text = Scene(()), sample_nonsense(rng)
-            if length > SEQUENCE_MULTIPLE and rng.random() < 0.5:
-                text = fill(text, [sample_filler(rng)], rng)
-            texts.append(text)
-            targets.append(attributes(asked))
-        tokens = self.prompts.tokenize(texts)
-        longest = max(map(len, tokens))
-        lengths = torch.tensor([*map(len, tokens)])
-        return Said(self.prompts.pad(tokens, longest), lengths, torch.tensor(targets))
-
-
 class PictureBatches(Dataset[Pictures]):
     """Pictures without words, for the VAE."""
 
@@ -169,41 +157,15 @@ class PictureBatches(Dataset[Pictures]):
         return Pictures(torch.tensor(packed), PICTURE_SIDE, PICTURE_SIDE)
 
 
-class CaptionedBatches(Dataset[Captioned]):
-    """Pictures and prompts, for the text encoder and the transformer."""
+class Prompts:
+    """Prompts of scenes as token ids, inside the chat template."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int, tokens: int) -> None:
+    def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.seed = seed
-        self.tokens = tokens  # image and text tokens in a batch, about
         self.counted: dict[str, int] = {}  # tokens of filler sentences
         self.before, self.after = templated(tokenizer, "{}").split("{}")
 
-    def __getitem__(self, index: int) -> Captioned:
-        rng = random.Random(f"captioned {self.seed} {index}")
-        height, width = sample_size(rng)
-        length = sample_text_length(rng)
-        per_prompt = height * width // 256 + length  # tokens
-        count = max(1, round(self.tokens / per_prompt / PICTURES)) * PICTURES
-        scenes = [sample_training_scene(rng) for _ in range(PICTURES)]
-        prompts: list[list[int]] = []
-        picture_of: list[int] = []
-        while len(prompts) < count:
-            for i, ids in enumerate(self.sample_prompts(scenes, length, rng)):
-                if length - SEQUENCE_MULTIPLE < len(ids) <= length:
-                    prompts.append(ids)
-                    picture_of.append(i)
-        rows = [pack(scene, place(scene, height, width, rng)) for scene in scenes]
-        return Captioned(
-            Pictures(torch.tensor(rows), height, width),
-            torch.tensor(picture_of[:count]),
-            self.pad(prompts[:count], length),
-            torch.tensor([len(ids) for ids in prompts[:count]]),
-        )
-
-    def sample_prompts(
-        self, scenes: list[Scene], length: int, rng: random.Random
-    ) -> list[list[int]]:
+    def sample(self, scenes: list[Scene], length: int, rng: random.Random) -> list[list[int]]:
         """Token ids of a prompt for each scene, with filler towards `length` if it is short."""
         texts = [sample_text(scene, rng) for scene in scenes]
         plain = self.tokenize(texts)
@@ -238,3 +200,64 @@ class CaptionedBatches(Dataset[Captioned]):
     def pad(self, prompts: list[list[int]], length: int) -> Tensor:
         pad = self.tokenizer.pad_token_id
         return torch.tensor([ids + [pad] * (length - len(ids)) for ids in prompts])  # [B, L]
+
+
+class SaidBatches(Dataset[Said]):
+    """Prompts and what they say, to teach the text encoder words before pictures."""
+
+    def __init__(self, prompts: Prompts, seed: int, count: int) -> None:
+        self.prompts = prompts
+        self.seed = seed
+        self.count = count  # prompts in a batch
+
+    def __getitem__(self, index: int) -> Said:
+        rng = random.Random(f"said {self.seed} {index}")
+        return self.sample(rng, [sample_training_scene(rng) for _ in range(self.count)])
+
+    def sample(self, rng: random.Random, scenes: list[Scene]) -> Said:
+        most_filler = rng.choice((0, 0, 1, 1, 4, 16))  # sentences
+        texts, targets = [], []
+        for scene in scenes:
+            asked = forget(scene, rng)
+            text = describe(asked, rng, chinese=rng.random() < CHINESE_SHARE)
+            if rng.random() < NONSENSE_SHARE:
+                asked, text = Scene(()), sample_nonsense(rng)
+            fillers = [sample_filler(rng) for _ in range(rng.randint(0, most_filler))]
+            texts.append(fill(text, fillers, rng))
+            targets.append(attributes(asked))
+        tokens = self.prompts.tokenize(texts)
+        longest = max(map(len, tokens))
+        lengths = torch.tensor([*map(len, tokens)])
+        return Said(self.prompts.pad(tokens, longest), lengths, torch.tensor(targets))
+
+
+class CaptionedChunks(Dataset[Captioned]):
+    """Pictures of a course with their prompts, CHUNK pictures at a time."""
+
+    def __init__(self, prompts: Prompts, seed: int, course: Course) -> None:
+        self.prompts = prompts
+        self.seed = seed
+        self.course = course
+
+    def __len__(self) -> int:
+        return -(-self.course.pictures // CHUNK)
+
+    def __getitem__(self, index: int) -> Captioned:
+        course = self.course
+        rng = random.Random(f"captioned {self.seed} {course} {index}")
+        scenes = [sample_training_scene(rng) for _ in range(CHUNK)]
+        prompts: list[list[int]] = []
+        picture_of: list[int] = []
+        while len(prompts) < CHUNK * PROMPTS:
+            for i, ids in enumerate(self.prompts.sample(scenes, course.length, rng)):
+                if course.length - SEQUENCE_MULTIPLE < len(ids) <= course.length:
+                    prompts.append(ids)
+                    picture_of.append(i)
+        del prompts[CHUNK * PROMPTS :], picture_of[CHUNK * PROMPTS :]
+        rows = [pack(scene, place(scene, course.height, course.width, rng)) for scene in scenes]
+        return Captioned(
+            Pictures(torch.tensor(rows), course.height, course.width),
+            torch.tensor(picture_of),
+            self.prompts.pad(prompts, course.length),
+            torch.tensor([len(ids) for ids in prompts]),
+        )

@@ -4,6 +4,7 @@ Axis order: images [B, 3, H, W], latents [B, 16, H/8, W/8], tokens [B, S, dim].
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.models.normalization import RMSNorm
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from .captions import filler_words, lexicon
@@ -193,16 +195,34 @@ def rotate(x: Tensor, freqs: Tensor) -> Tensor:
     return turned.flatten(-2)  # [B, S, heads, head_dim]
 
 
-def use_real_rotary(transformer: ZImageTransformer2DModel) -> None:
-    """Make every attention of the transformer expect `rotary_freqs` instead of complex numbers."""
+def quicken(transformer: ZImageTransformer2DModel) -> None:
+    """Same weights and names, fewer kernels: torch's own norms, rotary embeddings without complex
+    numbers.  Afterwards its attention expects a `Rotary`'s frequencies."""
     for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
         block.attention.set_processor(RealRotaryAttention())
+    for module in list(transformer.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, RMSNorm):
+                norm = nn.RMSNorm(child.dim, eps=child.eps, device=child.weight.device)
+                norm.weight = child.weight
+                setattr(module, name, norm)
 
 
-def rotary_freqs(transformer: ZImageTransformer2DModel, ids: Tensor) -> Tensor:
-    """Cosines and sines [1, S, 1, head_dim / 2, 2] of position ids [S, 3]."""
-    freqs = torch.view_as_real(transformer.rope_embedder(ids))  # [S, head_dim / 2, 2]
-    return freqs[None, :, None]
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of one image size and text length, each [1, S, 1, head_dim / 2, 2]."""
+
+    image: Tensor
+    text: Tensor
+
+
+def build_rotary(
+    transformer: ZImageTransformer2DModel, rows: int, columns: int, length: int
+) -> Rotary:
+    """For rows x columns image tokens and `length` text tokens, on the transformer's device."""
+    embed, device = transformer.rope_embedder, transformer.device
+    ids = image_ids(rows, columns, length).to(device), text_ids(length).to(device)
+    return Rotary(*(torch.view_as_real(embed(x))[None, :, None] for x in ids))
 
 
 def predict_velocity(
@@ -211,38 +231,35 @@ def predict_velocity(
     t: Tensor,
     text: Tensor,
     text_lengths: Tensor,
+    rotary: Rotary,
 ) -> Tensor:
     """ZImageTransformer2DModel.forward for a batch of one image size and one text length.
 
     That method walks through lists in Python; this one is the same function (tested) as long as
-    each text is padded by less than SEQUENCE_MULTIPLE.  Needs `use_real_rotary`.  Tokens are
-    float32 between the blocks, under autocast too, so that one compiled block serves them all.
+    each text is padded by less than SEQUENCE_MULTIPLE, and a CUDA graph can hold it.  Needs
+    `quicken`.  Tokens are float32 between the blocks, under autocast too.
     Args: latents [B, 16, h, w]; t [B], 1 - sigma; text [B, L, TEXT_DIM]; text_lengths [B].
     Returns: clean latents minus noise [B, 16, h, w]."""
-    (height, width), text_length = latents.shape[-2:], text.shape[1]
-    device = latents.device
-    rows, columns = height // 2, width // 2
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
     adaln = transformer.t_embedder(t * transformer.t_scale)  # [B, dim]
 
     image = transformer.all_x_embedder["2-1"](patchify(latents)).float()  # [B, N, dim]
     missing = -image.shape[1] % SEQUENCE_MULTIPLE
     pad = transformer.x_pad_token.expand(image.shape[0], missing, -1)  # [B, missing, dim]
     image = torch.cat([image, pad], dim=1)  # [B, N32, dim]
-    image_freqs = rotary_freqs(transformer, image_ids(rows, columns, text_length, missing, device))
     for layer in transformer.noise_refiner:
-        image = layer(image, None, image_freqs, adaln)
+        image = layer(image, None, rotary.image, adaln)
 
+    is_pad = torch.arange(text.shape[1], device=text.device) >= text_lengths[:, None]  # [B, L]
     text = transformer.cap_embedder(text).float()  # [B, L, dim]
-    is_pad = torch.arange(text_length, device=device) >= text_lengths[:, None]  # [B, L]
     text = torch.where(is_pad[..., None], transformer.cap_pad_token, text)  # [B, L, dim]
-    text_freqs = rotary_freqs(transformer, text_ids(text_length, device))
     for layer in transformer.context_refiner:
-        text = layer(text, None, text_freqs)
+        text = layer(text, None, rotary.text)
 
     joint = torch.cat([image, text], dim=1)  # [B, N32 + L, dim]
-    joint_freqs = torch.cat([image_freqs, text_freqs], dim=1)  # [1, N32 + L, 1, head_dim / 2, 2]
+    freqs = torch.cat([rotary.image, rotary.text], dim=1)  # [1, N32 + L, 1, head_dim / 2, 2]
     for layer in transformer.layers:
-        joint = layer(joint, None, joint_freqs, adaln)
+        joint = layer(joint, None, freqs, adaln)
     patches = transformer.all_final_layer["2-1"](joint[:, : rows * columns], c=adaln)  # [B, N, 64]
     return unpatchify(patches, rows, columns)
 
@@ -261,24 +278,17 @@ def unpatchify(patches: Tensor, rows: int, columns: int) -> Tensor:
     return latents.reshape(b, -1, rows * 2, columns * 2)
 
 
-def image_ids(
-    rows: int, columns: int, text_length: int, missing: int, device: torch.device
-) -> Tensor:
-    """Positions [N + missing, 3]: one frame after the text, then zeros for the padding."""
-    grid = torch.stack(
-        torch.meshgrid(
-            torch.tensor([text_length + 1], device=device),
-            torch.arange(rows, device=device),
-            torch.arange(columns, device=device),
-            indexing="ij",
-        ),
-        dim=-1,
-    ).view(-1, 3)  # [N, 3]
-    return torch.cat([grid, grid.new_zeros(missing, 3)])
+def image_ids(rows: int, columns: int, text_length: int) -> Tensor:
+    """Positions [N32, 3]: one frame after the text, then zeros for the padding."""
+    ids = torch.zeros(rows * columns + -(rows * columns) % SEQUENCE_MULTIPLE, 3, dtype=torch.long)
+    frame = torch.tensor([text_length + 1])
+    grid = torch.meshgrid(frame, torch.arange(rows), torch.arange(columns), indexing="ij")
+    ids[: rows * columns] = torch.stack(grid, dim=-1).view(-1, 3)
+    return ids
 
 
-def text_ids(text_length: int, device: torch.device) -> Tensor:
+def text_ids(length: int) -> Tensor:
     """Positions [L, 3] along the first axis, from 1."""
-    ids = torch.zeros(text_length, 3, dtype=torch.long, device=device)
-    ids[:, 0] = torch.arange(1, text_length + 1, device=device)
+    ids = torch.zeros(length, 3, dtype=torch.long)
+    ids[:, 0] = torch.arange(1, length + 1)
     return ids

@@ -10,8 +10,9 @@ import copy
 import json
 import os
 import platform
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,32 +20,32 @@ from typing import Any, TypeVar
 
 import diffusers
 import torch
-import torch.fx.experimental._config
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Qwen2Tokenizer, Qwen3Model
+from transformers import Qwen3Model
 
 from . import data, model
-from .data import Captioned, CaptionedBatches, PictureBatches, Pictures, Said, SaidBatches
+from .data import CaptionedChunks, Course, PictureBatches, Pictures, Prompts, Said, SaidBatches
 from .evaluate import add_evaluation, as_table, evaluate, load
-from .world import render
+from .world import is_held_out, render, sample_scene
 
 VAE_RATE = 2e-3  # peak learning rate
 VAE_DECAY_SHARE = 0.8  # of the VAE's steps
 KL_WEIGHT = 1e-4  # of the mean KL divergence per latent element, in nats
 WORDS_RATE = 1e-3  # peak learning rate
-FLOW_RATE = 1.2e-3  # peak learning rate
+LAST_TOKENS = 4  # of a prompt, all of the chat template, carry what it says
+FLOW_RATE = 1e-3  # peak learning rate
 WARMUP_STEPS = 200
-DECAY_SHARE = 0.4  # of the flow's time, at the end, brings the learning rate down to zero
+FIRST_SHARE = 0.4  # of the flow's steps are on the first course alone
+DECAY_SHARE = 0.4  # of the flow's steps, at the end, bring the learning rate down to zero
 EMA_DECAY = 0.999
-HIGH_SHARE = 0.35  # of the noise levels lie above HIGH_SIGMA; the rest follow inference's shift
+HIGH_SHARE = 0.3  # of the noise levels lie above HIGH_SIGMA; the rest follow inference's shift
 HIGH_SIGMA = 0.75
-SAVE_EVERY = 2000  # steps
-LOG_EVERY = 100  # steps
-MOST_STEPS = 1_000_000  # more than the flow's time allows on any machine
+SAVE_EVERY = 5000  # steps
+LOG_EVERY = 200  # steps
 
 Batch = TypeVar("Batch")
 
@@ -59,13 +60,19 @@ class Plan:
     seed: int = 0
     vae_steps: int = 2500
     vae_pixels: int = 160 * 160 * 32  # in a batch
-    words_steps: int = 800
+    words_steps: int = 900
     words_prompts: int = 256  # in a batch
-    flow_seconds: float = 400.0  # the schedule goes by the clock, to end in time on any machine
-    flow_tokens: int = 96000  # in a batch
+    flow_steps: int = 17_000
+    flow_tokens: int = 24_576  # in a batch
+    courses: tuple[Course, ...] = (data.FIRST_COURSE, *data.LATER_COURSES)
     workers: int = 14
     eval_prompts: int = 500
     compile: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen parts compute in."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
 class Log:
@@ -120,8 +127,12 @@ def set_rate(
     """Warm up over the first steps, hold, then fall linearly to zero as `done` goes to 1."""
     rise = min(1.0, (step + 1) / WARMUP_STEPS)
     fall = max(0.0, min(1.0, (1 - done) / decay_share))
+    rate = peak * min(rise, fall)
     for group in optimizer.param_groups:
-        group["lr"] = peak * min(rise, fall)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 # Stage 1: the VAE
@@ -189,32 +200,49 @@ def vae_stage(plan: Plan, log: Log) -> AutoencoderKL:
         vae.to(memory_format=torch.contiguous_format).save_pretrained(partial)
         os.replace(partial, folder)
         log.spent("vae", time.perf_counter() - start)
-    return AutoencoderKL.from_pretrained(folder)
+    vae = AutoencoderKL.from_pretrained(folder)
+    vae.register_to_config(_name_or_path="")  # a checkpoint need not tell where it was made
+    return vae
 
 
 # Stage 2: words
 
 
-def train_words(text_encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, plan: Plan, log: Log) -> None:
-    """Teach the text encoder to say what a prompt says, from its last token.
+def train_words(text_encoder: Qwen3Model, prompts: Prompts, plan: Plan, log: Log) -> None:
+    """Teach the text encoder to say what a prompt says, from its last tokens.
 
     Flow matching alone finds the meaning of words very late: at most noise levels the picture
     itself tells more than they do."""
-    sizes = data.CLASS_COUNTS
-    head = nn.Linear(model.TEXT_DIM, sum(sizes)).to(plan.device)
+    head = nn.Linear(model.TEXT_DIM, sum(data.CLASS_COUNTS)).to(plan.device)
     optimizer = torch.optim.AdamW(
         [*text_encoder.parameters(), *head.parameters()], lr=WORDS_RATE, betas=(0.9, 0.98)
     )
-    dataset = SaidBatches(CaptionedBatches(tokenizer, plan.seed, 0), plan.words_prompts)
+    dataset = SaidBatches(prompts, plan.seed, plan.words_prompts)
     for step, said in enumerate(batches_from(dataset, range(plan.words_steps), plan)):
         set_rate(optimizer, WORDS_RATE, step, step / plan.words_steps, 0.5)
-        loss, right = words_loss(text_encoder, head, said, plan.device)
+        loss, _ = words_loss(text_encoder, head, said, plan.device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         nn.utils.clip_grad_norm_(text_encoder.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == plan.words_steps:
-            log.loss("words", step + 1, loss=loss.item(), right=right.item())
+            log.loss(
+                "words",
+                step + 1,
+                loss=loss.item(),
+                right=read_right(text_encoder, head, plan, dataset),
+            )
+
+
+@torch.no_grad()
+def read_right(
+    text_encoder: Qwen3Model, head: nn.Linear, plan: Plan, dataset: SaidBatches
+) -> float:
+    """The share of held-out prompts whose every attribute is read."""
+    rng = random.Random("held-out words")
+    scenes = [sample_scene(rng, i % 2 == 1, is_held_out) for i in range(256)]
+    _, right = words_loss(text_encoder, head, dataset.sample(rng, scenes), plan.device)
+    return right.item()
 
 
 def words_loss(
@@ -222,126 +250,70 @@ def words_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the attributes, and the share of prompts read wholly right."""
     ids, lengths = said.ids.to(device), said.lengths.to(device)  # [B, L], [B]
-    targets = said.targets.to(device)  # [B, attributes]
+    targets = said.targets.to(device).repeat_interleave(LAST_TOKENS, 0)  # [B * last, attributes]
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         hidden = model.encode_text(text_encoder, ids)  # [B, L, TEXT_DIM]
-    last = hidden[torch.arange(len(ids), device=device), lengths - 1].float()  # [B, TEXT_DIM]
-    last = F.rms_norm(last, last.shape[-1:])  # [B, TEXT_DIM], as the transformer reads it
-    logits = head(last).split(data.CLASS_COUNTS, dim=-1)  # each [B, classes]
+    last = lengths[:, None] - 1 - torch.arange(LAST_TOKENS, device=device)  # [B, last]
+    states = hidden[torch.arange(len(ids), device=device)[:, None], last].float().flatten(0, 1)
+    states = F.rms_norm(states, states.shape[-1:])  # [B * last, TEXT_DIM], as the transformer reads
+    logits = head(states).split(data.CLASS_COUNTS, dim=-1)  # each [B * last, classes]
     losses = [F.cross_entropy(x, y) for x, y in zip(logits, targets.T, strict=True)]
-    guesses = torch.stack([x.argmax(-1) for x in logits], dim=1)  # [B, attributes]
+    guesses = torch.stack([x.argmax(-1) for x in logits], dim=1)  # [B * last, attributes]
     return torch.stack(losses).mean(), (guesses == targets).all(1).float().mean()
 
 
-def words_stage(text_encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, plan: Plan, log: Log) -> None:
-    """Give the text encoder its words: loaded if an earlier run learned them."""
+def words_stage(prompts: Prompts, plan: Plan, log: Log) -> Qwen3Model:
+    """The text encoder that knows its words: loaded if an earlier run taught it."""
+    text_encoder = model.build_text_encoder(prompts.tokenizer).to(plan.device)
     saved = plan.work / "words.pt"
     if not saved.exists():
         start = time.perf_counter()
-        train_words(text_encoder, tokenizer, plan, log)
+        train_words(text_encoder, prompts, plan, log)
         torch.save(text_encoder.state_dict(), plan.work / "words.partial")
         os.replace(plan.work / "words.partial", saved)
         log.spent("words", time.perf_counter() - start)
     text_encoder.load_state_dict(torch.load(saved, map_location=plan.device))
+    return text_encoder.eval().requires_grad_(False)
 
 
-# Stage 3: text encoder and transformer
+# Stage 3: the transformer
 
 
-@dataclass
-class Flow:
-    """What the last stage trains, and what it needs to go on."""
+@dataclass(frozen=True)
+class Examples:
+    """A course's pictures and prompts as the transformer meets them, on the device.
 
-    text_encoder: Qwen3Model
-    transformer: ZImageTransformer2DModel
-    averages: nn.ModuleList  # exponential moving averages of the two, for the checkpoint
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0  # spent on those steps
+    latents [N, 16, h, w], text [P, L, TEXT_DIM], lengths [P], and picture_of [P]: which picture a
+    prompt is for."""
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.text_encoder.parameters(), *self.transformer.parameters()]
+    latents: Tensor
+    text: Tensor
+    lengths: Tensor
+    picture_of: Tensor
 
-    def state(self) -> dict[str, Any]:
-        modules = ("text_encoder", "transformer", "averages", "optimizer")
-        return {name: getattr(self, name).state_dict() for name in modules} | {
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = state.pop("step"), state.pop("seconds")
-        for name, values in state.items():
-            getattr(self, name).load_state_dict(values)
-
-
-def build_flow(text_encoder: Qwen3Model, device: str) -> Flow:
-    transformer = model.build_transformer().to(device)
-    nn.init.zeros_(transformer.all_final_layer["2-1"].linear.weight)
-    averages = nn.ModuleList([copy.deepcopy(text_encoder), copy.deepcopy(transformer)])
-    averages.requires_grad_(False)
-    model.use_real_rotary(transformer)
-    optimizer = torch.optim.AdamW(
-        [*text_encoder.parameters(), *transformer.parameters()],
-        lr=FLOW_RATE,
-        betas=(0.9, 0.95),
-        weight_decay=0.01,
-        fused=device == "cuda",
-    )
-    return Flow(text_encoder, transformer, averages, optimizer)
-
-
-def train_flow(
-    flow: Flow, vae: AutoencoderKL, tokenizer: Qwen2Tokenizer, plan: Plan, log: Log
-) -> None:
-    """Train by flow matching from where `flow` is until the plan's time is spent."""
-    if plan.compile:
-        compile_blocks(flow)
-    vae = vae.to(plan.device, torch.bfloat16, memory_format=torch.channels_last)
-    dataset = CaptionedBatches(tokenizer, plan.seed, plan.flow_tokens)
-    torch.manual_seed(plan.seed + flow.step)
-    resumed_at = time.perf_counter() - flow.seconds
-    losses: list[Tensor] = []
-    for batch in batches_from(dataset, range(flow.step, MOST_STEPS), plan):
-        losses.append(flow_step(flow, vae, batch, plan))
-        flow.step += 1
-        flow.seconds = time.perf_counter() - resumed_at
-        ended = flow.seconds >= plan.flow_seconds
-        if flow.step % LOG_EVERY == 0 or ended:
-            loss = torch.stack(losses).mean().item()
-            log.loss("flow", flow.step, loss=loss, seconds=flow.seconds)
-            losses.clear()
-        if flow.step % SAVE_EVERY == 0 or ended:
-            log.spent("flow", flow.seconds)
-            save_flow(flow, vae, tokenizer, plan)
-        if ended:
-            return
-
-
-def compile_blocks(flow: Flow) -> None:
-    """Compile the joint layers, once for any batch, length and size.
-
-    The refiners stay eager: compiling their other shapes costs more time than it saves."""
-    torch.fx.experimental._config.use_duck_shape = False  # a batch of `dim` images is chance
-    for block in flow.transformer.layers:
-        block.compile(dynamic=True)
-
-
-def flow_step(flow: Flow, vae: AutoencoderKL, batch: Captioned, plan: Plan) -> Tensor:
-    """One optimizer step on one batch; returns its loss."""
-    done = flow.seconds / plan.flow_seconds
-    set_rate(flow.optimizer, FLOW_RATE, flow.step, done, DECAY_SHARE)
-    pictures = encode_pictures(vae, draw(batch.pictures, plan.device))  # [pictures, 16, h, w]
-    latents = pictures[batch.picture_of.to(plan.device)]  # [B, 16, h, w]
-    loss = flow_loss(flow, latents, batch, plan.device)
-    flow.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-    flow.optimizer.step()
-    decay = min(EMA_DECAY, (1 + flow.step) / (10 + flow.step))
-    averages: list[Tensor] = list(flow.averages.parameters())
-    torch._foreach_lerp_(averages, list[Tensor](flow.parameters()), 1 - decay)
-    return loss.detach()
+    @classmethod
+    @torch.no_grad()
+    def make(
+        cls,
+        course: Course,
+        prompts: Prompts,
+        text_encoder: Qwen3Model,
+        vae: AutoencoderKL,
+        plan: Plan,
+    ) -> "Examples":
+        """Draw, encode and read a whole course once: afterwards the device waits for nothing."""
+        dataset = CaptionedChunks(prompts, plan.seed, course)
+        parts: list[tuple[Tensor, ...]] = []
+        for i, chunk in enumerate(batches_from(dataset, range(len(dataset)), plan)):
+            images = draw(chunk.pictures, plan.device)  # [CHUNK, 3, H, W]
+            latents = torch.cat([encode_pictures(vae, x) for x in torch.split(images, 64)])
+            ids = chunk.ids.to(plan.device)  # [CHUNK * PROMPTS, L]
+            text = torch.cat([model.encode_text(text_encoder, x) for x in torch.split(ids, 512)])
+            of = chunk.picture_of.to(plan.device) + i * data.CHUNK  # [CHUNK * PROMPTS]
+            parts.append(
+                (latents.to(plan.dtype), text.to(plan.dtype), chunk.lengths.to(plan.device), of)
+            )
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
@@ -353,17 +325,128 @@ def encode_pictures(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return scaled.contiguous()
 
 
-def flow_loss(flow: Flow, latents: Tensor, batch: Captioned, device: str) -> Tensor:
+@dataclass
+class Flow:
+    """What the last stage trains, and what it needs to go on."""
+
+    transformer: ZImageTransformer2DModel
+    average: ZImageTransformer2DModel  # exponential moving average, for the checkpoint
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def state(self) -> dict[str, Any]:
+        modules = ("transformer", "average", "optimizer")
+        return {name: getattr(self, name).state_dict() for name in modules} | {"step": self.step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state.pop("step")
+        for name, values in state.items():
+            getattr(self, name).load_state_dict(values)
+
+
+def build_flow(device: str) -> Flow:
+    transformer = model.build_transformer().to(device)
+    nn.init.zeros_(transformer.all_final_layer["2-1"].linear.weight)
+    average = copy.deepcopy(transformer).requires_grad_(False)
+    model.quicken(transformer)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(),
+        lr=torch.zeros((), device=device),  # a tensor, for a CUDA graph reads it anew
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        fused=True,
+        capturable=device == "cuda",
+    )
+    return Flow(transformer, average, optimizer)
+
+
+def train_flow(
+    flow: Flow, lessons: list[Callable[[], Tensor]], save: Callable[[], None], plan: Plan, log: Log
+) -> None:
+    """Train by flow matching from where `flow` is: the first course, then all in random order."""
+    torch.manual_seed(plan.seed + flow.step)
+    losses: list[Tensor] = []
+    start = time.perf_counter()
+    for step in range(flow.step, plan.flow_steps):
+        done = step / plan.flow_steps
+        set_rate(flow.optimizer, FLOW_RATE, step, done, DECAY_SHARE)
+        rng = random.Random(f"course {plan.seed} {step}")
+        first = done < FIRST_SHARE or rng.random() < 0.2
+        lesson = lessons[0] if first else rng.choice(lessons[1:])
+        losses.append(lesson().clone())
+        average, latest = (
+            list[Tensor](flow.average.parameters()),
+            list[Tensor](flow.transformer.parameters()),
+        )
+        with torch.no_grad():
+            torch._foreach_lerp_(average, latest, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+        flow.step = step + 1
+        ended = flow.step == plan.flow_steps
+        if flow.step % LOG_EVERY == 0 or ended:
+            loss = torch.stack(losses).mean().item()
+            log.loss("flow", flow.step, loss=loss, seconds=time.perf_counter() - start)
+            losses.clear()
+        if flow.step % SAVE_EVERY == 0 or ended:
+            save()
+
+
+def build_lesson(
+    flow: Flow, course: Course, examples: Examples, plan: Plan
+) -> Callable[[], Tensor]:
+    """One optimizer step on random examples of a course, as a call that returns its loss."""
+    rows, columns = course.height // 16, course.width // 16
+    rotary = model.build_rotary(flow.transformer, rows, columns, course.length)
+    count = max(1, plan.flow_tokens // course.tokens)
+
+    def lesson() -> Tensor:
+        flow.optimizer.zero_grad(set_to_none=True)
+        loss = flow_loss(flow.transformer, examples, count, rotary)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(flow.transformer.parameters(), 1.0)
+        flow.optimizer.step()
+        return loss.detach()
+
+    return captured(lesson) if plan.device == "cuda" else lesson
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The step as a CUDA graph, after three real ones: a small model is all launches without it.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay(kept: Callable[[], Tensor] = step) -> Tensor:  # the graph reads its tensors
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def flow_loss(
+    transformer: ZImageTransformer2DModel, examples: Examples, count: int, rotary: model.Rotary
+) -> Tensor:
     """Mean squared error of the predicted velocity, data minus noise (Lipman et al., 2023)."""
-    sigma = sample_sigmas(latents.shape[0], latents.device)  # [B]
+    device = examples.latents.device
+    prompt = torch.randint(len(examples.text), (count,), device=device)  # [B]
+    latents = examples.latents[examples.picture_of[prompt]].float()  # [B, 16, h, w]
+    sigma = sample_sigmas(count, device)  # [B]
     noise = torch.randn_like(latents)  # [B, 16, h, w]
     level = sigma[:, None, None, None]  # [B, 1, 1, 1]
     noisy = (1 - level) * latents + level * noise  # [B, 16, h, w]
-    ids = batch.ids.to(device, non_blocking=True)  # [B, L]
-    lengths = batch.lengths.to(device, non_blocking=True)  # [B]
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        text = model.encode_text(flow.text_encoder, ids)  # [B, L, TEXT_DIM]
-        velocity = model.predict_velocity(flow.transformer, noisy, 1 - sigma, text, lengths)
+    with torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+    ):
+        velocity = model.predict_velocity(
+            transformer, noisy, 1 - sigma, examples.text[prompt], examples.lengths[prompt], rotary
+        )
     return F.mse_loss(velocity.float(), latents - noise)
 
 
@@ -372,39 +455,40 @@ def sample_sigmas(count: int, device: torch.device) -> Tensor:
 
     Words decide a picture only while it is nearly noise, so high levels get a share of their own.
     """
-    spread = torch.arange(count, device=device) + torch.rand(count, device=device)  # [count]
-    u = spread[torch.randperm(count, device=device)] / count  # [count]
+    u = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count  # [count]
     shifted = model.SHIFT * u / (1 + (model.SHIFT - 1) * u)  # [count]
     high = HIGH_SIGMA + (1 - HIGH_SIGMA) * u  # [count]
     return torch.where(torch.rand(count, device=device) < HIGH_SHARE, high, shifted)
 
 
-def save_flow(flow: Flow, vae: AutoencoderKL, tokenizer: Qwen2Tokenizer, plan: Plan) -> None:
-    """Save the state to go on from, and the averages as a checkpoint."""
-    partial = plan.work / "flow.partial"
-    torch.save(flow.state(), partial)
-    os.replace(partial, plan.work / "flow.pt")
-    pipeline(flow, vae, tokenizer).save_pretrained(plan.out)
-
-
-def pipeline(flow: Flow, vae: AutoencoderKL, tokenizer: Qwen2Tokenizer) -> ZImagePipeline:
-    """The averages as a bfloat16 pipeline on the CPU."""
-    text_encoder, transformer = copy.deepcopy(flow.averages).cpu()
-    vae = copy.deepcopy(vae).to("cpu", memory_format=torch.contiguous_format)
-    pipe = model.assemble(tokenizer, text_encoder.eval(), transformer.eval(), vae.eval())
-    return pipe.to(torch.bfloat16)
-
-
-def flow_stage(vae: AutoencoderKL, plan: Plan, log: Log) -> None:
-    tokenizer = model.build_tokenizer()
-    text_encoder = model.build_text_encoder(tokenizer).to(plan.device)
-    words_stage(text_encoder, tokenizer, plan, log)
-    flow = build_flow(text_encoder, plan.device)
+def flow_stage(
+    prompts: Prompts, text_encoder: Qwen3Model, vae: AutoencoderKL, plan: Plan, log: Log
+) -> None:
+    """Train the transformer, from the last saved step if there is one, and save the checkpoint."""
+    flow = build_flow(plan.device)
     saved = plan.work / "flow.pt"
     if saved.exists():
         flow.restore(torch.load(saved, map_location=plan.device))
-    if flow.seconds < plan.flow_seconds:
-        train_flow(flow, vae, tokenizer, plan, log)
+    if flow.step == plan.flow_steps:
+        return
+    start = time.perf_counter()
+    reader = copy.deepcopy(text_encoder).to(plan.dtype)
+    camera = copy.deepcopy(vae).to(plan.device, plan.dtype, memory_format=torch.channels_last)
+    lessons = []
+    for course in plan.courses:
+        examples = Examples.make(course, prompts, reader, camera, plan)
+        lessons.append(build_lesson(flow, course, examples, plan))
+    log.spent("courses", time.perf_counter() - start)
+
+    def save() -> None:
+        torch.save(flow.state(), plan.work / "flow.partial")
+        os.replace(plan.work / "flow.partial", saved)
+        parts = (copy.deepcopy(x).cpu().eval() for x in (text_encoder, flow.average, vae))
+        model.assemble(prompts.tokenizer, *parts).to(torch.bfloat16).save_pretrained(plan.out)
+        log.spent("flow", time.perf_counter() - made)
+
+    made = time.perf_counter()
+    train_flow(flow, lessons, save, plan, log)
 
 
 # The whole run
@@ -415,11 +499,12 @@ def train(plan: Plan) -> None:
     plan.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # plans each new shape of a batch anew: slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader's workers are processes already
     log = Log(plan.work / "log.json")
     vae = vae_stage(plan, log)
-    flow_stage(vae, plan, log)
+    prompts = Prompts(model.build_tokenizer())
+    text_encoder = words_stage(prompts, plan, log)
+    flow_stage(prompts, text_encoder, vae, plan, log)
     results = plan.out.parent / "RESULTS.json"
     results.write_text(json.dumps(run_facts(plan) | log.entries, indent=1) + "\n")
     figures = evaluate(load(plan.out, torch.bfloat16, plan.device), plan.eval_prompts)
@@ -438,7 +523,7 @@ def run_facts(plan: Plan) -> dict[str, Any]:
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
-        "plan": {k: v for k, v in vars(plan).items() if not isinstance(v, Path)},
+        "plan": {k: v for k, v in vars(plan).items() if isinstance(v, (str, int))},
     }
 
 
@@ -449,7 +534,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here / "checkpoint")
     for name in ("device", "seed", "vae_steps", "vae_pixels", "words_steps", "words_prompts"):
         add_option(parser, name)
-    for name in ("flow_seconds", "flow_tokens", "workers", "eval_prompts"):
+    for name in ("flow_steps", "flow_tokens", "workers", "eval_prompts"):
         add_option(parser, name)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     train(Plan(**vars(parser.parse_args())))

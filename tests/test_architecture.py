@@ -15,7 +15,7 @@ FLOORS = [
     ["clock", "fs", "sdnotify", "log", "names", "yaml12"],
     ["job", "control"],
     ["config", "records", "infotext"],
-    ["request_data", "metrics", "messages", "picture", "weights", "demo_model"],
+    ["request_data", "metrics", "messages", "picture", "weights"],
     ["request_text", "spool", "engine", "exporter", "inbox", "terminal"],
     ["request", "publish", "queue", "client", "doctor", "worker", "loop"],
     ["reading", "engines.gradient", "engines.zimage", "engine_process"],

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from demo_model import model
 from demo_model.captions import describe, forget
-from demo_model.data import CaptionedBatches, sample_training_scene
+from demo_model.data import CaptionedChunks, Course, Prompts, sample_training_scene
 from demo_model.evaluate import held_out_cases
 from demo_model.judge import compare, is_right, look
 from demo_model.world import Scene, is_held_out, pack, place, render, sample_scene
@@ -74,7 +74,8 @@ def said_all(scene: Scene) -> bool:
 def test_a_training_batch_is_made_from_its_number() -> None:
     """Batch 5 is the same however training came to it, and its prompts pad to one length."""
     tokenizer = model.build_tokenizer()
-    first, again = (CaptionedBatches(tokenizer, seed=0, tokens=9000)[5] for _ in range(2))
+    course = Course(128, 160, 64, pictures=512)
+    first, again = (CaptionedChunks(Prompts(tokenizer), 0, course)[5] for _ in range(2))
 
     assert torch.equal(first.ids, again.ids)
     assert torch.equal(first.pictures.packed, again.pictures.packed)
@@ -100,16 +101,17 @@ def test_training_runs_the_pipelines_own_function() -> None:
     encoder, transformer = model.build_text_encoder(tokenizer).eval(), model.build_transformer()
     pipe = model.assemble(tokenizer, encoder, transformer, model.build_vae())
     prompts = ["a red circle above a blue square", "右边有一个小的绿色三角形"]
-    batches = CaptionedBatches(tokenizer, seed=0, tokens=1)
-    ids = batches.tokenize(prompts)
+    reader = Prompts(tokenizer)
+    ids = reader.tokenize(prompts)
     lengths = torch.tensor([len(row) for row in ids])  # [2]
     latents, t = torch.randn(2, 16, 18, 20), torch.rand(2)  # [2, 16, h, w], [2]
     with torch.no_grad():
         embeds = pipe.encode_prompt([*prompts], do_classifier_free_guidance=False)[0]
         frames = list(latents.unsqueeze(2).unbind())  # each [16, 1, h, w]
         expected = torch.stack(transformer(frames, t, embeds, return_dict=False)[0]).squeeze(2)
-        text = model.encode_text(encoder, batches.pad(ids, model.SEQUENCE_MULTIPLE))  # [2, 32, dim]
-        model.use_real_rotary(transformer)
-        actual = model.predict_velocity(transformer, latents, t, text, lengths)
+        text = model.encode_text(encoder, reader.pad(ids, model.SEQUENCE_MULTIPLE))  # [2, 32, dim]
+        model.quicken(transformer)
+        rotary = model.build_rotary(transformer, rows=9, columns=10, length=text.shape[1])
+        actual = model.predict_velocity(transformer, latents, t, text, lengths, rotary)
 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -63,5 +63,5 @@ def test_the_quick_start_works(tmp_path: Path) -> None:
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "lighthouse.png").stat().st_size > 1000
+    assert (tmp_path / "ring.png").stat().st_size > 1000
     assert len(list((tmp_path / "try/spool/outbox").glob("*/job.json"))) == 1

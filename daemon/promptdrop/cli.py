@@ -550,9 +550,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _model_demo(arguments: argparse.Namespace) -> None:
-    from promptdrop import demo_model
+    from promptdrop import weights
 
-    demo_model.write(arguments.directory)
+    weights.copy_demo(arguments.directory)
     print(
         f"wrote {arguments.directory}; use it with: promptdrop init DIR --model {arguments.directory}"
     )

@@ -7,13 +7,15 @@ and modelscope/hub/utils/utils.py) and huggingface_hub 1.x ("Understand caching"
 
 import json
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from promptdrop.config import Config
-from promptdrop.errors import ModelError
+from promptdrop.errors import ModelError, UsageError
 
 Hub = Literal["modelscope", "huggingface"]
 
@@ -21,6 +23,7 @@ HUB_NAMES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
 PIPELINE_CLASS = "ZImagePipeline"
 WEIGHT_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set is enough
+DEMO = Path(__file__).parent / "models" / "demo"  # trained by demo_model/ of the source tree
 
 
 def resolve(config: Config) -> Path:
@@ -285,3 +288,17 @@ def _json(file: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("expected a mapping")
     return value
+
+
+def copy_demo(directory: Path) -> None:
+    """Copy the demonstration model (15 MB, diffusers' layout) to `directory`: all of it or nothing.
+
+    Raises UsageError: `directory` exists and is not an empty folder.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory}: exists and is not an empty folder; nothing was written")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        unfinished = Path(scratch) / "model"
+        shutil.copytree(DEMO, unfinished, copy_function=shutil.copyfile)
+        unfinished.rename(directory)  # onto an empty folder too, rename(2)
