@@ -245,15 +245,16 @@ class CaptionedChunks(Dataset[Captioned]):
     def __getitem__(self, index: int) -> Captioned:
         course = self.course
         rng = random.Random(f"captioned {self.seed} {course} {index}")
-        scenes = [sample_training_scene(rng) for _ in range(CHUNK)]
+        count = min(CHUNK, course.pictures - index * CHUNK)
+        scenes = [sample_training_scene(rng) for _ in range(count)]
         prompts: list[list[int]] = []
         picture_of: list[int] = []
-        while len(prompts) < CHUNK * PROMPTS:
+        while len(prompts) < count * PROMPTS:
             for i, ids in enumerate(self.prompts.sample(scenes, course.length, rng)):
                 if course.length - SEQUENCE_MULTIPLE < len(ids) <= course.length:
                     prompts.append(ids)
                     picture_of.append(i)
-        del prompts[CHUNK * PROMPTS :], picture_of[CHUNK * PROMPTS :]
+        del prompts[count * PROMPTS :], picture_of[count * PROMPTS :]
         rows = [pack(scene, place(scene, course.height, course.width, rng)) for scene in scenes]
         return Captioned(
             Pictures(torch.tensor(rows), course.height, course.width),

@@ -507,6 +507,8 @@ def train(plan: Plan) -> None:
     flow_stage(prompts, text_encoder, vae, plan, log)
     results = plan.out.parent / "RESULTS.json"
     results.write_text(json.dumps(run_facts(plan) | log.entries, indent=1) + "\n")
+    if not plan.eval_prompts:
+        return
     figures = evaluate(load(plan.out, torch.bfloat16, plan.device), plan.eval_prompts)
     add_evaluation(results, figures)
     print(as_table(figures))

@@ -1,7 +1,10 @@
-"""The demonstration model in the making: its world, its judge, and its training code."""
+"""How the demonstration model was made: its world, its judge, and its training code."""
 
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,19 +13,22 @@ from numpy.typing import NDArray
 
 from demo_model import model
 from demo_model.captions import describe, forget
-from demo_model.data import CaptionedChunks, Course, Prompts, sample_training_scene
+from demo_model.data import CHUNK, CaptionedChunks, Course, Prompts, sample_training_scene
 from demo_model.evaluate import held_out_cases
 from demo_model.judge import compare, is_right, look
+from demo_model.train import Plan, train
 from demo_model.world import Scene, is_held_out, pack, place, render, sample_scene
+from promptdrop import weights
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Small tensors are quickest on one thread, many times so on a busy machine."""
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 def drawn(scene: Scene, height: int, width: int, rng: random.Random) -> NDArray[np.uint8]:
@@ -74,7 +80,7 @@ def said_all(scene: Scene) -> bool:
 def test_a_training_batch_is_made_from_its_number() -> None:
     """Batch 5 is the same however training came to it, and its prompts pad to one length."""
     tokenizer = model.build_tokenizer()
-    course = Course(128, 160, 64, pictures=512)
+    course = Course(128, 160, 64, pictures=6 * CHUNK)
     first, again = (CaptionedChunks(Prompts(tokenizer), 0, course)[5] for _ in range(2))
 
     assert torch.equal(first.ids, again.ids)
@@ -115,3 +121,24 @@ def test_training_runs_the_pipelines_own_function() -> None:
         actual = model.predict_velocity(transformer, latents, t, text, lengths, rotary)
 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """The finished stages of an earlier run are kept, and the last goes on from its saved step."""
+    plan = Plan(
+        work=tmp_path / "work", out=tmp_path / "out" / "checkpoint", device="cpu", workers=0,
+        vae_steps=1, vae_pixels=160 * 160, words_steps=1, words_prompts=2, flow_steps=1,
+        flow_tokens=96, courses=(Course(128, 128, 32, pictures=1),) * 2, eval_prompts=0, compile=False,
+    )  # fmt: skip
+    plan.out.parent.mkdir()
+    train(plan)
+    first = {file.name: file.read_bytes() for file in plan.work.glob("*/*.safetensors")}
+    words = (plan.work / "words.pt").read_bytes()
+    train(replace(plan, flow_steps=3))
+    log = json.loads((plan.work / "log.json").read_text())
+
+    assert first == {file.name: file.read_bytes() for file in plan.work.glob("*/*.safetensors")}
+    assert words == (plan.work / "words.pt").read_bytes()
+    assert [row["step"] for row in log["flow"]] == [1, 3]
+    assert [len(log[stage]) for stage in ("vae", "words")] == [1, 1]
+    assert not weights.missing_files(plan.out)
