@@ -2,43 +2,92 @@
 
     python bench/requests.py
 
-Each is parsed in this process; the memory is the peak that tracemalloc sees in a second run.
+Each is parsed in this process: the time is the best of three, the memory the peak that tracemalloc
+sees in another run. `loop waits` is the longest that a second thread, as the daemon's loop is one,
+was kept from its turn meanwhile.
 """
 
+import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 
 from promptdrop import config, request
 from promptdrop.errors import RequestError
 
 CONFIG = config.parse({"model": {"id": "x"}})
+SIZES = (1 << 16, 1 << 20)
+TICK_SECONDS = 0.001
+
+
+def _filled(head: str, unit: str, tail: str = "") -> Callable[[int], str]:
+    return lambda size: head + unit * ((size - len(head) - len(tail)) // len(unit)) + tail
+
+
+def _nested(opening: str, closing: str, depth: int) -> str:
+    return opening * depth + "1" + closing * depth
+
+
 NORMAL = {
     "text": (".txt", "a red fox in fresh snow, morning light\n" * 5),
     "yaml": (".yaml", "prompts: [a cat, a dog]\nseed: 7\ncount: 2\nsize: 16:9\nmeta: {a: 1}\n"),
     "json": (".json", '{"prompt": "a cat", "seed": 7, "size": "16:9"}'),
 }
-HOSTILE = {
-    "yaml, empty mappings": (".yaml", "- {a: {b: {c: {d: []}}}}\n"),
-    "yaml, empty documents": (".yaml", "---\n"),
-    "yaml, brackets": (".yaml", "["),
-    "json, depth": (".json", '{"a":'),
-    "jsonl, a job a line": (".jsonl", '{"prompt":"a"}\n'),
-    "csv, columns": (".csv", "a,"),
-    "text, a line each": (".txt", "a\n"),
-    "text, infotext": (".txt", 'aa: "\\",'),
+HOSTILE: dict[str, tuple[str, Callable[[int], str]]] = {
+    "text, a line each": (".txt", _filled("", "a\n")),
+    "text, 10,000 lines": (".txt", lambda size: "a\n" * 10_000),
+    "text, arguments": (".txt", _filled("", "--prompt a\n")),
+    "text, infotext": (".txt", _filled("", 'aa: "\\",')),
+    "yaml, nested mappings": (".yaml", _filled("", f"- {_nested('{a: ', '}', 13)}\n")),
+    "yaml, empty documents": (".yaml", _filled("", "---\n")),
+    "yaml, empty entries": (".yaml", lambda size: "prompt: a\nimages:\n" + "- {}\n" * 10_000),
+    "yaml, brackets": (".yaml", _filled("", "[")),
+    "yaml, keys cut alike": (".yaml", lambda size: _keys(size, "{}: 1\n")),
+    "json, depth": (".json", _filled("", '{"a":')),
+    "json, nested mappings": (".json", _filled("[", _nested('{"aa":', "}", 13) + ",", "1]")),
+    "json, empty entries": (
+        ".json",
+        lambda size: '{"prompt":"a","images":[' + "{}," * 9_999 + "{}]}",
+    ),
+    "jsonl, a job a line": (".jsonl", _filled("", '{"prompt":"a"}\n')),
+    "csv, columns": (".csv", _filled("", "a,")),
+    "csv, 10,000 rows": (".csv", lambda size: "prompt\n" + "a\n" * 10_000),
 }
 
 
-def cost(data: bytes, suffix: str) -> tuple[float, float]:
-    """Milliseconds and MiB of one parse."""
+def _keys(size: int, line: str) -> str:
+    """Unknown fields that only their end tells apart: a message shows the beginning."""
+    width = 80
+    count = size // (width + len(line))
+    return "".join(line.format("k" * (width - 6) + f"{n:06}") for n in range(count))
+
+
+def milliseconds(data: bytes, suffix: str) -> float:
+    """Of one parse."""
     began = time.perf_counter()
     _answer(data, suffix)
-    milliseconds = (time.perf_counter() - began) * 1e3
+    return (time.perf_counter() - began) * 1e3
+
+
+def peak_mib(data: bytes, suffix: str) -> float:
+    """Of memory that Python asked for during one parse."""
     tracemalloc.start()
     _answer(data, suffix)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
-    return milliseconds, peak
+    return peak
+
+
+def longest_wait(data: bytes, suffix: str) -> float:
+    """Milliseconds beyond its tick that this thread waited while another parsed."""
+    parser = threading.Thread(target=_answer, args=(data, suffix))
+    parser.start()
+    longest = 0.0
+    while parser.is_alive():
+        began = time.perf_counter()
+        time.sleep(TICK_SECONDS)
+        longest = max(longest, time.perf_counter() - began - TICK_SECONDS)
+    return longest * 1e3
 
 
 def _answer(data: bytes, suffix: str) -> None:
@@ -51,13 +100,18 @@ def _answer(data: bytes, suffix: str) -> None:
 def main() -> None:
     """Print a row for each input."""
     for name, (suffix, text) in NORMAL.items():
-        milliseconds, peak = cost(text.encode(), suffix)
-        print(f"{name:24} {len(text):>8} B  {milliseconds:8.2f} ms  {peak:6.2f} MiB")
-    for name, (suffix, unit) in HOSTILE.items():
-        for size in (1 << 16, 1 << 20):
-            data = (unit * (size // len(unit))).encode()
-            milliseconds, peak = cost(data, suffix)
-            print(f"{name:24} {size:>8} B  {milliseconds:8.1f} ms  {peak:6.1f} MiB")
+        _row(name, text.encode(), suffix)
+    for name, (suffix, text_of) in HOSTILE.items():
+        for size in SIZES:
+            _row(name, text_of(size).encode()[:size], suffix)
+
+
+def _row(name: str, data: bytes, suffix: str) -> None:
+    best = min(milliseconds(data, suffix) for _ in range(3))
+    print(
+        f"{name:22} {len(data):>8} B  {best:8.2f} ms  {peak_mib(data, suffix):6.2f} MiB"
+        f"  loop waits {longest_wait(data, suffix):6.1f} ms"
+    )
 
 
 if __name__ == "__main__":

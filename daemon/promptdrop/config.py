@@ -379,7 +379,7 @@ def _line(tree: yaml12.Mapping, path: list[str]) -> int:
     for part in path:
         if not isinstance(node, yaml12.Mapping) or part not in node.items:
             break
-        line = node.key_lines.get(part) or line
+        line = node.line_of(part) or line
         node = node.items[part]  # type: ignore[assignment]  # checked at the loop's head
     return line
 

@@ -7,12 +7,13 @@ request_text.py and request_data.py. Nothing but RequestError ever leaves `parse
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from promptdrop import names, yaml12
@@ -230,7 +231,7 @@ def parse(data: bytes, suffix: str, config: Config) -> Request:
 def with_seeds(request: Request, job_id: str) -> Request:
     """The request with the seeds filled in that its file leaves to the job's id."""
     images = (
-        spec if spec.seed is not None else replace(spec, seed=seed_of(job_id, spec.image))
+        spec if spec.seed is not None else spec._replace(seed=seed_of(job_id, spec.image))
         for spec in request.images
     )
     return replace(request, images=tuple(images))
@@ -282,9 +283,8 @@ class _Level:
 
     def line(self, name: str) -> int | None:
         """Where the field stands, else where the mapping begins."""
-        lines = self.node.key_lines
         stands_for = "size" if name in ("width", "height") else name
-        return lines.get(name) or lines.get(stands_for) or self.node.line
+        return self.node.line_of(name) or self.node.line_of(stands_for) or self.node.line
 
     def add(self, problems: Problems, name: str, message: str) -> None:
         """Note a problem with one of its fields."""
@@ -303,7 +303,7 @@ def _resolve(documents: Iterable[Node], config: Config, problems: Problems) -> R
             continue
         top = _read(document, "", JobFields, config, problems)
         _read_priority(top, config, priorities, problems)
-        for level in _entries(top, defaults, config, problems):
+        for level in _entries(top, {**defaults, **top.values}, config, problems):
             values = level.values
             total += len(values["prompts"]) * max(len(values["seeds"]), values["count"])
             if total > limit:  # before anything is multiplied
@@ -338,14 +338,14 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 
 def _entries(
-    top: _Level, defaults: dict[str, Any], config: Config, problems: Problems
+    top: _Level, base: dict[str, Any], config: Config, problems: Problems
 ) -> Iterator[_Level]:
     """Each entry of `images` over the fields at the top, or the document itself."""
     given = [name for name in ("prompt", "prompts", "images") if name in top.values]
     if "prompts" in given and len(given) > 1:
         top.add(problems, "prompts", f"{' and '.join(given)} cannot stand together; keep one")
     if "images" not in given:
-        yield _complete(top, top, defaults, config, problems)
+        yield _complete(top, top, base, config, problems)
         return
     for index, node in enumerate(top.values.pop("images")):
         label = f"images[{index}]"
@@ -354,27 +354,26 @@ def _entries(
             problems.add(message, node.line, label)
             continue
         entry = _read(node, f"{label}.", ImageFields, config, problems)
-        yield _complete(top, entry, defaults, config, problems)
+        yield _complete(top, entry, {**base, **entry.values}, config, problems)
 
 
 def _read(
     node: Mapping, label: str, model: type[ImageFields], config: Config, problems: Problems
 ) -> _Level:
     """The fields a mapping gives, each within its range; `size` has become width and height."""
-    level = _Level(node, label, {})
-    for name, child in node.items.items():
-        if name not in model.model_fields:
-            problems.add(_unknown(label, name, model), level.line(name), label + name[:60])
+    level, known = _Level(node, label, {}), _validators(model)
+    for (name, child), line in zip(node.items.items(), node.key_lines, strict=True):
+        if name not in known:
+            problems.add(_unknown(label, name, model), line or node.line, label + name[:60])
         elif (value := _value(name, child)) is None:
             continue
         elif name == "images":
             level.values[name] = _images(level, child, config, problems)
-        else:
+        elif (value := _valid(level, name, value, known[name], problems)) is not None:
             level.values[name] = value
-    _validate(level, model, problems)
     _shape(level, config, problems)
-    scheduler = level.values.get("scheduler", READY_SCHEDULERS[0])
-    if scheduler not in READY_SCHEDULERS:
+    scheduler = level.values.get("scheduler")
+    if scheduler and scheduler not in READY_SCHEDULERS:
         level.add(
             problems,
             "scheduler",
@@ -410,14 +409,14 @@ def _value(name: str, node: Node) -> Any:
 
     A prompt is any text but an empty one without quotes; other text fields may be null.
     """
-    if name == "images" and not isinstance(node, Scalar):
+    if isinstance(node, Scalar):
+        return _scalar(name, node)
+    if name == "images":
         return node
     if isinstance(node, Sequence) and name in ("seed", "prompts"):
         one = {"seed": "seed", "prompts": "prompt"}[name]
         return [_item(one, item) for item in node.items]
-    if not isinstance(node, Scalar):
-        return yaml12.plain(node)
-    return _scalar(name, node)
+    return yaml12.plain(node)
 
 
 def _item(name: str, node: Node) -> Any:
@@ -440,28 +439,35 @@ def _lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _validate(level: _Level, model: type[ImageFields], problems: Problems) -> None:
-    """Report the values out of range, and take them out."""
-    values = {name: value for name, value in level.values.items() if name != "images"}
+def _valid(
+    level: _Level, name: str, value: Any, validate: Callable[[Any], object], problems: Problems
+) -> Any:
+    """The value; one that is out of range is reported, and a stand-in or None returned."""
     try:
-        model.model_validate(values)
-    except ValidationError as e:
-        deepest: dict[str, ErrorDetails] = {}  # the item of a list rather than the list
-        for error in e.errors(include_url=False):
-            name = str(error["loc"][0])  # a union fails once for each of its members
-            deepest[name] = max(deepest.get(name, error), error, key=lambda e: len(e["loc"]))
-        for name, error in deepest.items():
-            _report(level, name, error, problems)
-            del level.values[name]
-            if name in _STAND_IN:
-                level.values[name] = _STAND_IN[name]
+        validate(value)
+    except ValidationError as e:  # a union fails once for each of its members
+        errors = e.errors(include_url=False)
+        _report(level, name, max(errors, key=lambda error: len(error["loc"])), problems)
+        return _STAND_IN.get(name)
+    return value
+
+
+@cache
+def _validators(model: type[ImageFields]) -> dict[str, Callable[[Any], object]]:
+    """One for each field: a whole model takes three times as long for one prompt."""
+    strict = ConfigDict(strict=True)
+    annotations: dict[str, Any] = {name: f.annotation for name, f in model.model_fields.items()}
+    return {
+        name: TypeAdapter(annotation, config=strict).validator.validate_python
+        for name, annotation in annotations.items()
+    }
 
 
 def _report(level: _Level, name: str, error: ErrorDetails, problems: Problems) -> None:
     node = level.node.items[name]
     line = level.line(name)
     label = f"{level.label}{name}"
-    index = error["loc"][-1]
+    index = error["loc"][-1] if error["loc"] else None
     if isinstance(index, int) and isinstance(node, Sequence):
         node = node.items[index]
         line = node.line or line
@@ -558,36 +564,37 @@ def _read_priority(
 
 
 def _complete(
-    top: _Level, entry: _Level, defaults: dict[str, Any], config: Config, problems: Problems
+    top: _Level, entry: _Level, values: dict[str, Any], config: Config, problems: Problems
 ) -> _Level:
     """The entry over the top over the defaults, with `prompts` and `seeds` as lists."""
-    values = {**defaults, **top.values, **entry.values}
     level = _Level(entry.node, entry.label, values)
-    prompt = values.pop("prompt", None)
-    if values.get("prompts") is None:
+    if "prompts" not in values:
+        prompt = values.get("prompt")
         values["prompts"] = [prompt]
         if prompt is None:
             level.add(problems, "prompt", "prompt is required")
-    seed = values.pop("seed", None)
+    seed = values.get("seed")
     values["seeds"] = seed if isinstance(seed, list) else [seed]
-    for name, message in _contradictions(values, seed, config):
+    if contradiction := _contradiction(values, seed, config):
+        name, message = contradiction
         (entry if name in entry.values else top).add(problems, name, message)
     return level
 
 
-def _contradictions(
+def _contradiction(
     values: dict[str, Any], seed: int | list[int] | None, config: Config
-) -> Iterator[tuple[str, str]]:
+) -> tuple[str, str] | None:
     """Field and message of what only the fields of an image together can get wrong."""
     width, height, count = values["width"], values["height"], values["count"]
     limit = config.limits.megapixels
     if width * height > limit * 1e6:
         made = f"width={width} and height={height} make {width * height / 1e6:.2f} megapixels"
-        yield "width", f"{made}; expected at most {limit:g} (limits.megapixels)"
+        return "width", f"{made}; expected at most {limit:g} (limits.megapixels)"
     if isinstance(seed, list) and count > 1:
-        yield "count", f"count={count} with a list of seeds; count then stays 1"
+        return "count", f"count={count} with a list of seeds; count then stays 1"
     if isinstance(seed, int) and seed + count - 1 > MAX_SEED:
-        yield "seed", f"seed={seed} and count={count} go beyond 2**63-1"
+        return "seed", f"seed={seed} and count={count} go beyond 2**63-1"
+    return None
 
 
 def _expand(values: dict[str, Any], before: int) -> Iterator[ImageSpec]:
@@ -598,16 +605,16 @@ def _expand(values: dict[str, Any], before: int) -> Iterator[ImageSpec]:
             for offset in range(values["count"]):
                 number += 1
                 yield ImageSpec(
-                    image=number,
-                    prompt=prompt,
-                    negative_prompt=values["negative_prompt"],
-                    width=values["width"],
-                    height=values["height"],
-                    steps=values["steps"],
-                    guidance_scale=float(values["guidance_scale"]),
-                    seed=None if seed is None else seed + offset,
-                    scheduler=values["scheduler"],
-                    format=values["format"],
-                    timeout_seconds=float(values["timeout_seconds"]),
-                    meta=values["meta"],
+                    number,
+                    prompt,
+                    values["negative_prompt"],
+                    values["width"],
+                    values["height"],
+                    values["steps"],
+                    float(values["guidance_scale"]),
+                    None if seed is None else seed + offset,
+                    values["scheduler"],
+                    values["format"],
+                    float(values["timeout_seconds"]),
+                    values["meta"],
                 )

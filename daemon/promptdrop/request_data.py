@@ -10,27 +10,34 @@ from promptdrop.errors import Problem, RequestError
 from promptdrop.yaml12 import Builder, Mapping, Node, Scalar, Sequence, YamlError, documents
 
 MAX_PROBLEMS = 20
+MAX_MET = 1000
 TEXT_FIELDS = frozenset({"prompt", "negative_prompt", "size", "scheduler", "format"})  # as written
 
 _MAX_DIGITS = 400  # more are no number for yaml12 either
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s,:{}\[\]"]++')  # of valid JSON
 
 
 class Problems:
-    """Why a job file is refused, as far as it has been read; at 20 the rest is not looked at."""
+    """Why a job file is refused, as far as it has been read.
+
+    At 20 the rest is not looked at, nor after the same one was met a thousand times.
+    """
 
     def __init__(self) -> None:
         self._found: list[Problem] = []
+        self._met = 0
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def add(self, message: str, line: int | None = None, field: str | None = None) -> None:
-        """Note one problem, once. Raises RequestError: it was the twentieth."""
+        """Note one problem, once. Raises RequestError: it was the last one to look for."""
         problem = Problem(message, line, field)
+        self._met += 1
         if problem not in self._found:
             self._found.append(problem)
-        if len(self._found) >= MAX_PROBLEMS:
+        if len(self._found) >= MAX_PROBLEMS or self._met >= MAX_MET:
             self.raise_if_any()
 
     def raise_if_any(self) -> None:
@@ -58,7 +65,7 @@ def json_document(text: str, first_line: int = 1) -> Node:
     Raises RequestError: not JSON, NaN, Infinity, duplicate keys, deeper than 16, too many values.
     """
     try:
-        json.loads(text, parse_int=str, parse_float=str)  # is it JSON at all?
+        _DECODER.decode(text)  # is it JSON at all?
     except json.JSONDecodeError as e:
         line = e.lineno + first_line - 1
         raise RequestError([Problem(f"not valid JSON: {e.msg} (column {e.colno})", line)]) from None
@@ -175,19 +182,19 @@ def _check_header(
 
 
 def _row_document(cells: Iterable[tuple[str, str]], line: int, problems: Problems) -> Mapping:
-    row, meta = Mapping(line=line), Mapping(line=line)
+    row, meta = Mapping(line=line), dict[str, Node]()
     for name, cell in cells:
         if not cell.strip():
             continue
         if not name:
             problems.add(f"{short(cell)} stands in a column without a name", line)
         elif name.startswith("meta."):
-            meta.items[name.removeprefix("meta.")] = Scalar(cell, False, line)
+            meta[name.removeprefix("meta.")] = Scalar(cell, False, line)
         else:
             row.items[name] = _cell(name, cell, line)
-    if meta.items:
-        row.items["meta"] = meta
-    row.key_lines = dict.fromkeys(row.items, line)
+    if meta:
+        row.items["meta"] = Mapping(meta, line)
+    row.key_lines = [line] * len(row.items)
     return row
 
 

@@ -158,4 +158,4 @@ def _scheduler(name: str, sampler: str, number: int) -> str:
 
 
 def _mapping(items: dict[str, Node], line: int, last: int | None = None) -> Mapping:
-    return Mapping(items, line, {key: node.line or last for key, node in items.items()})
+    return Mapping(items, line, [node.line or last for node in items.values()])

@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Engine:
     def _render(self, spec: ImageSpec) -> Generated:
         seed = secrets.randbits(32) if spec.seed is None else spec.seed
         pixels = bytearray(spec.height * spec.width * 3)
-        seeded, prompt = replace(spec, seed=seed), self._config.prompt
+        seeded, prompt = spec._replace(seed=seed), self._config.prompt
         rendering = self._engine.render(seeded, prompt, lambda *step: None, memoryview(pixels))
         image = Image.frombuffer("RGB", (spec.width, spec.height), pixels, "raw", "RGB", 0, 1)
         return Generated(image, seed, rendering)

@@ -8,6 +8,7 @@ opening brackets). https://yaml.org/spec/1.2.2/#103-core-schema
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -25,6 +26,10 @@ _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
 _MAX_DIGITS = 400  # no number of ours is longer; int() refuses 4,300 itself
 
 Plain = bool | int | float | str | None
+
+
+_NODES = (yaml.ScalarEvent, yaml.MappingStartEvent, yaml.SequenceStartEvent, yaml.AliasEvent)
+_ENDS = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 
 class YamlError(Exception):
@@ -59,11 +64,15 @@ class Sequence:
 
 @dataclass(slots=True)
 class Mapping:
-    """Keys as written, in order. `key_lines` says where each key stands."""
+    """Keys as written, in order. `key_lines` says where each of them stands."""
 
     items: dict[str, "Node"] = field(default_factory=dict)
     line: int | None = None
-    key_lines: dict[str, int | None] = field(default_factory=dict)
+    key_lines: list[int | None] = field(default_factory=list)
+
+    def line_of(self, key: str) -> int | None:
+        """Where a key stands; None: it is not there, or nobody knows."""
+        return dict(zip(self.items, self.key_lines, strict=False)).get(key)
 
 
 Node = Scalar | Sequence | Mapping
@@ -141,7 +150,7 @@ class Builder:
         if key in parent.items:
             raise YamlError(f"duplicate key {_short(key)!r}", node.line)
         self._keys[-1] = key
-        parent.key_lines[key] = node.line
+        parent.key_lines.append(node.line)
 
     def _add(self, node: Node) -> Node | None:
         if not self._stack:
@@ -158,34 +167,33 @@ class Builder:
 def _build(events: Iterator[yaml.Event]) -> Iterator[Node]:
     builder = Builder()
     for event in events:
-        assert event.start_mark is not None  # only events made by hand have none
-        line = event.start_mark.line + 1
         root: Node | None = None
-        if isinstance(event, yaml.AliasEvent):
-            raise YamlError(f"aliases are not allowed: *{_short(str(event.anchor))}", line)
-        if isinstance(event, yaml.NodeEvent):
-            _refuse_extras(event, line)
-        if isinstance(event, yaml.ScalarEvent):
-            root = builder.scalar(Scalar(event.value, not event.style, line))
-        elif isinstance(event, yaml.MappingStartEvent):
-            builder.open(Mapping(line=line))
-        elif isinstance(event, yaml.SequenceStartEvent):
-            builder.open(Sequence(line=line))
-        elif isinstance(event, yaml.CollectionEndEvent):
+        if type(event) in _NODES:  # not isinstance: there may be a million events
+            assert event.start_mark is not None  # only events made by hand have none
+            root = _add_node(builder, event, event.start_mark.line + 1)
+        elif type(event) in _ENDS:
             root = builder.close()
         if root is not None:
             yield root
 
 
+def _add_node(builder: Builder, event: Any, line: int) -> Node | None:
+    if type(event) is yaml.AliasEvent:
+        raise YamlError(f"aliases are not allowed: *{_short(str(event.anchor))}", line)
+    if event.anchor:
+        raise YamlError(f"anchors are not allowed: &{_short(event.anchor)}", line)
+    if event.tag:
+        raise YamlError(f"tags are not allowed: {_short(event.tag)}", line)
+    if type(event) is yaml.ScalarEvent:
+        return builder.scalar(Scalar(event.value, not event.style, line))
+    builder.open(
+        Mapping(line=line) if type(event) is yaml.MappingStartEvent else Sequence(line=line)
+    )
+    return None
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _refuse_extras(event: yaml.NodeEvent, line: int) -> None:
-    if event.anchor:
-        raise YamlError(f"anchors are not allowed: &{_short(str(event.anchor))}", line)
-    if tag := getattr(event, "tag", None):
-        raise YamlError(f"tags are not allowed: {_short(tag)}", line)
 
 
 def _resolve(text: str) -> Plain:
