@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,8 @@ def test_the_same_job_gives_the_same_pixels() -> None:
     rendering, pixels = rendered(SPEC)
 
     assert pixels == rendered(SPEC)[1]
-    assert pixels != rendered(replace(SPEC, seed=8))[1]
-    assert pixels != rendered(replace(SPEC, prompt="a dog"))[1]
+    assert pixels != rendered(SPEC._replace(seed=8))[1]
+    assert pixels != rendered(SPEC._replace(prompt="a dog"))[1]
     assert len({pixels[i : i + 3] for i in range(0, len(pixels), 3)}) > 100
     assert (rendering.evaluations, len(rendering.steps_ms), rendering.tokens) == (3, 3, 10)
 
@@ -62,7 +61,7 @@ def test_every_step_is_reported() -> None:
 def test_overflow(overflow: str, kept: str) -> None:
     """A word is a token, the template eight."""
     prompt = Prompt.model_validate({"max_tokens": 16, "overflow": overflow})
-    rendering, _ = rendered(replace(SPEC, prompt=" ".join(f"w{i}" for i in range(10))), prompt)
+    rendering, _ = rendered(SPEC._replace(prompt=" ".join(f"w{i}" for i in range(10))), prompt)
 
     assert (kept, 16, True) == (rendering.prompt, rendering.tokens, rendering.truncated)
 
@@ -71,25 +70,25 @@ def test_refuse() -> None:
     """A prompt too long fails the image."""
     prompt = Prompt(max_tokens=16, overflow="refuse")
     with pytest.raises(EngineError, match="18 tokens"):
-        rendered(replace(SPEC, prompt="w " * 10), prompt)
+        rendered(SPEC._replace(prompt="w " * 10), prompt)
 
 
 @pytest.mark.parametrize("fault", ["!raise", "!constant"])
 def test_scripted_failures_leave_the_engine_good(fault: str) -> None:
     """EngineError: this image only."""
     with pytest.raises(EngineError):
-        rendered(replace(SPEC, prompt=f"{fault} a cat"))
+        rendered(SPEC._replace(prompt=f"{fault} a cat"))
 
 
 def test_unknown_trouble_is_no_engine_error() -> None:
     """What the engine does not know ends its process."""
     with pytest.raises(RuntimeError):
-        rendered(replace(SPEC, prompt="!unknown"))
+        rendered(SPEC._replace(prompt="!unknown"))
 
 
 def test_once(tmp_path: Path) -> None:
     """The second attempt succeeds."""
-    spec = replace(SPEC, prompt=f"!once-raise {tmp_path / 'first'} a cat")
+    spec = SPEC._replace(prompt=f"!once-raise {tmp_path / 'first'} a cat")
     with pytest.raises(EngineError):
         rendered(spec)
 
