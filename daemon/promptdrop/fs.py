@@ -31,21 +31,43 @@ class NotPlain(OSError):
     """Not a regular file, or swapped for another while it was opened."""
 
 
-def rename(source: Path, target: Path) -> None:
+def rename(source: Path, target: Path, folder: int = _AT_FDCWD) -> None:
     """Rename within a file system, never onto an existing name.
 
+    folder: the descriptor of the directory that `source` is relative to.
     Raises FileExistsError: the target exists. FileNotFoundError: the source is gone.
     """
     if _renameat2 is not None:
         arguments = (os.fsencode(source), os.fsencode(target))
-        if not _renameat2(_AT_FDCWD, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
+        if not _renameat2(folder, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
             return
         code = ctypes.get_errno()
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code), str(source), None, str(target))
     if os.path.lexists(target):  # the best there is without RENAME_NOREPLACE
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target)
+    os.rename(source, target, src_dir_fd=None if folder == _AT_FDCWD else folder)
+
+
+def rename_below(root: Path, sub: str, file: str, target: Path) -> None:
+    """Rename root/sub/file, where others may swap folders for links: none below `root` is followed.
+
+    Raises NotPlain: `sub` is no folder by now. FileExistsError, FileNotFoundError as `rename`.
+    """
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in Path(sub).parts:
+            outer = folder
+            try:
+                folder = os.open(
+                    part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer
+                )
+            except NotADirectoryError:
+                raise NotPlain(errno.ENOTDIR, "no folder by now", str(root / sub)) from None
+            os.close(outer)
+        rename(Path(file), target, folder)
+    finally:
+        os.close(folder)
 
 
 def move(source: Path, target: Path) -> None:
@@ -151,8 +173,10 @@ def make_directory(path: Path, mode: int) -> None:
     _chmod(path, mode)
 
 
-def read_plain(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
+def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
     """Read a file anybody may have put there: no links, no devices, no blocking, at most `limit` + 1 bytes.
+
+    limit: None for a record of our own, which is read to its end.
 
     Raises NotPlain: a link, pipe, socket, device, or swapped while opening. OSError as open(2).
     """
@@ -164,7 +188,7 @@ def read_plain(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
         after = os.fstat(fd)
         if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
             raise NotPlain(errno.EINVAL, "changed while it was opened", str(path))
-        data = file.read(limit + 1)  # a file may grow: never trust st_size
+        data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
         return data, os.fstat(fd)
 
 
@@ -243,6 +267,14 @@ def _rename_or_copy(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
+    """What is no regular file is made anew: nothing is read through a link, or from a pipe."""
+    status = os.lstat(source)
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(source), target)
+        return
+    if not stat.S_ISREG(status.st_mode):
+        os.mknod(target, status.st_mode, status.st_rdev)
+        return
     with open(source, "rb") as original, temporary(target.parent, 0o664) as (file, name):
         shutil.copyfileobj(original, file, 1 << 20)
         shutil.copystat(source, name)

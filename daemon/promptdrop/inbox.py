@@ -31,6 +31,9 @@ from promptdrop import fs, names
 from promptdrop.config import Watch
 from promptdrop.fs import Signature, signature
 
+SUB_BYTES = 1024  # longest path below the inbox that is entered: it must fit below our folders too
+_NOT_OURS = (FileNotFoundError, NotADirectoryError, PermissionError)  # withdrawn, or not to be read
+
 LOOKS = 2  # a file must look the same at least this often
 # watchdog holds every move out of a folder, and all events behind it, back for half a second in case
 # the other half of the move comes. Our claims are moves out of the inbox, and we pair nothing.
@@ -103,7 +106,7 @@ class Inbox:
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
+            except _NOT_OURS:
                 continue  # withdrawn while we looked
             seen = self._look(path, signature(status), now)
             ready = watch.ready_suffix is None or entry.name + watch.ready_suffix in siblings
@@ -240,6 +243,8 @@ def strangers(root: Path) -> Iterator[tuple[str, str]]:
             elif entry.is_dir(follow_symlinks=False):
                 if os.path.ismount(entry.path):
                     yield path, "another file system is not entered"
+                elif len(os.fsencode(path)) > SUB_BYTES:
+                    yield path, f"a path of more than {SUB_BYTES} bytes is not entered"
                 elif names.is_job_name(entry.name):
                     yield path, "a folder, though named like a job"
             elif not entry.is_file(follow_symlinks=False):
@@ -284,7 +289,9 @@ def _job_files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[s
                     and not names.is_ignored_folder(entry.name)
                     and _device(entry) == device
                 ):
-                    folders.append(f"{sub}/{entry.name}" if sub else entry.name)
+                    inner = f"{sub}/{entry.name}" if sub else entry.name
+                    if len(os.fsencode(inner)) <= SUB_BYTES:
+                        folders.append(inner)
             elif names.is_job_name(entry.name) and entry.is_file(follow_symlinks=False):
                 yield sub, entry, siblings
 
@@ -302,14 +309,14 @@ class _Nothing:
 def _scandir_if_there(path: Path) -> "os._ScandirIterator[str] | _Nothing":
     try:
         return os.scandir(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except _NOT_OURS:
         return _Nothing()  # a sub-folder that went away or is not ours to read (doctor says so)
 
 
 def _device(entry: os.DirEntry[str]) -> int | None:
     try:
         return entry.stat(follow_symlinks=False).st_dev
-    except FileNotFoundError:
+    except _NOT_OURS:
         return None
 
 

@@ -183,6 +183,8 @@ class Intake:
         source = self._spool.inbox / offer.sub / offer.file
         try:
             return self._spool.claim(offer.sub, offer.file)
+        except fs.NotPlain:
+            return None
         except FileNotFoundError:
             if os.path.lexists(source):
                 raise

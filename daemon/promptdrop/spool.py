@@ -43,6 +43,7 @@ DEATHS_FAILED = 10  # ... and after which it fails
 HOST = socket.gethostname()
 _LOCK_TRIES = 10  # `status` holds the lock for microseconds when it looks who is there
 _TREE_MODE = 0o2775  # inbox, outbox, failed and control: the whole group may write
+_LONG = ("prompt", "negative_prompt", "meta")  # of an image, each recorded once for the job
 _OWN_MODE = 0o2755  # what only the daemon writes
 _ID = re.compile(r"\d{8}T\d{12}-[0-9a-f]{6}\Z")  # what else lies among our folders is a stranger's
 
@@ -161,6 +162,21 @@ class Unresolved:
     def path(self) -> str:
         """SUB/FILE as dropped."""
         return f"{self.sub}/{self.file}" if self.sub else self.file
+
+
+class _Texts:
+    """Each prompt and meta of a job, once: 80 KB of prompt may be asked for 10,000 times."""
+
+    def __init__(self) -> None:
+        self.known: list[Any] = []
+        self._places: dict[int, int] = {}  # of the very object: the images share it
+
+    def index(self, text: Any) -> int:
+        """Where it stands in `known`."""
+        if id(text) not in self._places:
+            self._places[id(text)] = len(self.known)
+            self.known.append(text)
+        return self._places[id(text)]
 
 
 class Spool:
@@ -319,14 +335,17 @@ class Spool:
     # --- claiming -----------------------------------------------------------------------------
 
     def claim(self, sub: str, file: str) -> Unresolved:
-        """Take a file out of the inbox. Raises FileNotFoundError: it was withdrawn."""
+        """Take a file out of the inbox.
+
+        Raises FileNotFoundError: it was withdrawn. NotPlain: a folder above it is a link by now.
+        """
         job_id = self._new_id()
         home = self.own / "pending" / job_id
         folder = home / "drop" / sub
         os.makedirs(folder)
         source = self.inbox / sub / file
         try:
-            fs.rename(source, folder / file)
+            fs.rename_below(self.inbox, sub, file, folder / file)
         except OSError:
             fs.remove_tree(home)
             raise
@@ -396,6 +415,11 @@ class Spool:
         return (folder / "job.json").exists() or str(folder.relative_to(self.outbox)) in self._live
 
     def _record(self, job: Job) -> None:
+        texts = _Texts()
+        images = [
+            {**spec.to_json(), **{name: texts.index(getattr(spec, name)) for name in _LONG}}
+            for spec in job.specs
+        ]
         document = {
             "id": job.id,
             "sub": job.sub,
@@ -411,7 +435,8 @@ class Spool:
                 "max_attempts": job.settings.max_attempts,
                 "on_timeout": job.settings.on_timeout,
             },
-            "images": [spec.to_json() for spec in job.specs],
+            "images": images,
+            "texts": texts.known,
         }
         fs.write_durably(job.home / "request.json", json.dumps(document).encode())
 
@@ -713,7 +738,10 @@ class Spool:
                 settings["max_attempts"],
                 settings["on_timeout"],
             ),
-            tuple(ImageSpec(**spec) for spec in record["images"]),
+            tuple(
+                ImageSpec(**{**spec, **{name: record["texts"][spec[name]] for name in _LONG}})
+                for spec in record["images"]
+            ),
         )
         for entry in fs.entries(home):
             image, _, kind = entry.name.partition(".")
@@ -896,9 +924,9 @@ def _chmod_quietly(path: Path, mode: int) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A record of our own; one that is gone or torn is empty."""
+    """A record of our own; one that is gone, torn or no regular file is empty."""
     try:
-        loaded = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        loaded = json.loads(fs.read_plain(path, None)[0])
+    except (FileNotFoundError, NotADirectoryError, fs.NotPlain, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

@@ -35,6 +35,7 @@ from promptdrop.records import (
     StatusWaiting,
     to_bytes,
 )
+from promptdrop.request_data import MAX_PROBLEMS
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool import DEATHS_FAILED, Job, Spool, Unresolved
 
@@ -396,7 +397,8 @@ class Supervisor:
             for running in self._unmeasured:
                 ticket = self._next_ticket()
                 self._measuring[ticket] = running
-                self._engine.count_tokens(ticket, tuple(text for _, _, text in _texts(running.job)))
+                texts = dict.fromkeys(text for _, _, text in _texts(running.job))
+                self._engine.count_tokens(ticket, tuple(texts))
             self._unmeasured = []
 
     def _measured(self, answer: Tokens) -> None:
@@ -404,15 +406,17 @@ class Supervisor:
         if running is None or running.job.cancelled:
             return
         job, limit = running.job, running.job.settings.prompt.max_tokens
+        texts = dict.fromkeys(text for _, _, text in _texts(job))
+        counts = dict(zip(texts, answer.counts, strict=True))
         problems = [
             Problem(
-                f"image {spec.image}: the {field} has {count} tokens with its template,"
+                f"image {spec.image}: the {field} has {counts[text]} tokens with its template,"
                 f" more than prompt.max_tokens: {limit}",
                 field=field,
             )
-            for (spec, field, _), count in zip(_texts(job), answer.counts, strict=True)
-            if count > limit
-        ]
+            for spec, field, text in _texts(job)
+            if counts[text] > limit
+        ][:MAX_PROBLEMS]
         if not problems:
             self._enqueue(running)
             return
