@@ -13,12 +13,14 @@ from promptdrop.sdnotify import Notifier
 UNIT = Path(__file__).parent.parent / "systemd" / "promptdrop.service"
 
 
-def test_the_unit_is_clean(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["promptdrop.service", "promptdrop@.service"])
+def test_the_units_are_clean(tmp_path: Path, name: str) -> None:
     """`systemd-analyze verify` has nothing to say (it returns 0 on unknown keys)."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
-    copy = tmp_path / "promptdrop.service"
-    copy.write_text(UNIT.read_text().replace("/opt/promptdrop/.venv/bin/promptdrop", "/bin/true"))
+    copy = tmp_path / name
+    text = UNIT.with_name(name).read_text()
+    copy.write_text(text.replace("/opt/promptdrop/.venv/bin/promptdrop", "/bin/true"))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True
     )

@@ -11,12 +11,15 @@ from promptdrop.records import Status
 
 
 def start(listen: str, snapshot: Callable[[], Status]) -> None:
-    """Serve metrics on `HOST:PORT` from a thread. Raises ConfigError: it cannot listen there."""
+    """Serve metrics on `HOST:PORT` from a thread; without a host on this machine alone.
+
+    Raises ConfigError: it cannot listen there.
+    """
     host, _, port = listen.rpartition(":")
     registry = CollectorRegistry()
     registry.register(_Collector(snapshot))
     try:
-        start_http_server(int(port), host or "0.0.0.0", registry)
+        start_http_server(int(port), host or "127.0.0.1", registry)
     except (OSError, OverflowError) as e:
         raise ConfigError(f"metrics.listen: {listen}: {e}") from None
 
