@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +106,7 @@ def test_truncation_keeps_the_end_it_names(overflow: str, kept: Scene) -> None:
     text = "a red circle on a white background" + " a" * 40 + " a blue star on a yellow background"
     prompt = Prompt.model_validate({"max_tokens": 21, "overflow": overflow})
     buffer = bytearray(128 * 128 * 3)
-    spec = replace(SPEC, prompt=text)
+    spec = SPEC._replace(prompt=text)
     rendering = engine.render(spec, prompt, lambda step, steps: None, memoryview(buffer))
     seen = look(np.frombuffer(buffer, np.uint8).reshape(128, 128, 3))
 

@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+import disks
 from harness import Daemon, alive, until
 
 MakeDaemon = Callable[..., Daemon]
@@ -279,3 +284,257 @@ def test_a_death_while_prompts_are_measured_measures_them_again(make_daemon: Mak
     assert daemon.job("a")["outcome"] == "failed"
     assert daemon.job("b")["outcome"] == "done"
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("fault", ["half", "huge", "garbage", "nonsense", "close", "spin"])
+def test_an_engine_that_talks_nonsense_or_nothing_is_replaced(
+    make_daemon: MakeDaemon, fault: str
+) -> None:
+    """Half an answer, an endless one, no pickle, no answer, a closed pipe, a loop that swallows the
+    alarm: its image pays, all others are rendered, and the daemon answers all the while."""
+    daemon = make_daemon({"engine": {**QUICK, "max_attempts": 1}})
+    daemon.drop("a.jsonl", jsonl(f"!{fault}", "second"))
+    daemon.start()
+    daemon.until_log("image.failed")
+    daemon.drop("b.txt", "a dog\n")
+    b, a = daemon.job("b"), daemon.job("a")
+
+    assert [i["outcome"] for i in a["images"]] == ["failed", "rendered"]
+    assert b["outcome"] == "done"
+    assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [1]
+    assert not alive(daemon.log("engine.starting")[0]["pid"])
+    assert daemon.stop() == 0
+
+
+def test_the_daemon_goes_on_while_an_engine_is_in_the_middle_of_an_answer(daemon: Daemon) -> None:
+    """Half a message on the pipe blocks nobody: files are claimed and refused meanwhile."""
+    daemon.drop("a.txt", "!half\n")
+    daemon.start()
+    daemon.until_begun()
+    daemon.drop("b.txt", "a dog\n")
+    daemon.drop("bad.yaml", "promt: x\n")
+    daemon.until_log("job.claimed", file="b.txt")
+
+    assert daemon.error("bad.yaml")["outcome"] == "refused"
+    assert daemon.log("engine.killed") == []
+    assert daemon.stop() == 0
+
+
+def test_an_engine_stopped_while_idle_does_not_begin_and_charges_nobody(
+    make_daemon: MakeDaemon,
+) -> None:
+    """It reads nothing, however much it is sent: killed after stall_seconds, nothing is charged."""
+    daemon = make_daemon(
+        {"engine": {"stall_seconds": 1, "max_attempts": 1}, "prompt": {"overflow": "refuse"}}
+    )
+    daemon.start().until_ready()
+    os.kill(daemon.engine_pid(), signal.SIGSTOP)
+    long = [f"{n} " + "\U0001f98a" * 19000 for n in range(10)]  # 760 kB, more than a pipe holds
+    daemon.drop("a.txt", "\n".join(long))
+    killed = daemon.until_log("engine.killed")
+    job = daemon.job("a")
+
+    assert "stall_seconds" in killed["reason"]
+    assert job["outcome"] == "done"
+    assert {s["job"]["attempt"] for s in daemon.sidecars("a")} == {1}
+    assert len(daemon.log("engine.starting")) == 2
+    assert daemon.stop() == 0
+
+
+def test_a_stopped_engine_with_a_prefetched_image_charges_only_the_one_in_hand(
+    make_daemon: MakeDaemon,
+) -> None:
+    """SIGSTOP from outside in the middle of an image."""
+    daemon = make_daemon({"engine": {"stall_seconds": 1}})
+    daemon.drop("a.jsonl", jsonl("!slow 0.3 x", "second"))
+    daemon.start()
+    daemon.until_begun()
+    os.kill(daemon.engine_pid(), signal.SIGSTOP)
+
+    assert daemon.job("a")["outcome"] == "done"
+    assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [2, 1]
+    assert daemon.stop() == 0
+
+
+def test_a_charged_image_is_tried_again_after_the_others_of_its_job(
+    make_daemon: MakeDaemon,
+) -> None:
+    """What kills engines does not come next, and costs max_attempts lives, then only itself."""
+    daemon = make_daemon({"engine": {"max_attempts": 3}})
+    daemon.drop("a.jsonl", jsonl("!segfault", "second", "third", "fourth"))
+    daemon.drain()
+    failed = [e["timestamp"][:23] for e in daemon.log("image.failed")]
+    started = [s["time"]["started"][:23] for s in daemon.sidecars("a")]
+
+    assert [e["image"] for e in daemon.log("image.failed")] == [1, 1, 1]
+    assert len(started) == 3
+    assert failed[0] < min(started) <= max(started) < failed[1]
+    assert len(daemon.log("engine.starting")) == 4
+    assert daemon.job("a")["outcome"] == "partial"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("!warm-crash", "while loading weights: the engine died: exit status 3"),
+        ("!warm-raise", "warm-up failed: scripted by !raise"),
+        ("!warm-segfault", "SIGSEGV"),
+        ("!warm-hang-gil", "engine.load_timeout_seconds"),
+        ("!warm-garbage", "cannot be read"),
+    ],
+)
+def test_an_engine_that_cannot_warm_up_ends_the_daemon(
+    make_daemon: MakeDaemon, fault: str, said: str
+) -> None:
+    """Exit 1 with the reason; the job stays."""
+    daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": 2}})
+    daemon.drop("a.txt", "a cat\n")
+    daemon.start()
+    assert daemon.process
+
+    assert daemon.process.wait(30) == 1
+    assert said in daemon.log("daemon.ending")[-1]["reason"]
+    assert (daemon.inbox / "a.txt").exists() or len(daemon.unfinished()) == 1
+    assert not alive(daemon.engine_pid())
+
+
+def test_a_daemon_whose_engine_cannot_load_does_not_wait_for_its_end(
+    make_daemon: MakeDaemon,
+) -> None:
+    """It ends when it knows the reason, though the engine process would linger for ever."""
+    daemon = make_daemon({"model": {"revision": "!load-linger"}})
+    daemon.start()
+    assert daemon.process
+    assert daemon.process.wait(30) == 1
+    loading, ending = daemon.log("engine.stage")[0], daemon.log("daemon.ending")[0]
+    known_after = datetime.fromisoformat(ending["timestamp"]) - datetime.fromisoformat(
+        loading["timestamp"]
+    )
+
+    assert "scripted by !load-linger" in ending["reason"]
+    assert known_after.total_seconds() < 1
+    assert not alive(daemon.engine_pid())
+
+
+def test_an_engine_killed_for_memory_is_replaced(daemon: Daemon) -> None:
+    """The kernel's own OOM killer, in a memory cgroup: its image pays, the others are rendered."""
+    daemon.write_config({"engine": {"max_attempts": 1}})
+    daemon.start().until_ready()
+    with memory_limit(daemon.engine_pid(), 300 << 20):
+        daemon.drop("a.jsonl", jsonl("!oom", "second"))
+        job = daemon.job("a")
+
+    assert [i["outcome"] for i in job["images"]] == ["failed", "rendered"]
+    assert "killed by SIGKILL" in job["images"][0]["error"]
+    assert daemon.stop() == 0
+
+
+@contextmanager
+def memory_limit(pid: int, limit: int) -> Iterator[None]:
+    """Put a process into a memory cgroup of its own (v1); it has ended afterwards."""
+    group = Path(f"/sys/fs/cgroup/memory/promptdrop-test-{pid}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as e:
+        pytest.skip(f"no memory cgroup can be made here: {e}")
+    try:
+        yield
+    finally:
+        until(lambda: not alive(pid), "the end of the limited process")
+        until(lambda: not (group / "cgroup.procs").read_text(), "an empty cgroup")
+        group.rmdir()
+
+
+@pytest.mark.parametrize("at_the_end", ["cured", "stopped"])
+def test_an_engine_in_uninterruptible_sleep_is_reported_and_waited_for(
+    make_daemon: MakeDaemon, tmp_path: Path, at_the_end: str
+) -> None:
+    """Writing to a frozen file system it ignores even SIGKILL: status, log and STATUS= say so, the
+    watchdog is fed no more, a stop is bounded, and once it has ended the work goes on."""
+    daemon = make_daemon({"engine": {**QUICK, "stop_seconds": 1}})
+    with Notified(tmp_path / "notify") as systemd, disks.block(tmp_path / "block") as disk:
+        daemon.start(env=systemd.environment)
+        daemon.until_ready()
+        disk.freeze()
+        daemon.drop("a.jsonl", jsonl(f"!once-write {tmp_path}/flag {disk.path}/file", "second"))
+        daemon.until_log("engine.unkillable")
+        status = daemon.until_status("the reason", lambda s: "does not end" in (s["reason"] or ""))
+        reported = systemd.first("does not end")
+        engine = daemon.engine_pid()
+        state = Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[0]
+        with pytest.raises(AssertionError):
+            until(lambda: "WATCHDOG=1" in systemd.heard[reported:], "food for the watchdog", 1)
+        if at_the_end == "stopped":
+            assert daemon.stop() == 0
+            disk.thaw()
+            until(lambda: not alive(engine), "its end")
+        else:
+            disk.thaw()
+            job = daemon.job("a")
+            until(lambda: "WATCHDOG=1" in systemd.heard[reported:], "food for the watchdog")
+            assert daemon.stop() == 0
+
+    assert (state, status["state"]) == ("D", "waiting")
+    if at_the_end == "cured":
+        assert job["outcome"] == "done"
+    else:
+        assert len(daemon.unfinished()) == 1
+
+
+class Notified:
+    """What systemd would hear, with a watchdog of 0.4 s."""
+
+    def __init__(self, path: Path) -> None:
+        self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "400000"}
+        self.heard: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._listener = threading.Thread(target=self._listen)
+
+    def __enter__(self) -> "Notified":
+        self._listener.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._listener.join()
+        self._socket.close()
+
+    def _listen(self) -> None:
+        while said := self._socket.recv(4096):
+            self.heard.append(said.decode())
+
+    def first(self, text: str) -> int:
+        """When a text was first heard; waits for it."""
+        until(lambda: any(text in said for said in self.heard), text)
+        return next(n for n, said in enumerate(self.heard) if text in said)
+
+
+def test_an_image_that_daemons_die_of_goes_behind_and_then_fails(make_daemon: MakeDaemon) -> None:
+    """Nobody is charged for a daemon's death, but 3 in a row with the same image in hand put it
+    behind all other work, and 10 fail it with that reason."""
+    daemon = make_daemon({"engine": {"warmup": []}, "queue": {"policy": "fifo"}})
+    daemon.drop("a.txt", "!slow 60 x\n")
+    for death in range(1, 11):
+        if death == 4:
+            daemon.drop("b.txt", "a dog\n")
+        daemon.start()
+        if death == 4:
+            assert daemon.job("b")["outcome"] == "done"
+        counted = f'"deaths": {death}}}'
+        until(lambda counted=counted: counted in _begun(daemon), counted)
+        assert daemon.process
+        daemon.process.kill()
+        daemon.process.wait(10)
+    daemon.drain()
+    job = daemon.job("a")
+
+    assert job["outcome"] == "failed"
+    assert "daemon died 10 times" in job["images"][0]["error"]
+    assert daemon.log("image.failed") == []
+
+
+def _begun(daemon: Daemon) -> str:
+    return "".join(path.read_text() for path in daemon.own.glob("active/*/0001.begun"))

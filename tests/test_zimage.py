@@ -280,6 +280,56 @@ def test_one_colour_is_an_error(zimage: ZImageEngine) -> None:
         rendered(zimage, FOX)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        torch.AcceleratorError("CUDA error: unspecified launch failure"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED"),
+    ],
+    ids=lambda error: str(error).replace(" ", "-"),
+)
+def test_an_error_of_the_device_ends_the_engine_process(
+    zimage: ZImageEngine, error: RuntimeError
+) -> None:
+    """After one of these every later call fails too, so that nobody may take it for an EngineError."""
+    with failing(zimage._pipe.transformer.layers[0], error), pytest.raises(type(error)) as escaped:
+        rendered(zimage, FOX)
+
+    assert escaped.value is error
+
+
+def test_out_of_device_memory_costs_an_image_and_not_the_engine(
+    zimage: ZImageEngine, library: Any
+) -> None:
+    """The next image is what it would have been."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    with (
+        failing(zimage._pipe.transformer.layers[0], error),
+        pytest.raises(EngineError, match="out of device memory at 64x96: CUDA out of memory"),
+    ):
+        rendered(zimage, FOX)
+
+    assert np.array_equal(by_library(library, FOX), rendered(zimage, FOX)[1])
+
+
+@contextmanager
+def failing(layer: torch.nn.Module, error: Exception) -> Iterator[None]:
+    """A layer that raises for a while."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = layer.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def test_warm_up_failing_is_a_failed_start(zimage: ZImageEngine) -> None:
     """An engine that cannot render is not ready."""
     layer = zimage._pipe.vae.decoder.conv_out

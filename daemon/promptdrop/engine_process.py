@@ -1,21 +1,23 @@
-"""The daemon's handle on one life of the engine process: start, speak, notice silence, kill."""
+"""The daemon's handle on one life of the engine process: start, speak, notice silence, kill.
 
-import errno
+Nothing here waits for the engine: it may stop in the middle of a message, or read none. The other
+end of the pipe is a multiprocessing.connection.Connection, whose frames are a length and a pickle.
+"""
+
 import mmap
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import send_handle
 
-from promptdrop import messages
 from promptdrop.config import Config
-from promptdrop.job import EngineInfo, ImageSpec
+from promptdrop.job import EngineInfo, ImageSpec, Rendering
 from promptdrop.messages import (
     Answer,
     Began,
@@ -30,9 +32,13 @@ from promptdrop.messages import (
     Stage,
     Step,
     Stop,
+    Tokens,
 )
 
 _REAP_SECONDS = 5.0  # a killed process that is still there is in uninterruptible sleep
+_LENGTH = struct.Struct("!i")
+_CHUNK = 1 << 16  # bytes read at a time
+_ANSWER_LIMIT = 1 << 20  # bytes: the longest prompt and 10,000 counts fit ten times
 
 
 @dataclass(slots=True)
@@ -52,7 +58,8 @@ class Limits:
 
     load: float
     grace: float
-    stall: float | None
+    stall: float | None  # between the steps of an image
+    begin: float  # with images or questions in hand, before one is begun
 
 
 @dataclass(slots=True)
@@ -63,24 +70,39 @@ class EngineProcess:
     started: float  # the daemon's monotonic clock
     info: EngineInfo | None = None  # set once it is warm
     stage: str = "starting"
-    cannot_start: CannotStart | None = None
+    killed: str | None = None  # why we killed it
+    timed_out: bool = False  # it was killed because it was overdue
     in_hand: dict[int, InHand] = field(default_factory=dict)  # by ticket, in the order sent
+    _questions: dict[int, int] = field(default_factory=dict)  # CountTokens by ticket: how many
+    _last_sign: float = 0.0  # when it last answered, or was asked after having nothing to do
+    _killed_at: float = float("inf")
+    _closed_at: float = float("inf")  # when its end of the pipe was found closed
+    _heard: bytearray = field(default_factory=bytearray)  # the beginning of an answer
+    _unsent: deque[memoryview | int] = field(default_factory=deque)  # messages and descriptors
     _popen: subprocess.Popen[bytes] = field(init=False)
-    _connection: Connection = field(init=False)
+    _socket: socket.socket = field(init=False)
     _pidfd: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks."""
-        self._connection, theirs = Pipe()
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "promptdrop.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,
-            start_new_session=True,  # a process group of its own, to be killed as one
-        )
-        theirs.close()
-        self._pidfd = os.pidfd_open(self._popen.pid)
+        """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks.
+
+        Raises OSError: out of descriptors, processes or memory.
+        """
+        self._socket, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-m", "promptdrop.worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                    start_new_session=True,  # a process group of its own, to be killed as one
+                )
+            self._pidfd = os.pidfd_open(self._popen.pid)
+        except OSError:
+            self._socket.close()  # an engine that was started ends with its end of the pipe
+            raise
+        self._socket.setblocking(False)
         self._send(self.config)
 
     @property
@@ -93,9 +115,15 @@ class EngineProcess:
         """Whether it is loaded and warm."""
         return self.info is not None
 
-    def filenos(self) -> list[int]:
+    def readers(self) -> list[int]:
         """What to wait on: its answers and its death."""
-        return [self._connection.fileno(), self._pidfd]
+        if self._closed_at < float("inf"):
+            return [self._pidfd]  # a closed pipe is readable for ever
+        return [self._socket.fileno(), self._pidfd]
+
+    def writers(self) -> list[int]:
+        """What to wait on until it takes more; then `flush`."""
+        return [self._socket.fileno()] if self._unsent else []
 
     def has_ended(self) -> bool:
         """Whether the process is dead."""
@@ -107,94 +135,188 @@ class EngineProcess:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def render(self, ticket: int, render: Render, now: float) -> None:
-        """Send one image with fresh memory for its pixels. A dead engine is noticed by `has_ended`."""
+        """Send one image with fresh memory for its pixels. A dead engine is noticed by `has_ended`.
+
+        Raises OSError: out of descriptors or memory; nothing was sent.
+        """
         spec = render.spec
         size = spec.height * spec.width * 3
         memory = os.memfd_create("promptdrop-pixels", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memory, size)
-            self.in_hand[ticket] = InHand(spec, mmap.mmap(memory, size), last_sign=now)
-            if self._send(render):
-                send_handle(self._connection, memory, self.pid)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it died just now
-        finally:
+            pixels = mmap.mmap(memory, size)
+        except OSError:
             os.close(memory)
+            raise
+        self._expect(now)
+        self.in_hand[ticket] = InHand(spec, pixels, last_sign=now)
+        self._send(render, memory)
 
     def cancel(self, ticket: int) -> None:
         """Ask to stop an image at its next step."""
         self._send(Cancel(ticket))
 
-    def count_tokens(self, ticket: int, prompts: tuple[str, ...]) -> None:
+    def count_tokens(self, ticket: int, prompts: tuple[str, ...], now: float) -> None:
         """Ask how long prompts are."""
+        self._expect(now)
+        self._questions[ticket] = len(prompts)
         self._send(CountTokens(ticket, prompts))
 
     def stop(self) -> None:
         """Ask to end after what was sent before."""
         self._send(Stop())
 
+    def flush(self) -> None:
+        """Send what the pipe takes now."""
+        try:
+            while self._unsent:
+                first = self._unsent[0]
+                if isinstance(first, int):  # as multiprocessing.reduction.recv_handle expects it
+                    socket.send_fds(self._socket, [b"\1"], [first])
+                    os.close(first)
+                    self._unsent.popleft()
+                elif rest := first[self._socket.send(first) :]:
+                    self._unsent[0] = rest
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            pass  # it reads slowly, or not at all: `writers` says when to go on
+        except OSError:
+            self._forget_unsent()  # it is dead; the loop notices by its pidfd
+
     def answers(self, now: float) -> Iterator[Answer]:
         """What the engine has said since the last call; each sign of life moves its deadline.
 
-        An answer that is none of ours is a broken engine: it is killed.
+        An engine that says what no engine says is broken: it is killed.
         """
-        try:
-            while self._connection.poll():
-                answer = self._connection.recv()
-                if not isinstance(answer, Answer):
-                    raise pickle.UnpicklingError(f"not an answer: {type(answer).__name__}")
-                if self._note(answer, now):
-                    yield answer
-        except (EOFError, OSError):
-            return  # its end of the pipe is closed; `has_ended` will say how
-        except (pickle.UnpicklingError, AttributeError, ImportError, ValueError, TypeError):
-            self.kill()
+        self._listen(now)
+        while not self.killed and (frame := self._next_frame(now)) is not None:
+            try:
+                answer = pickle.loads(frame)
+            except Exception as e:  # unpickling nonsense may raise anything at all
+                self.kill(f"the engine said what cannot be read: {e}", now)
+                return
+            if not self._is_sound(answer):
+                self.kill(f"the engine gave an answer to nothing: {type(answer).__name__}", now)
+                return
+            self._last_sign = now
+            if self._note(answer, now):
+                yield answer
 
     def overdue(self, now: float, limits: Limits) -> str | None:
         """Why the engine must be killed now, or None."""
+        if now > self._closed_at + _REAP_SECONDS:
+            return "closed its end of the pipe and did not end"
         if not self.is_ready:
             if now > self.started + limits.load:
                 return f"not loaded and warm within {limits.load:g} s (engine.load_timeout_seconds)"
             return None
-        for image in self.in_hand.values():
-            if image.began is None:
-                continue
-            if now > image.began + image.spec.timeout_seconds + limits.grace:
+        for image, began in self._begun():
+            if now > began + image.spec.timeout_seconds + limits.grace:
                 return f"no answer {limits.grace:g} s after the image's {image.spec.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
             if limits.stall is not None and now > image.last_sign + limits.stall:
                 return f"silent for {limits.stall:g} s between steps (engine.stall_seconds)"
+        if self._must_begin() and now > self._last_sign + limits.begin:
+            return f"silent for {limits.begin:g} s and did not begin what it was asked (engine.stall_seconds, engine.image_timeout_seconds)"
         return None
 
     def next_deadline(self, limits: Limits) -> float:
-        """When `overdue` may first have something to say, on the daemon's monotonic clock."""
+        """When `overdue` or `outlives_kill` may first have something to say, on the daemon's monotonic clock."""
+        if self.killed:
+            return self._killed_at + _REAP_SECONDS
+        deadlines = [self._closed_at + _REAP_SECONDS]
         if not self.is_ready:
-            return self.started + limits.load
-        deadlines = []
-        for image in self.in_hand.values():
-            if image.began is not None:
-                deadlines.append(image.began + image.spec.timeout_seconds + limits.grace)
-                if limits.stall is not None:
-                    deadlines.append(image.last_sign + limits.stall)
-        return min(deadlines, default=float("inf"))
+            return min(self.started + limits.load, deadlines[0])
+        if self._must_begin():
+            deadlines.append(self._last_sign + limits.begin)
+        for image, began in self._begun():
+            deadlines.append(began + image.spec.timeout_seconds + limits.grace)
+            if limits.stall is not None:
+                deadlines.append(image.last_sign + limits.stall)
+        return min(deadlines)
 
-    def kill(self) -> None:
-        """SIGKILL its process group; returns at once."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # dead and reaped
+    def kill(self, reason: str, now: float, timed_out: bool = False) -> None:
+        """SIGKILL its process group; returns at once. The first reason stands."""
+        if not self.killed:
+            self.killed, self._killed_at, self.timed_out = reason, now, timed_out
+        self._signal(signal.SIGKILL)
+
+    def outlives_kill(self, now: float) -> bool:
+        """Whether it was killed and is still there: in uninterruptible sleep, which nobody ends."""
+        return now >= self._killed_at + _REAP_SECONDS
 
     def reap(self) -> bool:
         """Kill, wait a bounded time, and close. False: it is in uninterruptible sleep."""
-        self.kill()
+        self._signal(signal.SIGKILL)
         try:
             self._popen.wait(_REAP_SECONDS)
         except subprocess.TimeoutExpired:
             return False
         finally:
-            self._connection.close()
+            self._forget_unsent()
+            self._socket.close()
             os.close(self._pidfd)
         return True
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            pass  # dead and reaped
+
+    def _begun(self) -> list[tuple[InHand, float]]:
+        images = self.in_hand.values()
+        return [(image, image.began) for image in images if image.began is not None]
+
+    def _must_begin(self) -> bool:
+        return bool(self.in_hand or self._questions) and not self._begun()
+
+    def _expect(self, now: float) -> None:
+        """The silence before it had anything to do does not count."""
+        if not (self.in_hand or self._questions):
+            self._last_sign = now
+
+    def _listen(self, now: float) -> None:
+        """Read what is there, at most as much as one answer may be long."""
+        try:
+            while len(self._heard) <= _ANSWER_LIMIT:
+                chunk = self._socket.recv(_CHUNK)
+                if not chunk:
+                    self._closed_at = min(self._closed_at, now)  # it is dying, or will be killed
+                    return
+                self._heard += chunk
+        except BlockingIOError:
+            pass  # all was read
+        except OSError:
+            return  # reset by its death; `has_ended` will say how
+
+    def _next_frame(self, now: float) -> bytes | None:
+        """One whole answer, or None: the rest has not come yet."""
+        if len(self._heard) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._heard)
+        if not 0 <= length <= _ANSWER_LIMIT - _LENGTH.size:
+            self.kill(f"the engine announced an answer of {length} bytes", now)
+            return None
+        end = _LENGTH.size + length
+        if len(self._heard) < end:
+            return None
+        frame = bytes(self._heard[_LENGTH.size : end])
+        del self._heard[:end]
+        return frame
+
+    def _is_sound(self, answer: object) -> bool:
+        """Whether it is an answer that this engine can give now."""
+        if isinstance(answer, Tokens):
+            asked = self._questions.get(answer.ticket)
+            return asked is None or asked == len(answer.counts)
+        if isinstance(answer, Ready):
+            return isinstance(answer.info, EngineInfo) and not self.is_ready
+        if isinstance(answer, Rendered):
+            image = self.in_hand.get(answer.ticket)
+            began = image is None or image.began is not None
+            return began and isinstance(answer.rendering, Rendering)
+        return isinstance(answer, Answer)
 
     def _note(self, answer: Answer, now: float) -> bool:
         """Keep the books. False: the answer is about an image nobody sent."""
@@ -202,10 +324,10 @@ class EngineProcess:
             self.stage = answer.text
         elif isinstance(answer, Ready):
             self.info = answer.info
+        elif isinstance(answer, Tokens):
+            self._questions.pop(answer.ticket, None)
         elif isinstance(answer, CannotStart):
-            self.cannot_start = answer
-        elif isinstance(answer, messages.Tokens):
-            return True
+            pass  # the daemon ends
         elif answer.ticket not in self.in_hand:
             return False
         elif isinstance(answer, Began):
@@ -220,11 +342,16 @@ class EngineProcess:
         """The image an answer ends; it is in the engine's hand no more."""
         return self.in_hand.pop(answer.ticket)
 
-    def _send(self, message: object) -> bool:
-        try:
-            self._connection.send(message)
-        except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
-                raise
-            return False  # it is dead; the loop notices by its pidfd
-        return True
+    def _send(self, message: object, descriptor: int | None = None) -> None:
+        """Send a message; the descriptor that goes with it is closed once it is sent."""
+        data = pickle.dumps(message)
+        self._unsent.append(memoryview(_LENGTH.pack(len(data)) + data))
+        if descriptor is not None:
+            self._unsent.append(descriptor)
+        self.flush()
+
+    def _forget_unsent(self) -> None:
+        for unsent in self._unsent:
+            if isinstance(unsent, int):
+                os.close(unsent)
+        self._unsent.clear()

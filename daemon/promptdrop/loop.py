@@ -4,12 +4,13 @@ Whatever may block runs in a room, a small pool of threads, and what follows fro
 loop. Trouble with a disk is never an answer: the same work is tried again until it is cured.
 """
 
+import math
 import os
+import select
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import Any, Literal
 
@@ -55,10 +56,14 @@ class Loop:
         except OSError:
             pass  # the pipe is full of wake-ups already, or closed
 
-    def wait(self, descriptors: list[int], deadline: float) -> None:
+    def wait(self, readers: list[int], writers: list[int], deadline: float) -> None:
         """Until a descriptor is ready, a wake-up, stalled work is due, or `deadline` (monotonic)."""
         timeout = max(0.0, min(deadline, self._retry_at) - time.monotonic())
-        wait([self._wake_read, *descriptors], timeout)
+        waiting = select.poll()
+        for descriptor in {self._wake_read, *readers}:
+            writes = select.POLLOUT if descriptor in writers else 0
+            waiting.register(descriptor, select.POLLIN | writes)
+        waiting.poll(math.ceil(timeout * 1e3))
         try:
             while os.read(self._wake_read, 4096):
                 pass

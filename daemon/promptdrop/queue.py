@@ -41,12 +41,15 @@ class Queue:
             if numbers:
                 self._lane(priority, job).append(Waiting(job, numbers))
 
-    def put_back(self, job: Job, image: int) -> None:
-        """An image that was taken and not rendered is the next of its job."""
+    def put_back(self, job: Job, image: int, behind: bool = False) -> None:
+        """An image that was taken and not rendered is the next of its job, or, `behind`, its last."""
         lane = self._lane(self._priority(job, image), job)
         for waiting in lane:
             if waiting.job is job:
-                waiting.images.appendleft(image)
+                if behind:
+                    waiting.images.append(image)
+                else:
+                    waiting.images.appendleft(image)
                 return
         lane.appendleft(Waiting(job, deque([image])))
 

@@ -34,9 +34,8 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """The line `systemctl status` shows; sent only when it changes."""
-        if text != self._status:
+        if text != self._status and self._send(f"STATUS={text}"):
             self._status = text
-            self._send(f"STATUS={text}")
 
     def ping(self, now: float) -> None:
         """WATCHDOG=1, at most once per interval: more would fill the datagram queue."""
@@ -49,12 +48,13 @@ class Notifier:
         if self._socket:
             self._socket.close()
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str) -> bool:
         if self._socket:
             try:
                 self._socket.sendto(message.encode(), self._address)
             except OSError:
-                pass  # systemd is restarting or its queue is full; the next message says it again
+                return False  # systemd is restarting or its queue is full
+        return True
 
 
 def _is_for_us(environ: dict[str, str] | os._Environ[str]) -> bool:

@@ -20,7 +20,17 @@ from promptdrop.errors import ConfigError, Problem, RequestError, UsageError
 from promptdrop.intake import Intake, Survey
 from promptdrop.job import EngineInfo, ImageSpec, JobOutcome
 from promptdrop.loop import PUBLISHERS, Loop, Room, reason_of
-from promptdrop.messages import Began, Cancelled, Failed, Ready, Render, Rendered, Stage, Tokens
+from promptdrop.messages import (
+    Began,
+    Cancelled,
+    CannotStart,
+    Failed,
+    Ready,
+    Render,
+    Rendered,
+    Stage,
+    Tokens,
+)
 from promptdrop.metrics import Nvml, RollingWindow
 from promptdrop.publish import Publication
 from promptdrop.queue import Queue
@@ -88,7 +98,8 @@ class Supervisor:
         self._info: EngineInfo | None = None
         self._lives = 0
         self._idle_deaths = 0
-        self._kill_reason: str | None = None
+        self._engine_due = float("inf")  # when a start that failed is tried again
+        self._engine_trouble: str | None = None  # it cannot be started, or SIGKILL does not end it
         self._ticket = 0
         self._tickets: dict[int, Running] = {}  # images in the engine
         self._measuring: dict[int, Running] = {}  # jobs whose prompts the engine counts
@@ -153,8 +164,9 @@ class Supervisor:
             exporter.start(listen, lambda: self._shown)
 
     def _turn(self) -> None:
-        descriptors = self._engine.filenos() if self._engine else []
-        self._loop.wait(descriptors, self._next_deadline(time.monotonic()))
+        readers = self._engine.readers() if self._engine else []
+        writers = self._engine.writers() if self._engine else []
+        self._loop.wait(readers, writers, self._next_deadline(time.monotonic()))
         self._heed_signals()
         self._loop.run_results()
         now = time.monotonic()
@@ -171,8 +183,10 @@ class Supervisor:
             due.append(self._intake.next_look())
         if self._notifier.watchdog_seconds:
             due.append(now + self._notifier.watchdog_seconds / 2)
-        if self._engine and not self._kill_reason:
+        if self._engine and not self._engine_trouble:
             due.append(self._engine.next_deadline(self._limits()))
+        if self._engine is None:
+            due.append(self._engine_due)
         if self._stop_at is not None:
             due.append(self._stop_at)
         if self._running:
@@ -398,7 +412,7 @@ class Supervisor:
                 ticket = self._next_ticket()
                 self._measuring[ticket] = running
                 texts = dict.fromkeys(text for _, _, text in _texts(running.job))
-                self._engine.count_tokens(ticket, tuple(texts))
+                self._engine.count_tokens(ticket, tuple(texts), time.monotonic())
             self._unmeasured = []
 
     def _measured(self, answer: Tokens) -> None:
@@ -476,15 +490,25 @@ class Supervisor:
     # --- the engine ---------------------------------------------------------------------------
 
     def _start_engine(self) -> None:
+        """Out of descriptors, processes or memory: tried again, like trouble with a disk."""
+        try:
+            self._engine = EngineProcess(self.config, time.monotonic())
+        except OSError as e:
+            self._engine_due = time.monotonic() + self.config.watch.rescan_seconds
+            self._engine_trouble = f"the engine process cannot be started: {reason_of(e)}"
+            log.get().error("engine.not_started", reason=self._engine_trouble)
+            return
+        self._engine_due, self._engine_trouble = float("inf"), None
         self._lives += 1
-        self._kill_reason = None
-        self._engine = EngineProcess(self.config, time.monotonic())
         log.get().info("engine.starting", pid=self._engine.pid, life=self._lives)
 
     def _limits(self) -> Limits:
         section = self.config.engine
         return Limits(
-            section.load_timeout_seconds, section.kill_grace_seconds, section.stall_seconds
+            section.load_timeout_seconds,
+            section.kill_grace_seconds,
+            section.stall_seconds,
+            section.stall_seconds or section.image_timeout_seconds,
         )
 
     def _next_ticket(self) -> int:
@@ -493,22 +517,32 @@ class Supervisor:
 
     def _hear_engine(self, now: float) -> None:
         if self._engine is None:
+            if now >= self._engine_due and self._stop_at is None:
+                self._start_engine()
             return
+        self._engine.flush()
         ended = self._engine.has_ended()  # before reading: what it said last is heard first
+        was_killed = self._engine.killed
         for answer in self._engine.answers(now):
             self._heed(self._engine, answer, now)
         if ended:
             self._bury_engine(self._engine, now)
-        elif not self._kill_reason and (reason := self._engine.overdue(now, self._limits())):
-            log.get().error("engine.killed", pid=self._engine.pid, reason=reason)
-            self._kill_reason = reason
-            self._engine.kill()
+            return
+        if reason := None if self._engine.killed else self._engine.overdue(now, self._limits()):
+            self._engine.kill(reason, now, timed_out=True)
+        if self._engine.killed and not was_killed:
+            log.get().error("engine.killed", pid=self._engine.pid, reason=self._engine.killed)
+        if self._engine.outlives_kill(now) and not self._engine_trouble:
+            self._engine_trouble = f"the engine process {self._engine.pid} was killed and does not end: a driver or disk holds it"
+            log.get().error("engine.unkillable", pid=self._engine.pid, reason=self._engine_trouble)
 
     def _heed(self, alive: EngineProcess, answer: object, now: float) -> None:
         if isinstance(answer, Stage):
             log.get().info("engine.stage", stage=answer.text)
         elif isinstance(answer, Ready):
             self._engine_ready(alive, answer.info)
+        elif isinstance(answer, CannotStart):
+            self._end(answer.exit_status, answer.error)  # at once, however long it takes to die
         elif isinstance(answer, Tokens):
             self._measured(answer)
         elif isinstance(answer, Began):
@@ -540,13 +574,11 @@ class Supervisor:
     def _bury_engine(self, dead: EngineProcess, now: float) -> None:
         """The engine process is dead: charge whom it had in hand, and start another."""
         dead.reap()
-        self._engine = None
+        self._engine = self._engine_trouble = None
         how = dead.how_it_ended()
         log.get().error("engine.died", pid=dead.pid, how=how, in_hand=len(dead.in_hand))
-        error = self._kill_reason or f"the engine died: {how}"
-        if dead.cannot_start:
-            self._end(dead.cannot_start.exit_status, dead.cannot_start.error)
-        elif not dead.is_ready:
+        error = dead.killed or f"the engine died: {how}"
+        if not dead.is_ready and self.exit_status is None:
             self._end(1, f"while {dead.stage}: {error}")
         began = any(image.began is not None for image in dead.in_hand.values())
         for ticket, image in dead.in_hand.items():
@@ -556,8 +588,7 @@ class Supervisor:
             if image.began is None:
                 self._put_back(running, image.spec)
             else:
-                timed_out = self._kill_reason is not None
-                self._image_failed(running, image.spec, error, timed_out)
+                self._image_failed(running, image.spec, error, dead.timed_out)
         self._unmeasured += self._measuring.values()
         self._measuring = {}
         self._idle_deaths = 0 if began else self._idle_deaths + 1
@@ -571,7 +602,7 @@ class Supervisor:
     def _feed(self, now: float) -> None:
         """Keep the engine in work."""
         alive = self._engine
-        if alive is None or not alive.is_ready or self._kill_reason or self._is_held():
+        if alive is None or not alive.is_ready or alive.killed or self._is_held():
             return
         while len(alive.in_hand) < DEPTH and self._publishing < PUBLISHERS:
             taken = self._queue.take()
@@ -580,21 +611,22 @@ class Supervisor:
             job, image = taken
             try:
                 self.spool.take(job)
+                self._send(alive, self._running[job.id], image, now)
             except OSError as e:
                 self._queue.put_back(job, image)
                 self._trouble = reason_of(e)
                 log.get().warning("disk.trouble", reason=self._trouble)
                 return
-            self._send(alive, self._running[job.id], image, now)
 
     def _send(self, alive: EngineProcess, running: Running, image: int, now: float) -> None:
+        """Raises OSError: out of descriptors or memory."""
         job, ticket = running.job, self._next_ticket()
+        empty_cache = (self._sent + 1) % self.config.engine.empty_cache_every == 0
+        spec = job.specs[image - 1]
+        alive.render(ticket, Render(ticket, spec, job.settings.prompt, empty_cache), now)
         running.busy += 1
         self._sent += 1
         self._tickets[ticket] = running
-        empty_cache = self._sent % self.config.engine.empty_cache_every == 0
-        spec = job.specs[image - 1]
-        alive.render(ticket, Render(ticket, spec, job.settings.prompt, empty_cache), now)
 
     def _is_held(self) -> bool:
         """Whether no new image may begin."""
@@ -638,7 +670,7 @@ class Supervisor:
             last=last,
         )
         if not last or running.job.cancelled:
-            self._put_back(running, spec)
+            self._put_back(running, spec, behind=True)  # what may be poison does not come next
         elif timed_out and job.settings.on_timeout == "placeholder" and self._info:
             running.busy += 1
             self._publish(running, self._placeholder(job, spec, self._info, error))
@@ -659,10 +691,10 @@ class Supervisor:
         running.busy -= 1
         self._maybe_finish(running)
 
-    def _put_back(self, running: Running, spec: ImageSpec) -> None:
+    def _put_back(self, running: Running, spec: ImageSpec, behind: bool = False) -> None:
         """The image was not rendered and has another try; a cancelled job wants none."""
         if not running.job.cancelled:
-            self._queue.put_back(running.job, spec.image)
+            self._queue.put_back(running.job, spec.image, behind)
         self._end_attempt(running.job, spec.image)
         self._maybe_finish(running)
 
@@ -719,7 +751,7 @@ class Supervisor:
     def _maybe_drained(self) -> None:
         if reason := self._why_held():
             saving = self._publishing > 0 and not self._loop.stalled
-            if not self._tickets and not saving:
+            if (self._engine_trouble or not self._tickets) and not saving:
                 self._end(1, f"cannot drain: {reason}")
         elif not (self._recovering or self._running or self._refusing or self._obeying):
             ready = self._engine is not None and self._engine.is_ready
@@ -732,12 +764,15 @@ class Supervisor:
         """Why work does not go on by itself."""
         if self._paused:
             return "paused; go on with: promptdrop resume"
+        if self._engine_trouble:
+            return self._engine_trouble
         return self._trouble or (self._loop.stalled[0].reason if self._loop.stalled else None)
 
     # --- reporting ----------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._notifier.ping(now)
+        if self._engine is None or not self._engine.outlives_kill(now):
+            self._notifier.ping(now)  # else systemd may do what we cannot
         if self._on_change and now >= self._progress_at + PROGRESS_SECONDS:
             self._progress_at = now
             self._on_change(self._status(self._state()))
@@ -767,7 +802,7 @@ class Supervisor:
             return "stopping"
         if self._paused:
             return "paused"
-        if self._trouble or self._loop.stalled:
+        if self._engine_trouble or self._trouble or self._loop.stalled:
             return "waiting"
         if self._engine is None or not self._engine.is_ready:
             return "starting"

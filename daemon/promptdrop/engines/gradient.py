@@ -7,8 +7,12 @@ A word at the start of the prompt scripts a fault, a word in `model.revision` a 
 import ctypes
 import hashlib
 import os
+import pickle
 import re
 import signal
+import struct
+import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -42,6 +46,8 @@ class GradientEngine:
 
     def warm_up(self, on_step: Callable[[], None]) -> None:
         """Render every warm-up size once."""
+        fault, _ = _scripted(self._config.model.revision or "")
+        _image_fault(fault.removeprefix("warm-"), [])
         defaults = self._config.defaults
         for size in self._config.engine.warmup:
             width, height = width_height(size)
@@ -67,7 +73,7 @@ class GradientEngine:
         """Render one image, or do what its prompt's first word says."""
         begin = time.perf_counter()
         fault, arguments = _scripted(spec.prompt)
-        _image_fault(fault)
+        _image_fault(fault, arguments)
         text = fit(spec.prompt, prompt)
         step_seconds = float(arguments[0]) if fault == "slow" else 0.0
         marks = [time.perf_counter()]
@@ -152,7 +158,7 @@ def _scripted(text: str) -> tuple[str, list[str]]:
     return fault, arguments
 
 
-def _image_fault(fault: str) -> None:
+def _image_fault(fault: str, arguments: list[str]) -> None:
     if fault == "hang":
         _hang()
     elif fault == "hang-gil":
@@ -167,6 +173,28 @@ def _image_fault(fault: str) -> None:
         raise RuntimeError("scripted by !unknown")
     elif fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "spin":
+        _spin()
+    elif fault == "oom":
+        _eat_memory()
+    elif fault == "write":  # for ever, if the file system is frozen
+        Path(arguments[0]).write_bytes(b"x")
+    elif fault == "close":
+        os.close(_pipe())
+        _hang()
+    elif fault == "half":  # the length of a message, and never the message
+        os.write(_pipe(), struct.pack("!i", 1000) + b"half")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "huge":
+        os.write(_pipe(), struct.pack("!i", 2**31 - 1))
+        _hang()
+    elif fault == "garbage":
+        os.write(_pipe(), struct.pack("!i", 7) + b"garbage")
+        _hang()
+    elif fault == "nonsense":
+        nonsense = pickle.dumps({"answer": 42})
+        os.write(_pipe(), struct.pack("!i", len(nonsense)) + nonsense)
+        _hang()
 
 
 def _load_fault(revision: str) -> None:
@@ -175,15 +203,39 @@ def _load_fault(revision: str) -> None:
         os._exit(3)
     elif fault == "load-raise":
         raise EngineStartError("scripted by !load-raise")
+    elif fault == "load-linger":
+        threading.Thread(target=_hang).start()  # the interpreter waits for it at its end
+        raise EngineStartError("scripted by !load-linger")
     elif fault == "load-hang":
         _hang()
     elif fault == "load-slow":
         time.sleep(float(arguments[0]))
 
 
+def _pipe() -> int:
+    """The engine process's end of the pipe to the daemon."""
+    return int(sys.argv[1])
+
+
 def _hang() -> NoReturn:
     while True:
         time.sleep(3600)
+
+
+def _spin() -> NoReturn:
+    """As a kernel that never ends looks to its caller: no exception gets through."""
+    while True:
+        try:
+            while True:
+                pass
+        except BaseException:
+            continue
+
+
+def _eat_memory() -> NoReturn:
+    eaten = []
+    while True:
+        eaten.append(bytearray(1 << 24))
 
 
 def _hang_holding_the_gil() -> None:

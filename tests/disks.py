@@ -1,0 +1,173 @@
+"""File systems of a test's own: to fill, freeze, cut off, unmount and break.
+
+Mounting takes root; elsewhere the tests skip. Each one asserts os.path.ismount before it is used,
+so that no fault ever meets the machine's own disk.
+"""
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import until
+
+FAULTY_DISK = str(Path(__file__).with_name("faulty_disk.py"))
+_FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # ioctl_fs.h
+_SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, 2  # XFS_IOC_GOINGDOWN, which ext4 knows too
+
+
+def _mount(*arguments: str) -> None:
+    try:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount(8) here")
+    if done.returncode:
+        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+    assert os.path.ismount(arguments[-1])
+
+
+def unmount(path: Path) -> None:
+    """Lazily: whoever still has files open there keeps them."""
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextmanager
+def tmpfs(path: Path, size: str = "16m") -> Iterator[Path]:
+    """A small one in memory on `path`, which is made."""
+    path.mkdir(parents=True, exist_ok=True)
+    _mount("-t", "tmpfs", "-o", f"size={size}", "promptdrop-test", str(path))
+    try:
+        yield path
+    finally:
+        if os.path.ismount(path):
+            unmount(path)
+
+
+class Block:
+    """A real ext4 or XFS in a sparse file, on `path`."""
+
+    def __init__(self, image: Path, path: Path, kind: str) -> None:
+        self.image, self.path, self.kind = image, path, kind
+
+    def mount(self) -> None:
+        """Mount it, after a power cut too: the journal is replayed."""
+        _mount("-o", "loop", "-t", self.kind, str(self.image), str(self.path))
+
+    def unmount(self) -> None:
+        """For good: nothing of it may be in use."""
+        subprocess.run(["umount", str(self.path)], check=True)
+
+    def freeze(self) -> None:
+        """Whoever writes waits in uninterruptible sleep until `thaw`."""
+        self._ioctl(_FIFREEZE, 0)
+
+    def thaw(self) -> None:
+        """Go on."""
+        self._ioctl(_FITHAW, 0)
+
+    def cut_power(self) -> None:
+        """What was not flushed is lost, and every later call fails, as for a disk without power."""
+        self._ioctl(_SHUTDOWN, _NO_LOG_FLUSH)
+
+    def _ioctl(self, request: int, argument: int) -> None:
+        assert os.path.ismount(self.path)
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, request, struct.pack("I", argument))
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def block(home: Path, kind: str = "ext4") -> Iterator[Block]:
+    """A real file system on `home`/disk."""
+    image, path = home / f"{kind}.img", home / "disk"
+    path.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(320 << 20)  # sparse; mkfs.xfs refuses less than 300 MiB
+    try:
+        subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip(f"there is no mkfs.{kind} here")
+    disk = Block(image, path, kind)
+    disk.mount()
+    try:
+        yield disk
+    finally:
+        if os.path.ismount(path):
+            try:
+                disk.thaw()
+            except OSError:
+                pass  # it is not frozen, or has no power
+            unmount(path)
+        image.unlink()
+
+
+class Faulty:
+    """A folder seen through a FUSE file system that fails as it is told."""
+
+    def __init__(self, home: Path) -> None:
+        self.behind, self.path = home / "behind", home / "faulty"
+        self._control = home / "faults.json"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def mount(self) -> None:
+        """Put the folder there."""
+        command = [
+            sys.executable,
+            FAULTY_DISK,
+            str(self.behind),
+            str(self.path),
+            str(self._control),
+        ]
+        self._process = subprocess.Popen(command)
+        until(lambda: os.path.ismount(self.path) or self._process.poll(), "the FUSE mount", 20)
+        if not os.path.ismount(self.path):
+            pytest.skip("cannot mount FUSE here")
+
+    def unmount(self) -> None:
+        """Take it away; the empty mount point stays."""
+        assert self._process
+        unmount(self.path)
+        self._process.terminate()
+        self._process.wait(20)
+
+    def fail(self, *operations: str, error: str = "EIO", **more: Any) -> None:
+        """From now on these operations fail.
+
+        `match`: only on paths with this in them. `times`: only so often. `done`: after they were
+        done all the same. `delay`: they take so many seconds, and succeed if `error` is empty.
+        """
+        faults = {"operations": operations, "error": error, **more}
+        new = self._control.with_suffix(".new")
+        new.write_text(json.dumps(faults))
+        new.rename(self._control)
+
+    def heal(self) -> None:
+        """All is well again."""
+        self.fail(error="")
+
+
+@contextmanager
+def faulty(home: Path) -> Iterator[Faulty]:
+    """`home`/faulty, behind which lies `home`/behind; all is well at first."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse cannot be opened here")
+    disk = Faulty(home)
+    disk.behind.mkdir()
+    disk.path.mkdir()
+    disk.heal()
+    disk.mount()
+    try:
+        yield disk
+    finally:
+        if os.path.ismount(disk.path):
+            disk.unmount()
