@@ -240,10 +240,13 @@ class Daemon:
         return sorted(images, key=lambda s: s["job"]["image"])
 
     def tree(self) -> list[str]:
-        """Every file of inbox, outbox and failed."""
+        """Every file of inbox, outbox and failed, but the outbox's status."""
         folders = (self.inbox, self.outbox, self.failed)
         return sorted(
-            str(p.relative_to(self.root)) for f in folders for p in f.rglob("*") if p.is_file()
+            str(p.relative_to(self.root))
+            for f in folders
+            for p in f.rglob("*")
+            if p.is_file() and p.name not in ("status.json", ".promptdrop-status.json.tmp")
         )
 
     def unfinished(self) -> list[str]:

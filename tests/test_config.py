@@ -1,5 +1,6 @@
 """config.yaml: ranges, unknown keys, null, what SIGHUP may change."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def test_the_shipped_file_holds_every_key_with_its_default() -> None:
 
     assert shipped.model_dump() == defaults.model_dump()
     text = (REPOSITORY / "config.yaml").read_text()
-    sections = [s for s in config.Config.model_fields if s not in ("file", "root")]
+    sections = [s for s in config.Config.model_fields if s not in ("file", "root", "folders")]
     for section in sections:
         for key in type(getattr(shipped, section)).model_fields:
             assert f"  {key}:" in text, f"{section}.{key}"
@@ -48,6 +49,13 @@ def test_the_shipped_file_holds_every_key_with_its_default() -> None:
         ("model: {id: x}\noutput: {name: '{seed}{image}'}", "image 1 with seed 11 and image 11 with seed 1"),
         ("model: {id: x}\nwatch: {ready_suffix: .txt}", "such as '.done'"),
         ("model: {id: x}\ninbox: {encodings: [klingon]}", "'klingon' is not an encoding"),
+        ("model: {id: x}\nfolders:\n  a:\n    stpes: 9", ":4: unknown key 'folders.a.stpes'; did you mean 'steps'?"),
+        ("model: {id: x}\nfolders: {a: {steps: 0}}", "folders.a.steps: 0: input should be greater than or equal to 1"),
+        ("model: {id: x}\nfolders: {../a: {steps: 9}}", "must name a sub-folder of the inbox"),
+        ("model: {id: x}\nfolders: {a: {size: 4096x4096}}", "folders.a: 4096x4096 is more than limits.megapixels: 4.2"),
+        ("model: {id: x}\nfolders: {a: {size: 1:99}}", "folders.a: a size of"),
+        ("model: {id: x}\nfolders: {a: {size: 16:9, width: 64}}", "size and width or height cannot stand together"),
+        ("model: {id: x}\nfolders: {a: {priority: 9}}\nlimits: {priority: 5}", "folders.a: priority 9 is above limits.priority: 5"),
         ("model: {id: x}\nmodel: {id: y}", ":2: duplicate key 'model'"),
         ("model: &a {id: x}", "anchors are not allowed"),
         ("- model", "expected one mapping"),
@@ -72,6 +80,26 @@ def test_yaml_means_what_it_looks_like(tmp_path: Path) -> None:
     assert loaded.engine.compile == "off"
     assert loaded.output.mode == "0644"
     assert loaded.limits.megapixels == 4.2
+
+
+def test_a_sub_folder_is_a_preset(tmp_path: Path) -> None:
+    """Its keys win over `defaults`, an inner folder's over an outer one's; case and NFD are no matter."""
+    text = """
+        model: {id: x}
+        defaults: {steps: 5}
+        folders:
+          Wände: {size: "16:9", steps: 9, format: jpeg}
+          Wände/groß: {width: 2048, height: 1024, timeout_seconds: 5}
+    """
+    loaded = load(tmp_path, textwrap.dedent(text))
+    outer, inner = (loaded.in_folder(sub) for sub in ("wa\u0308nde/x", "WÄNDE/GROSS/y"))
+
+    assert loaded.in_folder("") is loaded
+    assert loaded.in_folder("other/Wände") is loaded
+    assert (outer.defaults.width, outer.defaults.height, outer.defaults.steps) == (1360, 768, 9)
+    assert (outer.output.format, outer.engine.image_timeout_seconds) == ("jpeg", 60)
+    assert (inner.defaults.width, inner.defaults.height, inner.defaults.steps) == (2048, 1024, 9)
+    assert (inner.output.format, inner.engine.image_timeout_seconds) == ("jpeg", 5)
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:

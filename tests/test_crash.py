@@ -54,13 +54,13 @@ def drain() -> Iterator[Drain]:
 
 
 def visible(daemon: Daemon) -> dict[str, bytes]:
-    """Every file a reader sees in outbox and failed, by its path."""
+    """Every file a reader sees in outbox and failed, by its path; but the outbox's status."""
     folders = {"outbox": daemon.outbox, "failed": daemon.failed}
     return {
         f"{name}/{path.relative_to(folder)}": path.read_bytes()
         for name, folder in folders.items()
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
+        if path.is_file() and not path.name.startswith(".") and path.name != "status.json"
     }
 
 

@@ -1,6 +1,7 @@
 """What people and programs put into an inbox, and disks that come and go: the daemon stays up."""
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -305,7 +306,7 @@ def test_names_are_made_safe(daemon: Daemon) -> None:
         with open(inbox + b"/" + name, "w") as file:
             file.write("a cat\n")
     daemon.drain()
-    folders = {p.name for p in daemon.outbox.iterdir()}
+    folders = {p.name for p in daemon.outbox.iterdir() if p.is_dir()}
     log = daemon.log_file.read_bytes()
 
     assert os.listdir(inbox) == [b"...json.yaml.txt"]
@@ -352,7 +353,8 @@ def test_same_names_never_share_a_folder(daemon: Daemon) -> None:
         daemon.drop("bad.txt", "")
         daemon.until_log("job.refused", times=n)
     until(lambda: len(daemon.log("job.done")) == 4, "four jobs")
-    prompts = {f: daemon.sidecars(f)[0]["request"]["prompt"] for f in os.listdir(daemon.outbox)}
+    folders = [p.name for p in daemon.outbox.iterdir() if p.is_dir()]
+    prompts = {folder: daemon.sidecars(folder)[0]["request"]["prompt"] for folder in folders}
 
     assert prompts == {"cat": "cat 1", "cat~2": "cat 2", "CAT~3": "cat 3", "cat~4": "cat 4"}
     assert (daemon.outbox / "cat~2" / "cat~2-0001.png").exists()
@@ -451,6 +453,41 @@ def test_an_inbox_made_anew_is_watched_again(make_daemon: MakeDaemon) -> None:
     daemon.until_status("ready", lambda s: s["state"] == "ready")
 
     works(daemon)
+    assert daemon.stop() == 0
+
+
+def test_events_that_overflow_are_made_good(daemon: Daemon) -> None:
+    """More events than the kernel keeps for us are lost; the scan finds what they would have told."""
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if limit > 20_000:
+        pytest.skip(f"fs.inotify.max_queued_events is {limit}: too many to overflow")
+    daemon.start().until_ready()
+    assert daemon.process
+    daemon.process.send_signal(signal.SIGSTOP)
+    names = [daemon.inbox / ".a", daemon.inbox / ".b"]
+    names[0].touch()
+    for n in range(limit):  # two events each
+        names[n % 2].rename(names[1 - n % 2])
+    for n in range(3):
+        daemon.drop(f"{n}.txt", "a\n")
+    daemon.process.send_signal(signal.SIGCONT)
+
+    assert [daemon.job(str(n))["outcome"] for n in range(3)] == ["done"] * 3
+    assert daemon.stop() == 0
+
+
+def test_a_mount_over_the_inbox_is_waited_out(daemon: Daemon) -> None:
+    """A claim is one rename: nothing is taken from another file system, and all goes on without it."""
+    daemon.start().until_ready()
+    with tmpfs(daemon.inbox):
+        (daemon.inbox / "there.txt").write_text("a\n")
+        status = daemon.until_status("a reason", lambda status: status["reason"])
+        nothing = daemon.log("job.claimed")
+    daemon.drop("a.txt", "a\n")
+
+    assert "mounted over it" in status["reason"]
+    assert nothing == []
+    assert daemon.job("a")["outcome"] == "done"
     assert daemon.stop() == 0
 
 

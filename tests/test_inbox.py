@@ -1,12 +1,15 @@
 """The settle rule, by hand: real files, and a clock that is an argument."""
 
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from promptdrop import fs
 from promptdrop.config import Watch
-from promptdrop.inbox import Inbox, Scan, is_open_for_writing
+from promptdrop.inbox import Inbox, Scan, Watcher, is_open_for_writing, watch_mode
 
 WATCH = Watch(settle_seconds=1.0, give_up_seconds=10.0, writer_seconds=60.0)
 
@@ -174,3 +177,45 @@ def test_offers_come_in_the_order_of_arrival(tmp_path: Path, inbox: Inbox) -> No
     inbox.scan(0.5, WATCH, True)
 
     assert offered(inbox.scan(2.0, WATCH, True)) == ["z.txt", "a.txt", "b.txt"]
+
+
+def test_a_dead_watcher_thread_is_replaced(tmp_path: Path) -> None:
+    """Any of its threads: watchdog's own is_alive stays true when the one that reads events is gone."""
+    woken = threading.Event()
+    watcher = Watcher(woken.set)
+    watcher.check({tmp_path: True})
+    first = watcher._observer
+    assert first is not None
+    emitter = next(iter(first.emitters))
+    emitter.stop()
+    emitter.join()
+    watcher.check({tmp_path: True})
+    second = watcher._observer
+    woken.clear()
+    (tmp_path / "a.txt").write_text("a\n")
+    heard = woken.wait(10)
+    watcher.close()
+
+    assert second is not first
+    assert heard
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "mode"),
+    [
+        ("ext4", "auto", "inotify"), ("xfs", "auto", "inotify"), ("tmpfs", "auto", "inotify"),
+        ("nfs4", "auto", "poll"), ("cifs", "auto", "poll"), ("smb3", "auto", "poll"), ("9p", "auto", "poll"),
+        ("virtiofs", "auto", "poll"), ("fuse.sshfs", "auto", "poll"), ("fuse", "auto", "poll"),
+        ("nfs", "inotify", "inotify"), ("ext4", "poll", "poll"),
+    ],
+)  # fmt: skip
+def test_the_mode_follows_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wanted: Any, mode: str
+) -> None:
+    """`auto` is inotify only where it hears every writer; what is configured stands."""
+    monkeypatch.setattr(fs, "file_system", lambda path: kind)
+
+    chosen, why = watch_mode(wanted, tmp_path)
+
+    assert chosen == mode
+    assert wanted != "auto" or kind in why

@@ -62,13 +62,6 @@ def test_numbered_names_fit() -> None:
     assert names.numbered("cat", ".txt", 1) == "cat.txt"
 
 
-def test_first_free_compares_without_case() -> None:
-    """`Cat` is taken where `cat` stands: some client could not tell them apart."""
-    taken = {names.fold(name) for name in ("cat", "CAT~2")}
-
-    assert names.first_free("Cat", taken) == "Cat~3"
-
-
 def test_printable_names_have_no_controls() -> None:
     r"""Undecodable bytes are \xNN, control characters escaped: nothing raw reaches a terminal."""
     assert names.printable("a\udcff\n\x1b[31m\u202e.txt") == r"a\xff\n\x1b[31m\u202e.txt"

@@ -10,7 +10,7 @@ from promptdrop import config, fs
 from promptdrop.errors import ConfigError, DiskTrouble, SpoolBusy
 from promptdrop.job import ImageSpec, Request
 from promptdrop.queue import Queue
-from promptdrop.spool import ImageState, Job, Settings, Settled, Spool
+from promptdrop.spool import ImageState, Job, Settings, Settled, Spool, why_not_moved
 
 SPEC = ImageSpec(1, "a", None, 64, 64, 1, 0.0, 1, "euler", "png", 60.0)
 SETTINGS = Settings(config.Prompt(), config.Output(), 3, "fail")
@@ -191,3 +191,84 @@ def test_an_image_that_daemons_die_of_goes_behind(spool: Spool) -> None:
         ("suspect.txt", 2), ("other.txt", 1), ("suspect.txt", 1),
     ]  # fmt: skip
     assert turns(queue) == ["other.txt:1", "suspect.txt:1"]
+
+
+def test_a_free_name_is_free_in_any_case(spool: Spool) -> None:
+    """`Cat` is taken where `cat` stands: some client could not tell them apart. So is status.json."""
+    for stranger in ("cat", "CAT~2"):
+        (spool.outbox / stranger).mkdir()
+
+    folders = [claimed_job(spool, "", file).folder for file in ("Cat.txt", "STATUS.json.txt")]
+
+    assert folders == ["Cat~3", "STATUS.json~2"]
+
+
+def test_a_name_is_free_again_once_its_folder_is_taken_away(spool: Spool) -> None:
+    """What readers fetch and remove does not count."""
+    first = claimed_job(spool, "sub", "Cat.txt")
+    (spool.outbox / "sub" / "stranger").mkdir()
+    spool._live.clear()
+    second = claimed_job(spool, "sub", "cat.txt")
+    (spool.outbox / first.folder).rmdir()
+    spool._live.clear()
+    third = claimed_job(spool, "SUB", "CAT.txt")
+
+    assert [job.folder for job in (first, second, third)] == ["sub/Cat", "sub/cat~2", "sub/CAT"]
+
+
+def test_a_ready_mark_goes_with_its_file(tmp_path: Path) -> None:
+    """The next file of the name needs a mark of its own; a crash between the two is made good."""
+    spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
+    spool.init()
+    mark = spool.inbox / "a.txt.done"
+    mark.touch()
+    claimed_job(spool, "", "a.txt")
+    taken_along = not mark.exists()
+    (spool.inbox / "a.txt").write_text("a\n")
+    spool.claim("", "a.txt")
+    mark.touch()  # as if we had died before it was taken along
+    spool.recover()
+
+    assert taken_along
+    assert not mark.exists()
+
+
+def test_new_files_have_their_folders_group(tmp_path: Path) -> None:
+    """Also where no setgid bit passes it on."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to any group")
+    os.chown(tmp_path, -1, 12345)
+    os.chmod(tmp_path, 0o755)
+    fs.make_directory(tmp_path / "folder", 0o2770)
+    fs.write_durably(tmp_path / "folder" / "file", b"", 0o640)
+    made = [os.stat(tmp_path / "folder"), os.stat(tmp_path / "folder" / "file")]
+
+    assert [(s.st_gid, oct(s.st_mode & 0o7777)) for s in made] == [
+        (12345, "0o2770"),
+        (12345, "0o640"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [(0o1777, "is sticky: only the owner of a file"), (0o755, "is read-only for us"), (0o777, "")],
+)
+def test_why_files_of_others_cannot_be_moved(tmp_path: Path, mode: int, words: str) -> None:
+    """A sticky or read-only inbox is told in words, with the cure."""
+    if os.geteuid() != 0:
+        pytest.skip("needs a second user")
+    tmp_path.chmod(mode)
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.setuid(65534)
+        os.write(write, (why_not_moved(Path()) or "").encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        told = pipe.read()
+
+    assert words in told
+    assert bool(words) == bool(told)

@@ -416,6 +416,13 @@ def _wait(spool: "Spool", drops: list["Dropped"]) -> int:
     return int(any(end.outcome != "done" for end in ends))
 
 
+def _settings_for(file: Path, settings: "Config") -> "Config":
+    """With the presets of its folder, for a file that lies in the inbox."""
+    inbox, folder = (settings.spool / "inbox").resolve(), file.parent.resolve()
+    inside = folder.is_relative_to(inbox)
+    return settings.in_folder(str(folder.relative_to(inbox))) if inside else settings
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from promptdrop import config, names, terminal
     from promptdrop.errors import ConfigError, RequestError
@@ -429,7 +436,7 @@ def _check(arguments: argparse.Namespace) -> int:
         settings = config.parse({"model": {"id": "default"}})  # checking needs no installation
     refused, rows = False, []
     for file in arguments.files:
-        result = read_job_file(file, file.name, settings, None)
+        result = read_job_file(file, file.name, _settings_for(file, settings), None)
         if result is None:
             result = RequestError("no such regular file")
         if isinstance(result, RequestError):
@@ -534,9 +541,13 @@ def _pause(arguments: argparse.Namespace) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    from promptdrop import control
+    from promptdrop import control, fs, names
 
-    print("resumed" if control.resume(_spool(arguments).control) else "was not paused")
+    spool = _spool(arguments)
+    was_paused = spool.why_paused() is not None
+    control.resume(spool.control)
+    fs.remove_file(spool.inbox / names.PAUSE)
+    print("resumed" if was_paused else "was not paused")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """config.yaml to a frozen Config. Every key, range and default is written here, once."""
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -15,12 +16,15 @@ from promptdrop.job import FORMATS, SCHEDULERS
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
 Size = Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$", examples=["1024x1024"])]
+_PART = r"[0-9]{1,4}(\.[0-9]{1,4})?"
+SIZE = rf"^\s*([0-9]{{1,5}}\s*[xX×]\s*[0-9]{{1,5}}|{_PART}\s*:\s*{_PART})\s*$"  # WxH or a ratio
 Pixels = Annotated[int, Field(ge=64, le=4096, multiple_of=16)]
 Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
 
 # Keys of jobs claimed from now on: SIGHUP applies these, the engine stays warm.
 RELOADABLE = frozenset(
-    {"watch", "inbox.encodings", "limits", "defaults", "output", "prompt", "queue", "log"}
+    {"watch", "inbox.encodings", "inbox.duplicates", "limits", "defaults", "folders", "output"}
+    | {"prompt", "queue", "log"}
     | {
         f"engine.{key}"
         for key in (
@@ -58,6 +62,7 @@ class Paths(Section):
 class InboxSection(Section):
     encodings: tuple[str, ...] = ("utf-8",)
     recursive: bool = True
+    duplicates: Literal["render", "refuse"] = "render"
 
     @field_validator("encodings")
     @classmethod
@@ -143,6 +148,31 @@ class Defaults(Section):
     steps: Annotated[int, Field(ge=1, le=100)] = 9
     guidance_scale: Annotated[float, Field(ge=0, le=20)] = 0.0
     scheduler: Literal[SCHEDULERS] = "euler"  # type: ignore[valid-type]  # one list, in job.py
+    negative_prompt: Annotated[str, Field(max_length=20_000)] | None = None
+    count: Annotated[int, Field(ge=1)] = 1
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+
+
+class Folder(Section):
+    """The defaults of one sub-folder of the inbox, and of those below it: a preset. None: not said."""
+
+    size: Annotated[str, Field(pattern=SIZE)] | None = None
+    width: Pixels | None = None
+    height: Pixels | None = None
+    steps: Annotated[int, Field(ge=1, le=100)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=20)] | None = None
+    scheduler: Literal[SCHEDULERS] | None = None  # type: ignore[valid-type]  # one list, in job.py
+    negative_prompt: Annotated[str, Field(max_length=20_000)] | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]  # one list, in job.py
+    timeout_seconds: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "Folder":
+        if self.size and (self.width or self.height):
+            raise ValueError("size and width or height cannot stand together; keep one")
+        return self
 
 
 class Output(Section):
@@ -202,6 +232,7 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     prompt: Prompt = Prompt()
     defaults: Defaults = Defaults()
+    folders: dict[str, Folder] = {}
     output: Output = Output()
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
@@ -227,6 +258,80 @@ class Config(Section):
     def model_path(self) -> Path | None:
         """`model.path` made absolute, if given."""
         return self._absolute(self.model.path) if self.model.path else None
+
+    @field_validator("folders")
+    @classmethod
+    def _are_sub_folders(cls, folders: dict[str, Folder]) -> dict[str, Folder]:
+        for name in folders:
+            parts = name.split("/")
+            if any(part in ("", ".", "..") or names.is_ignored_folder(part) for part in parts):
+                raise ValueError(
+                    f"{name!r} must name a sub-folder of the inbox, such as wallpapers or clients/acme"
+                )
+        return folders
+
+    @model_validator(mode="after")
+    def _folders_can_be_rendered(self) -> "Config":
+        for name in self.folders:
+            defaults = self.in_folder(name).defaults
+            width, height = defaults.width, defaults.height
+            if not all(64 <= side <= 4096 and side % 16 == 0 for side in (width, height)):
+                raise ValueError(
+                    f"folders.{name}: a size of {width}x{height};"
+                    " expected multiples of 16 in [64, 4096]"
+                )
+            if width * height > self.limits.megapixels * 1e6:
+                raise ValueError(
+                    f"folders.{name}: {width}x{height} is more than limits.megapixels:"
+                    f" {self.limits.megapixels:g}"
+                )
+            if defaults.priority > self.limits.priority:
+                raise ValueError(
+                    f"folders.{name}: priority {defaults.priority} is above limits.priority:"
+                    f" {self.limits.priority}"
+                )
+        return self
+
+    def in_folder(self, sub: str) -> "Config":
+        """What a file dropped into this sub-folder is read with: presets, outermost first.
+
+        Names are compared as a share's clients do: without case, in NFC.
+        """
+        presets = {names.fold(name): preset for name, preset in self.folders.items()}
+        config, above = self, ""
+        for part in names.fold(sub).split("/") if presets else ():
+            above = f"{above}/{part}" if above else part
+            if above in presets:
+                config = config._with(presets[above])
+        return config
+
+    def _with(self, preset: Folder) -> "Config":
+        given = preset.model_dump(exclude_none=True)
+        elsewhere: dict[str, Section] = {}
+        if size := given.pop("size", None):
+            given["width"], given["height"] = self.sides(size)
+        if "format" in given:
+            elsewhere["output"] = self.output.model_copy(update={"format": given.pop("format")})
+        if "timeout_seconds" in given:
+            seconds = {"image_timeout_seconds": given.pop("timeout_seconds")}
+            elsewhere["engine"] = self.engine.model_copy(update=seconds)
+        defaults = self.defaults.model_copy(update=given)
+        return self.model_copy(update={"defaults": defaults, **elsewhere})
+
+    def sides(self, size: str) -> tuple[int, int]:
+        """Width and height in pixels; a ratio at the default's area, in multiples of 16."""
+        if ":" not in size:
+            width, height = re.split("[xX×]", size)
+            return int(width), int(height)
+        across, down = map(float, size.split(":"))
+        if not across or not down:
+            return 0, 0
+        area = self.defaults.width * self.defaults.height
+        exact = math.sqrt(area * across / down), math.sqrt(area * down / across)  # px
+        width, height = (round(side / 16) * 16 for side in exact)
+        if width * height > self.limits.megapixels * 1e6:  # too large only by rounding
+            width, height = (int(side / 16) * 16 for side in exact)
+        return width, height
 
     def _absolute(self, path: Path) -> Path:
         base = self.file.parent if self.file else Path.cwd()
@@ -303,10 +408,17 @@ def refuse_what_is_not_ready(config: Config) -> None:
                 f"engine.{name}: {value} is not available yet in this version of promptdrop; expected 1"
             )
     if config.defaults.scheduler not in READY_SCHEDULERS:
-        raise ConfigError(
-            f"defaults.scheduler: {config.defaults.scheduler} is not available yet in this version"
-            f" of promptdrop; expected one of {', '.join(READY_SCHEDULERS)}"
-        )
+        raise _not_ready("defaults.scheduler", config.defaults.scheduler)
+    for name, folder in config.folders.items():
+        if folder.scheduler not in (None, *READY_SCHEDULERS):
+            raise _not_ready(f"folders.{name}.scheduler", folder.scheduler)
+
+
+def _not_ready(key: str, scheduler: str | None) -> ConfigError:
+    return ConfigError(
+        f"{key}: {scheduler} is not available yet in this version of promptdrop;"
+        f" expected one of {', '.join(READY_SCHEDULERS)}"
+    )
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
@@ -371,6 +483,8 @@ def _explain(file: Path, tree: yaml12.Mapping, error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where}: {key!r} is required and has no default"
     expected = re.sub(r"^(Value error|Assertion failed), ", "", error["msg"])
+    if not path:  # of several keys together: the text names them
+        return f"{file}: {expected}"
     return f"{where}: {key}: {error['input']!r}: {expected[:1].lower()}{expected[1:]}"
 
 
@@ -386,6 +500,8 @@ def _line(tree: yaml12.Mapping, path: list[str]) -> int:
 
 def _known_keys(path: list[str]) -> Iterable[str]:
     section: type[BaseModel] = Config
+    if path[:1] == ["folders"]:
+        section, path = Folder, path[2:]
     for part in path:
         kind = section.model_fields[part].annotation
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):

@@ -48,14 +48,10 @@ def pause(folder: Path) -> None:
     fs.write_durably(folder / PAUSE, b"")
 
 
-def resume(folder: Path) -> bool:
-    """Take images again. False: it was not paused."""
-    try:
-        os.unlink(folder / PAUSE)
-    except FileNotFoundError:
-        return False
+def resume(folder: Path) -> None:
+    """Take images again."""
+    fs.remove_file(folder / PAUSE)
     fs.sync_directory(folder)
-    return True
 
 
 def is_paused(folder: Path) -> bool:
@@ -63,8 +59,8 @@ def is_paused(folder: Path) -> bool:
     return (folder / PAUSE).exists()
 
 
-def read(folder: Path) -> tuple[bool, tuple[Command, ...]]:
-    """Whether we are paused, and the commands that are not `done`; what is no command is removed."""
+def read(folder: Path) -> tuple[Command, ...]:
+    """The commands that are not `done`; what is no command is removed."""
     commands = []
     for entry in sorted(fs.entries(folder), key=lambda entry: entry.name):
         if entry.name.endswith(".json") and not entry.name.startswith("."):
@@ -73,7 +69,7 @@ def read(folder: Path) -> tuple[bool, tuple[Command, ...]]:
                 commands.append(command)
             else:
                 done(folder, entry.name)
-    return is_paused(folder), tuple(commands)
+    return tuple(commands)
 
 
 def done(folder: Path, file: str) -> None:

@@ -11,8 +11,8 @@ from promptdrop import config as configuration
 from promptdrop import engine, fs, names, weights
 from promptdrop.config import Config
 from promptdrop.errors import PromptdropError
-from promptdrop.inbox import sees_every_writer, strangers
-from promptdrop.spool import Spool, describe_permissions
+from promptdrop.inbox import strangers, watch_mode
+from promptdrop.spool import Spool, describe_permissions, why_not_moved
 
 _STRANGERS_SHOWN = 20
 
@@ -84,23 +84,26 @@ def _inbox(spool: Spool) -> Iterator[Finding]:
             "inbox",
             f"{spool.inbox} and {spool.own} are on different file systems; a claim is one rename, so mount the file system on {spool.root} instead",
         )
-    if status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid() != 0:
-        yield Finding(
-            "bad",
-            "inbox",
-            f"{describe_permissions(spool.inbox)} is sticky: files of other users cannot be moved out; chmod -t it",
-        )
-    mode = spool.config.watch.mode
-    if mode == "auto":
-        mode = "inotify" if sees_every_writer(spool.inbox) else "poll"
-    yield Finding(
-        "ok", "watch", f"{mode}, and a look every {spool.config.watch.rescan_seconds:g} s"
-    )
-    for n, (path, why) in enumerate(strangers(spool.inbox)):
+    for folder, _, _ in os.walk(spool.inbox):
+        if why := why_not_moved(Path(folder)):
+            yield Finding("bad", "inbox", why)
+    for what, path in (("outbox", spool.outbox), ("failed", spool.failed)):
+        if path.is_dir() and path.stat().st_gid != status.st_gid:
+            group = status.st_gid
+            yield Finding(
+                "note",
+                what,
+                f"{describe_permissions(path)}: the inbox's group is {group}; "
+                f"so that all of it can fetch and delete: chgrp -R {group} {path}",
+            )
+    watch = spool.config.watch
+    how = watch_mode(watch.mode, spool.inbox)[1]
+    yield Finding("ok", "watch", f"{how}; a look every {watch.rescan_seconds:g} s")
+    for n, (stranger, why) in enumerate(strangers(spool.inbox)):
         if n == _STRANGERS_SHOWN:
             yield Finding("note", "inbox", "... and more")
             break
-        yield Finding("note", "inbox", f"{names.printable(path)}: {why}")
+        yield Finding("note", "inbox", f"{names.printable(stranger)}: {why}")
 
 
 def _model(settings: Config) -> Finding:

@@ -105,8 +105,13 @@ def write_once(path: Path, data: bytes, mode: int = 0o664) -> None:
 
 
 def write_quickly(path: Path, data: bytes, mode: int = 0o664) -> None:
-    """Replace a file in one step, for what may be lost in a power cut."""
-    with temporary(path.parent, mode) as (file, name):
+    """Replace a file in one step, for what may be lost in a power cut. One writer at a time.
+
+    The temporary has a name of its own: what a crash leaves is taken away by the next write.
+    """
+    leftover = path.parent / f"{TEMPORARY}{path.name}.tmp"
+    remove_file(leftover)
+    with temporary(path.parent, mode, name=leftover) as (file, name):
         file.write(data)
         file.flush()
         os.replace(name, path)
@@ -122,13 +127,15 @@ def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
 
 
 @contextmanager
-def temporary(directory: Path, mode: int, keep: bool = False) -> Iterator[tuple[BinaryIO, Path]]:
+def temporary(
+    directory: Path, mode: int, keep: bool = False, name: Path | None = None
+) -> Iterator[tuple[BinaryIO, Path]]:
     """A new hidden file, unlinked afterwards unless it was renamed (or `keep` and no error)."""
-    name = directory / f"{TEMPORARY}{secrets.token_hex(8)}.tmp"
+    name = name or directory / f"{TEMPORARY}{secrets.token_hex(8)}.tmp"
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
-            _chmod(name, mode)
+            share(name, mode, directory)
             yield file, name
     except BaseException:
         remove_file(name)
@@ -168,9 +175,9 @@ def make_directories(path: Path, mode: int, below: Path) -> None:
 
 
 def make_directory(path: Path, mode: int) -> None:
-    """mkdir with the mode whatever the umask. Raises FileExistsError."""
+    """mkdir with the mode whatever the umask, and its parent's group. Raises FileExistsError."""
     os.mkdir(path)
-    _chmod(path, mode)
+    share(path, mode, path.parent)
 
 
 def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
@@ -192,6 +199,18 @@ def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
         return data, os.fstat(fd)
 
 
+def read_whole(path: Path | str) -> bytes:
+    """A file of our own, with the fewest calls. Raises OSError as open(2)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(fd, 1 << 16):
+            parts.append(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts)
+
+
 def signature(status: os.stat_result) -> Signature:
     """What changes when a file's content does."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -204,6 +223,29 @@ def signature_of(path: Path) -> Signature | None:
     except FileNotFoundError:
         return None
     return signature(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def share(path: Path, mode: int, folder: Path) -> None:
+    """Give a file or folder this mode and the group of `folder`, as far as we may.
+
+    Every program of the group can then fetch and delete it, also where setgid is not set.
+    """
+    try:
+        group = os.stat(folder).st_gid
+        if os.lstat(path).st_gid != group:
+            os.chown(path, -1, group)
+    except OSError as e:
+        _refused(e)  # we are not of that group: the file keeps ours, and doctor says so
+    try:
+        os.chmod(path, mode)
+    except OSError as e:
+        _refused(e)  # another owner's, or a share with forced modes (CIFS, FUSE): those stand
+
+
+def _refused(error: OSError) -> None:
+    """Pass over what is not ours to change, or what a file system does not have."""
+    if error.errno not in (errno.EPERM, errno.EACCES, *_UNSUPPORTED):
+        raise error
 
 
 def remove_tree(path: Path) -> None:
@@ -286,10 +328,3 @@ def _is_rest_of_move(source: Path, target: Path) -> bool:
     return (
         target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
     )
-
-
-def _chmod(path: Path, mode: int) -> None:
-    try:
-        os.chmod(path, mode)
-    except PermissionError:
-        pass  # a share mounted with forced modes (CIFS, FUSE): the mount's modes stand

@@ -7,9 +7,10 @@ CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), 
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -40,6 +41,8 @@ LOOKS = 2  # a file must look the same at least this often
 InotifyMoveEventGrouper.delay = 0.0
 
 WRITER_SECONDS = 0.25  # how often a file that somebody has open for writing is probed again
+
+Mode = Literal["inotify", "poll"]
 
 # File systems whose other writers inotify cannot see: inotify(7), "Limitations".
 REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "afs", "ceph", "lustre", "glusterfs")
@@ -84,6 +87,7 @@ class Scan:
     blocked: dict[str, str]  # of these, what no time will cure: not ready, not to be moved
     next_look: float  # monotonic seconds; inf: nothing is due
     found: int  # job files, taken or not
+    cancels: dict[str, float]  # SUB/NAME.cancel of what is not in the inbox -> first seen
 
 
 @dataclass(slots=True)
@@ -92,6 +96,7 @@ class Inbox:
 
     root: Path
     _seen: dict[str, Seen] = field(default_factory=dict)
+    _cancels: dict[str, float] = field(default_factory=dict)  # SUB/NAME.cancel -> first seen
 
     def scan(self, now: float, watch: Watch, recursive: bool) -> Scan:
         """Look at everything once. Raises OSError: the inbox itself cannot be read."""
@@ -99,8 +104,12 @@ class Inbox:
         waiting: dict[str, str] = {}
         next_look = float("inf")
         found = set()
-        for sub, entry, siblings in _job_files(self.root, recursive):
+        cancels: dict[str, float] = {}
+        for sub, entry, siblings in _files(self.root, recursive):
             path = f"{sub}/{entry.name}" if sub else entry.name
+            if names.is_cancel(entry.name):
+                cancels[path] = self._cancels.get(path, now)
+                continue
             found.add(path)
             if path in self._seen and self._seen[path].offered:
                 continue
@@ -110,7 +119,7 @@ class Inbox:
                 continue  # withdrawn while we looked
             seen = self._look(path, signature(status), now)
             ready = watch.ready_suffix is None or entry.name + watch.ready_suffix in siblings
-            why, due, give_up = self._judge(self.root / sub / entry.name, seen, now, watch, ready)
+            why, due, give_up = self._judge(entry, seen, now, watch, ready)
             next_look = min(next_look, due)
             if why is None or give_up:
                 seen.offered = True
@@ -120,8 +129,12 @@ class Inbox:
         for path in self._seen.keys() - found:
             del self._seen[path]  # taken or withdrawn
         blocked = {path: why for path, why in waiting.items() if self._seen[path].obstacle == why}
+        self._cancels = cancels
+        for path in _named(cancels, found):
+            waiting[path] = "waits until the file it names is taken"
         offers.sort(key=lambda offer: (self._seen[offer.path].since, offer.path))
-        return Scan(now, tuple(offers), waiting, blocked, next_look, len(found))
+        cancels = {path: since for path, since in cancels.items() if path not in waiting}
+        return Scan(now, tuple(offers), waiting, blocked, next_look, len(found), cancels)
 
     def object(self, path: str, objection: str) -> None:
         """The offered file would be refused; it may still be arriving, so it waits."""
@@ -146,12 +159,12 @@ class Inbox:
         return seen
 
     def _judge(
-        self, path: Path, seen: Seen, now: float, watch: Watch, ready: bool
+        self, entry: os.DirEntry[str], seen: Seen, now: float, watch: Watch, ready: bool
     ) -> tuple[str | None, float, bool]:
         """(why it waits, when to look again, whether to give up on it)."""
         settles = seen.since + watch.settle_seconds
         if not ready:
-            seen.obstacle = f"waiting for {path.name}{watch.ready_suffix}"
+            seen.obstacle = f"waiting for {entry.name}{watch.ready_suffix}"
             return seen.obstacle, float("inf"), False
         if seen.obstacle and now < seen.obstacle_until:
             return seen.obstacle, seen.obstacle_until, False
@@ -163,9 +176,8 @@ class Inbox:
             return f"would be refused: {objection}", max(gives_up, now), False
         if now < settles or seen.looks < LOOKS:
             return "still settling", max(settles, now), False
-        if now < seen.since + watch.settle_seconds + watch.writer_seconds and is_open_for_writing(
-            path
-        ):
+        waits_for_writer = now < settles + watch.writer_seconds
+        if waits_for_writer and is_open_for_writing(entry.path):
             return "open for writing", now + WRITER_SECONDS, False
         return None, float("inf"), False
 
@@ -181,8 +193,7 @@ class Watcher:
     def check(self, folders: dict[Path, bool]) -> None:
         """Watch `folders` (path -> recursive); one that was made again or mounted over, anew."""
         there = {path: _identity(path) for path in folders}
-        alive = self._observer is not None and self._observer.is_alive()
-        if alive and there == self._watched:
+        if self._is_alive() and there == self._watched:
             return
         self.close()
         observer = Observer()
@@ -199,6 +210,11 @@ class Watcher:
         self._observer = observer
         self._watched = {path: identity for path, identity in there.items() if identity}
 
+    def _is_alive(self) -> bool:
+        """Whether every thread is: one that hears and one for each folder."""
+        threads = [self._observer, *self._observer.emitters] if self._observer else []
+        return bool(threads) and all(thread.is_alive() for thread in threads)
+
     def close(self) -> None:
         """Stop watching."""
         if self._observer is not None:
@@ -208,12 +224,17 @@ class Watcher:
         self._watched = {}
 
 
-def sees_every_writer(path: Path) -> bool:
-    """Whether inotify on this file system hears of files that other machines write."""
-    return not fs.file_system(path).startswith(REMOTE)
+def watch_mode(wanted: Literal["auto", "inotify", "poll"], inbox: Path) -> tuple[Mode, str]:
+    """`watch.mode`, decided by the file system that is mounted there now, and the reason in words."""
+    if wanted != "auto":
+        return wanted, f"{wanted} (watch.mode)"
+    kind = fs.file_system(inbox)
+    if kind.startswith(REMOTE):
+        return "poll", f"poll: inotify does not see every writer on {kind}"
+    return "inotify", f"inotify on {kind}"
 
 
-def is_open_for_writing(path: Path) -> bool:
+def is_open_for_writing(path: str | Path) -> bool:
     """Whether somebody on this host has the file open for writing, where the system can tell.
 
     A read lease is refused with EAGAIN then (fcntl(2), F_SETLEASE); any other refusal (not our
@@ -273,8 +294,8 @@ class _Handler(FileSystemEventHandler):
         self._wake()
 
 
-def _job_files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str], set[str]]]:
-    """Every regular file with a job's name: (folder below root, entry, names beside it)."""
+def _files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str], set[str]]]:
+    """Every regular file with a name for us: (folder below root, entry, names beside it)."""
     device = os.stat(root).st_dev
     folders = [""]
     while folders:
@@ -292,8 +313,19 @@ def _job_files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[s
                     inner = f"{sub}/{entry.name}" if sub else entry.name
                     if len(os.fsencode(inner)) <= SUB_BYTES:
                         folders.append(inner)
-            elif names.is_job_name(entry.name) and entry.is_file(follow_symlinks=False):
+            elif (names.is_job_name(entry.name) or names.is_cancel(entry.name)) and entry.is_file(
+                follow_symlinks=False
+            ):
                 yield sub, entry, siblings
+
+
+def _named(cancels: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Those of `cancels` whose file is among `files`: SUB/cat.cancel and cat.txt.cancel name cat.txt."""
+    marks = {names.fold(names.split(path)[0]): path for path in cancels}
+    if not marks:
+        return []
+    known = {names.fold(name) for path in files for name in (path, names.split(path)[0])}
+    return [path for name, path in marks.items() if name in known]
 
 
 class _Nothing:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,23 @@ from typing import Any, Literal, Protocol
 from promptdrop import control, fs, log, names, request
 from promptdrop.config import Config
 from promptdrop.errors import RequestError
-from promptdrop.inbox import Inbox, Offer, Scan, Watcher, sees_every_writer
+from promptdrop.inbox import Inbox, Mode, Offer, Scan, Watcher, watch_mode
 from promptdrop.job import Request
 from promptdrop.loop import TROUBLE, Loop, reason_of
 from promptdrop.reading import read_job_file
-from promptdrop.spool import Job, Settings, Settled, Spool, Unresolved, describe_permissions
+from promptdrop.spool import (
+    Job,
+    Settings,
+    Settled,
+    Spool,
+    Unresolved,
+    describe_permissions,
+    why_not_moved,
+)
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
+SCAN_SHARE = 0.25  # of a core, at most, that looks may take while a big inbox keeps changing
+TAKING = 16  # files being read or claimed at once; the others wait for their turn
 
 
 class Desk(Protocol):
@@ -41,8 +52,36 @@ class Survey:
 
     scan: Scan | None
     trouble: str | None
-    paused: bool
+    paused: str | None  # how to go on
     commands: tuple[control.Command, ...]
+    cost: float  # CPU seconds
+
+
+class Turns:
+    """Offers that wait to be taken: in turn between top-level sub-folders, or by arrival.
+
+    Whoever drops ten thousand files does not keep another's single one waiting.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: OrderedDict[str, deque[Offer]] = OrderedDict()
+
+    def add(self, offer: Offer, policy: str) -> None:
+        """Behind those of the same lane."""
+        name = offer.sub.partition("/")[0] if policy == "fair" else ""
+        self._lanes.setdefault(name, deque()).append(offer)
+
+    def take(self) -> Offer | None:
+        """The next one, or None."""
+        if not self._lanes:
+            return None
+        name, lane = next(iter(self._lanes.items()))
+        offer = lane.popleft()
+        if lane:
+            self._lanes.move_to_end(name)
+        else:
+            del self._lanes[name]
+        return offer
 
 
 class Intake:
@@ -50,6 +89,7 @@ class Intake:
 
     def __init__(self, loop: Loop, spool: Spool, desk: Desk) -> None:
         self.waiting: dict[str, str] = {}  # SUB/FILE -> why it is not taken yet
+        self.watch = "not yet"  # how, in words
         self.obstacle: str | None = None  # why nothing that is left can be taken
         self.last_activity = 0.0  # when something was last taken or put back
         self._loop, self._spool, self._desk = loop, spool, desk
@@ -57,9 +97,11 @@ class Intake:
         self._watcher = Watcher(self.wake)
         self._woken = True
         self._scanning = False
-        self._last_scan = self._next_scan = 0.0
+        self._last_scan = self._next_scan = self._rested = 0.0
         self._quiet_since: float | None = None  # start of the last look that found no job file
-        self._offered = 0  # files being read or claimed
+        self._turns = Turns()
+        self._offered = 0  # files that wait for their turn, are being read or claimed
+        self._taking = 0  # ... of which being read or claimed
         self._verdicts: list[Callable[[], None]] = []  # what the next look must know
 
     def wake(self) -> None:
@@ -72,7 +114,7 @@ class Intake:
         if self._scanning:
             return float("inf")
         soon = self._last_scan + SCAN_SECONDS if self._woken else float("inf")
-        return min(self._next_scan, soon)
+        return max(min(self._next_scan, soon), self._rested)
 
     def is_quiet(self) -> bool:
         """Whether a look that began after all that happened found nothing to take."""
@@ -96,18 +138,21 @@ class Intake:
     def resolve_again(self, claimed: Unresolved) -> None:
         """Read a file that was claimed before a crash."""
         self._offered += 1
+        self._taking += 1
         self._off("clerk", partial(self._resolve, claimed, None, None), self._resolved)
+
+    def turn_away(self, path: str, error: RequestError) -> None:
+        """Move SUB/FILE from the inbox to failed/, with the reason."""
+        sub, _, file = path.rpartition("/")
+        now = time.monotonic()
+        offer = Offer(sub, file, (0, 0, 0, 0), now)
+        self._offered += 1
+        self._taking += 1
+        self._off("clerk", partial(self._claim, offer), partial(self._was_claimed, offer, error))
 
     def close(self) -> None:
         """Stop watching."""
         self._watcher.close()
-
-    def watch_mode(self) -> Literal["inotify", "poll"]:
-        """`watch.mode`, decided."""
-        mode = self._desk.config.watch.mode
-        if mode != "auto":
-            return mode
-        return "inotify" if sees_every_writer(self._spool.inbox) else "poll"
 
     def _off(
         self,
@@ -121,6 +166,7 @@ class Intake:
 
     def _survey(self, now: float, verdicts: list[Callable[[], None]]) -> Survey:
         """On the scanner's thread."""
+        began = time.thread_time()
         settings = self._desk.config
         for verdict in verdicts:
             verdict()
@@ -133,17 +179,24 @@ class Intake:
             self._spool.require_space(settings.limits.min_free_disk_mib)
         except TROUBLE as e:
             trouble = reason_of(e)
-        paused, commands = control.read(self._spool.control)
-        return Survey(scan, trouble, paused, commands)
+        commands = control.read(self._spool.control)
+        cost = time.thread_time() - began  # seconds of CPU
+        return Survey(scan, trouble, self._spool.why_paused(), commands, cost)
+
+    def decide_watch(self) -> Mode:
+        """Anew at every look: a share may be mounted over what was a local folder."""
+        mode, self.watch = watch_mode(self._desk.config.watch.mode, self._spool.inbox)
+        return mode
 
     def _watched_folders(self) -> dict[Path, bool]:
         folders = {self._spool.control: False}
-        if self.watch_mode() == "inotify":
+        if self.decide_watch() == "inotify":
             folders[self._spool.inbox] = self._desk.config.inbox.recursive
         return folders
 
     def _surveyed(self, survey: Survey) -> None:
         self._scanning = False
+        self._rested = self._last_scan + survey.cost / SCAN_SHARE
         self._next_scan = self._last_scan + self._desk.config.watch.rescan_seconds
         self._desk.surveyed(survey)
         if scan := survey.scan:
@@ -152,16 +205,30 @@ class Intake:
             self._quiet_since = scan.started if scan.found == 0 else None
             stuck = scan.blocked and len(scan.blocked) == scan.found
             self.obstacle = next(iter(scan.blocked.values())) if stuck else None
+            self._offered += len(scan.offers)
             for offer in scan.offers:
-                self._offered += 1
-                self._off("reader", partial(self._read, offer), partial(self._was_read, offer))
+                self._turns.add(offer, self._desk.config.queue.policy)
+            self._take_turns()
 
     # --- taking -------------------------------------------------------------------------------
+
+    def _take_turns(self) -> None:
+        """Read the next files, a few at a time: what else the clerk has to do comes in between."""
+        while self._taking < TAKING and (offer := self._turns.take()):
+            self._taking += 1
+            self._off("reader", partial(self._read, offer), partial(self._was_read, offer))
+
+    def _took(self) -> None:
+        """A file is taken, or not after all: the next one has its turn."""
+        self._offered -= 1
+        self._taking -= 1
+        self._take_turns()
 
     def _read(self, offer: Offer) -> Request | RequestError | None:
         """On the reader's thread: what the file asks for, why it is refused, or None: it changed."""
         path = self._spool.inbox / offer.sub / offer.file
-        return read_job_file(path, offer.file, self._desk.config, offer.signature)
+        settings = self._desk.config.in_folder(offer.sub)
+        return read_job_file(path, offer.file, settings, offer.signature)
 
     def _was_read(self, offer: Offer, result: Request | RequestError | None) -> None:
         if result is None:
@@ -173,8 +240,8 @@ class Intake:
             self._off("clerk", partial(self._claim, offer), then)
 
     def _not_taken(self, verdict: Callable[[], None]) -> None:
-        self._offered -= 1
         self._verdicts.append(verdict)
+        self._took()
         self.wake()
 
     def _claim(self, offer: Offer) -> Unresolved | str | None:
@@ -190,8 +257,8 @@ class Intake:
                 raise
             return None
         except PermissionError as e:
-            where = describe_permissions(source.parent)
-            return f"cannot be moved out of the inbox: {e.strerror}: {where}"
+            why = why_not_moved(source.parent) or describe_permissions(source.parent)
+            return f"cannot be moved out of the inbox: {e.strerror}: {why}"
 
     def _was_claimed(
         self, offer: Offer, result: Request | RequestError, claimed: Unresolved | str | None
@@ -207,7 +274,7 @@ class Intake:
         # Its name is free: the next file under it may be there before the next look.
         self._verdicts.append(lambda: self._inbox.put_back(offer.path))
         if isinstance(result, RequestError):
-            self._offered -= 1
+            self._took()
             self._desk.refuse(claimed, result)
         else:
             self._off("clerk", partial(self._resolve, claimed, offer, result), self._resolved)
@@ -219,25 +286,29 @@ class Intake:
         self._spool.require_folders()
         drop = claimed.home / "drop" / claimed.sub / claimed.file
         if offer is None or asked is None or not _is_same(fs.signature_of(drop), offer.signature):
-            result = read_job_file(drop, claimed.file, self._desk.config, None)
+            settings = self._desk.config.in_folder(claimed.sub)
+            result = read_job_file(drop, claimed.file, settings, None)
             if not isinstance(result, Request):
                 return claimed, result or RequestError("changed while it was claimed")
             asked = result
+        if self._desk.config.inbox.duplicates == "refuse" and (twin := self._spool.twin(claimed)):
+            return claimed, RequestError(
+                f"has the same bytes as {names.printable(twin)}, which was taken before"
+                " (inbox.duplicates: refuse); change it, if it is meant to be rendered again"
+            )
         settled = Settled(offer.settled if offer else time.monotonic(), self._spool.boot)
-        settings = settings_of(self._desk.config)
-        return self._spool.resolve(
-            claimed, request.with_seeds(asked, claimed.id), settled, settings
-        )
+        kept = settings_of(self._desk.config)
+        return self._spool.resolve(claimed, request.with_seeds(asked, claimed.id), settled, kept)
 
     def _resolved(self, result: Job | tuple[Unresolved, RequestError]) -> None:
-        self._offered -= 1
+        self._took()
         self.last_activity = time.monotonic()
         if isinstance(result, Job):
             log.get().info(
                 "job.claimed",
                 job=result.id,
                 file=names.printable(result.path),
-                images=len(result.specs),
+                images=result.images,
                 folder=result.folder,
             )
             self._desk.accept(result)

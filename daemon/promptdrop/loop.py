@@ -21,7 +21,8 @@ PUBLISHERS = 4  # images being encoded and saved at once
 TROUBLE = (OSError, DiskTrouble)
 
 # scanner: looks at the inbox. reader: parses drops. clerk: moves jobs, one thing after another.
-Room = Literal["scanner", "reader", "clerk", "publisher"]
+# herald: writes the outbox's status, and waits alone when that is on a share that hangs.
+Room = Literal["scanner", "reader", "clerk", "publisher", "herald"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Loop:
             "scanner": ThreadPoolExecutor(1, "scanner"),
             "reader": ThreadPoolExecutor(1, "reader"),
             "clerk": ThreadPoolExecutor(1, "clerk"),
+            "herald": ThreadPoolExecutor(1, "herald"),
             "publisher": ThreadPoolExecutor(PUBLISHERS, "publisher"),
         }
 

@@ -3,9 +3,11 @@
 import difflib
 import os
 import unicodedata
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 JOB_SUFFIXES = (".txt", ".prompt", ".yaml", ".yml", ".json", ".jsonl", ".csv")
+CANCEL_SUFFIX = ".cancel"  # dropped beside or after a job file, withdraws its job
+PAUSE = "PAUSE"  # at the top of the inbox: no new image is begun
 NAME_BYTES = 80  # of a job's folder name, so that suffixes and temporaries still fit into 255
 
 IGNORED_ENDINGS = (
@@ -52,6 +54,12 @@ def is_job_name(name: str) -> bool:
         and not lower.endswith(IGNORED_ENDINGS)
         and lower not in IGNORED_FILES
     )
+
+
+def is_cancel(name: str) -> bool:
+    """Whether a file of this name in the inbox withdraws a job: `NAME.cancel`."""
+    lower = name.casefold()
+    return lower.endswith(CANCEL_SUFFIX) and not lower.startswith((".", "~$"))
 
 
 def is_ignored_folder(name: str) -> bool:
@@ -101,14 +109,6 @@ def numbered(stem: str, suffix: str, n: int, limit: int = 255) -> str:
 def fold(name: str) -> str:
     """Names that a case-insensitive client cannot tell apart are equal after this."""
     return unicodedata.normalize("NFC", name.casefold())
-
-
-def first_free(stem: str, taken: Container[str]) -> str:
-    """The first of `stem`, `stem~2`, `stem~3` ... whose `fold` is not in `taken`."""
-    n = 1
-    while fold(name := numbered(stem, "", n, NAME_BYTES + 10)) in taken:
-        n += 1
-    return name
 
 
 def is_stem(name: str) -> bool:

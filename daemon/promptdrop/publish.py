@@ -104,7 +104,7 @@ class Publication:
                 name=job.name,
                 file=names.printable(job.file),
                 image=spec.image,
-                images=len(job.specs),
+                images=job.images,
                 attempt=self.attempt,
             ),
             image=SidecarImage(

@@ -245,6 +245,7 @@ class Status(Record):
     pid: int
     engine: StatusEngine
     current: StatusImage | None
+    watch: str = Field(description="how the inbox is watched: inotify or poll, and why")
     queue: StatusQueue
     jobs: list[StatusJob] = Field(default_factory=list, description="the first 100")
     waiting: list[StatusWaiting] = Field(

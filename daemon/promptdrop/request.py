@@ -5,7 +5,6 @@ request_text.py and request_data.py. Nothing but RequestError ever leaves `parse
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -17,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import ErrorDetails
 
 from promptdrop import names, yaml12
-from promptdrop.config import READY_SCHEDULERS, Config
+from promptdrop.config import READY_SCHEDULERS, SIZE, Config
 from promptdrop.errors import Problem, RequestError
 from promptdrop.job import FORMATS, SCHEDULERS, ImageSpec, Request, seed_of
 from promptdrop.request_data import (
@@ -56,8 +55,6 @@ EXPECTED = {
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_PART = r"[0-9]{1,4}(\.[0-9]{1,4})?"
-_SIZE = rf"^\s*([0-9]{{1,5}}\s*[xX×]\s*[0-9]{{1,5}}|{_PART}\s*:\s*{_PART})\s*$"
 _BOMS_OF_UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 _STAND_IN = {"prompt": "a", "prompts": ["a"]}  # for a refused one: the rest is still checked
 
@@ -115,7 +112,7 @@ class ImageFields(BaseModel):
     height: Pixels | None = Field(
         default=None, description=f"pixels, {EXPECTED['height']}", examples=[768]
     )
-    size: Annotated[str, Field(pattern=_SIZE)] | None = _described(
+    size: Annotated[str, Field(pattern=SIZE)] | None = _described(
         "size", default=None, examples=["1024x768", "16:9"]
     )
     steps: Annotated[int, Field(ge=1, le=100)] | None = Field(
@@ -313,7 +310,7 @@ def _resolve(documents: Iterable[Node], config: Config, problems: Problems) -> R
                 problems.raise_if_any()
             if not problems:
                 images.extend(_expand(values, len(images)))
-    return Request(tuple(images), next(iter(priorities), 0))
+    return Request(tuple(images), next(iter(priorities), config.defaults.priority))
 
 
 def _too_many(limit: int) -> str:
@@ -328,9 +325,7 @@ def _not_a_mapping(node: Node) -> str:
 
 def _defaults(config: Config) -> dict[str, Any]:
     return {
-        **config.defaults.model_dump(),
-        "negative_prompt": None,
-        "count": 1,
+        **config.defaults.model_dump(exclude={"priority"}),
         "format": config.output.format,
         "timeout_seconds": config.engine.image_timeout_seconds,
         "meta": {},
@@ -518,7 +513,7 @@ def _shape(level: _Level, config: Config, problems: Problems) -> None:
     size = level.values.pop("size", None)
     if size is None:
         return
-    sides = _sides(size, config)
+    sides = config.sides(size)
     if not all(64 <= side <= 4096 and side % 16 == 0 for side in sides):
         ratio = f" (it would be {sides[0]}x{sides[1]})" if ":" in size and all(sides) else ""
         level.add(problems, "size", f"size={short(size)} is not {EXPECTED['size']}{ratio}")
@@ -527,22 +522,6 @@ def _shape(level: _Level, config: Config, problems: Problems) -> None:
         if (given := level.values.setdefault(name, side)) != side:
             message = f"size={short(size)} and {name}={given} disagree; give one of them"
             level.add(problems, name, message)
-
-
-def _sides(size: str, config: Config) -> tuple[int, int]:
-    """Width and height in pixels; a ratio at the default's area, in multiples of 16."""
-    if ":" not in size:
-        width, height = re.split("[xX×]", size)
-        return int(width), int(height)
-    across, down = map(float, size.split(":"))
-    if not across or not down:
-        return 0, 0
-    area = config.defaults.width * config.defaults.height
-    exact = math.sqrt(area * across / down), math.sqrt(area * down / across)  # px
-    width, height = (round(side / 16) * 16 for side in exact)
-    if width * height > config.limits.megapixels * 1e6:  # a ratio is too large only by rounding
-        width, height = (int(side / 16) * 16 for side in exact)
-    return width, height
 
 
 def _read_priority(
@@ -575,6 +554,8 @@ def _complete(
             level.add(problems, "prompt", "prompt is required")
     seed = values.get("seed")
     values["seeds"] = seed if isinstance(seed, list) else [seed]
+    if isinstance(seed, list) and "count" not in {**top.values, **entry.values}:
+        values["count"] = 1  # the default's: one image per prompt and seed
     if contradiction := _contradiction(values, seed, config):
         name, message = contradiction
         (entry if name in entry.values else top).add(problems, name, message)

@@ -8,7 +8,9 @@ anywhere leaves a folder that says what is left. Everything here may block on a 
 off the daemon's loop; an OSError that escapes is trouble with a disk, never a job's fault.
 """
 
+import bisect
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -16,13 +18,16 @@ import secrets
 import shlex
 import socket
 import stat
+import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from promptdrop import __version__, clock, fs, names
+from promptdrop import __version__, clock, control, fs, names
 from promptdrop.config import Config, Output, Prompt
 from promptdrop.errors import ConfigError, DiskTrouble, Problem, SpoolBusy, UsageError
 from promptdrop.job import ImageSpec, JobOutcome, Request
@@ -41,6 +46,12 @@ STATES = ("pending", "active", "parked", "finished")
 DEATHS_BEHIND = 3  # daemon deaths in a row after which an image goes behind all other work
 DEATHS_FAILED = 10  # ... and after which it fails
 HOST = socket.gethostname()
+RECORD = "request.json"  # in a job's folder: what it asks for, resolved
+_LOOKERS, _SLICE = 8, 128  # threads that read folders at start, and how many folders at a time
+STATUS = "status.json"  # at the top of the outbox, for those who see nothing but the share
+CLOSED_IMAGES = 16  # a job of more is never closed: reading it again would take too long
+ADOPTED = 64  # newest jobs whose outbox folder is looked into after a crash; one is enough
+TWIN_DAYS = 30  # how long inbox.duplicates: refuse remembers a file
 _LOCK_TRIES = 10  # `status` holds the lock for microseconds when it looks who is there
 _TREE_MODE = 0o2775  # inbox, outbox, failed and control: the whole group may write
 _LONG = ("prompt", "negative_prompt", "meta")  # of an image, each recorded once for the job
@@ -81,24 +92,83 @@ class ImageState:
     deaths: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What of a job is needed only while it is worked on."""
+
+    claimed: str
+    settled: Settled
+    settings: Settings
+    specs: tuple[ImageSpec, ...]
+
+
 @dataclass(slots=True)
 class Job:
-    """One claimed file. `home` is its folder in the state tree, wherever that stands now."""
+    """One claimed file. While it waits among many it is `closed`: its detail is on the disk only."""
 
     id: str
-    home: Path
+    own: Path  # the spool's own tree
+    place: str  # pending, active, parked: where in it the job's folder stands now
     sub: str  # folder below the inbox, as dropped; "" at the root
     file: str  # the dropped file's name
     inode: int
     outbox: Path
     folder: str  # SUB/JOB below the outbox
     priority: int
-    claimed: str
-    settled: Settled
-    settings: Settings
-    specs: tuple[ImageSpec, ...]
-    states: dict[int, ImageState] = field(default_factory=dict)  # only what is not plain todo
+    images: int
+    must_fit: bool  # a prompt that is too long refuses the whole file (prompt.overflow)
+    _detail: Detail | None
+    _states: dict[int, ImageState] | None = None
     cancelled: bool = False
+
+    @property
+    def home(self) -> Path:
+        """Its folder in the state tree."""
+        return self.own / self.place / self.id
+
+    @property
+    def detail(self) -> Detail:
+        """Read from the disk if need be. Raises OSError."""
+        if self._detail is None:
+            self._detail = _detail(json.loads((self.home / RECORD).read_bytes()))
+        return self._detail
+
+    def close(self) -> None:
+        """Let go of what can be read again; a large job is kept, to be read off the loop only."""
+        if self.images <= CLOSED_IMAGES:
+            self._detail = None
+
+    @property
+    def specs(self) -> tuple[ImageSpec, ...]:
+        """What each image is asked to be."""
+        return self.detail.specs
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration it was claimed under."""
+        return self.detail.settings
+
+    @property
+    def settled(self) -> Settled:
+        """When the drop settled."""
+        return self.detail.settled
+
+    @property
+    def claimed(self) -> str:
+        """When it was claimed."""
+        return self.detail.claimed
+
+    @property
+    def states(self) -> dict[int, ImageState]:
+        """Only what is not plain todo."""
+        if self._states is None:
+            self._states = {}
+        return self._states
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing has come of any image."""
+        return not self._states
 
     @property
     def name(self) -> str:
@@ -130,15 +200,15 @@ class Job:
 
     def todo(self) -> list[int]:
         """Images that are neither published nor given up."""
-        return [
-            s.image
-            for s in self.specs
-            if s.image not in self.states or self.states[s.image].outcome == "todo"
-        ]
+        numbers = range(1, self.images + 1)
+        if self.is_fresh:
+            return list(numbers)
+        ended = {image for image, state in self.states.items() if state.outcome != "todo"}
+        return [image for image in numbers if image not in ended]
 
     def deaths(self, image: int) -> int:
         """Daemon deaths in a row with this image in hand."""
-        return self.states[image].deaths if image in self.states else 0
+        return 0 if self.is_fresh or image not in self.states else self.states[image].deaths
 
     def stem(self, spec: ImageSpec) -> str:
         """The file name of an image without its suffix, by `output.name`."""
@@ -179,6 +249,42 @@ class _Texts:
         return self._places[id(text)]
 
 
+class Taken:
+    """The names in one folder of the outbox, compared without case: 8 bytes each, listed once.
+
+    Names of ours are added as they are made, so that a claim costs the same however many there
+    are. A folder that others make or take away later is seen when it is in the way.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._hashes = array("q")
+        self._list()
+
+    def add(self, name: str) -> None:
+        """A name was made."""
+        bisect.insort(self._hashes, hash(names.fold(name)))
+
+    def real_name(self, name: str) -> str | None:
+        """What stands there under this name, perhaps in other letters; None: it is free."""
+        if os.path.lexists(self._folder / name):
+            return name
+        if not self._knows(name):
+            return None
+        there = self._list()  # in another case, or gone meanwhile
+        return there.get(names.fold(name))
+
+    def _knows(self, name: str) -> bool:
+        wanted = hash(names.fold(name))
+        place = bisect.bisect_left(self._hashes, wanted)
+        return place < len(self._hashes) and self._hashes[place] == wanted
+
+    def _list(self) -> dict[str, str]:
+        there = {names.fold(entry.name): entry.name for entry in fs.entries(self._folder)}
+        self._hashes = array("q", sorted(map(hash, there)))
+        return there
+
+
 class Spool:
     """The folders of one configuration. `lock` first: one daemon per spool."""
 
@@ -195,7 +301,16 @@ class Spool:
         self._mounts: list[str] = []  # which of inbox, outbox, failed have been mount points
         self._last_id = ""
         self._live: set[str] = set()  # outbox folders of jobs that have not ended
+        self._taken: dict[Path, Taken] = {}
         self.boot = clock.boot_id()
+
+    def why_paused(self) -> str | None:
+        """How to go on, while nobody wants new images."""
+        if control.is_paused(self.control):
+            return "paused; go on with: promptdrop resume"
+        if os.path.lexists(self.inbox / names.PAUSE):
+            return f"paused by the file {names.PAUSE} in the inbox; delete it to go on"
+        return None
 
     # --- the tree -----------------------------------------------------------------------------
 
@@ -273,6 +388,11 @@ class Spool:
         for name, path in self._folders().items():
             if not path.is_dir():
                 raise DiskTrouble(f"{name} {path} is missing; waiting for it")
+            if name == "inbox" and path.stat().st_dev != self.own.stat().st_dev:
+                raise DiskTrouble(
+                    f"{name} {path}: another file system is mounted over it, and a claim is one"
+                    f" rename; waiting until it is gone, or mounted on {self.root} instead"
+                )
             mounted = os.path.ismount(path)
             if name in self._mounts and not mounted:
                 raise DiskTrouble(
@@ -287,6 +407,7 @@ class Spool:
     def require_space(self, min_free_mib: int) -> None:
         """Raise DiskTrouble: a folder is not to be written, or its disk is nearly full."""
         self.require_folders()
+        self._share_folders()
         for name, path in {**self._folders(), "state": self.own}.items():
             if not os.access(path, os.W_OK | os.X_OK):
                 raise DiskTrouble(f"{name} {describe_permissions(path)} cannot be written")
@@ -294,6 +415,16 @@ class Spool:
                 raise DiskTrouble(
                     f"{name} {path} has {free:.0f} MiB free, less than limits.min_free_disk_mib: {min_free_mib}"
                 )
+
+    def _share_folders(self) -> None:
+        """Outbox and failed have the inbox's group, which all that is made below them inherits."""
+        group = os.stat(self.inbox).st_gid
+        for path in (self.outbox, self.failed):
+            if os.stat(path).st_gid != group:
+                try:
+                    os.chown(path, -1, group)
+                except OSError:
+                    pass  # not ours to give, or a share that has no groups: doctor says so
 
     def _folders(self) -> dict[str, Path]:
         return {"inbox": self.inbox, "outbox": self.outbox, "failed": self.failed}
@@ -349,9 +480,54 @@ class Spool:
         except OSError:
             fs.remove_tree(home)
             raise
+        self._take_marker(home, sub, file)
         for path in (folder, home, home.parent, source.parent):
             _sync_if_there(path)
         return Unresolved(job_id, home, sub, file, os.lstat(folder / file).st_ino)
+
+    def _take_marker(self, home: Path, sub: str, file: str) -> None:
+        """FILE.done goes with FILE: the next file of this name needs a marker of its own."""
+        suffix = self.config.watch.ready_suffix
+        marker = self.inbox / sub / f"{file}{suffix}"
+        if suffix and not os.path.lexists(self.inbox / sub / file):
+            try:
+                fs.rename(marker, home / "ready")
+            except OSError:
+                pass  # gone, or claimed with it before a crash; the file itself is ours
+
+    def twin(self, claimed: Unresolved) -> str | None:
+        """SUB/FILE of a job taken before from the same folder with the same bytes; else remember these.
+
+        A job that did not end well is forgotten: its file may come back.
+        """
+        path = self._memory_of(claimed)
+        known = read_json(path)
+        if known and known["id"] != claimed.id:
+            return str(known["file"])
+        fs.make_directories(path.parent, _OWN_MODE, below=self.own)
+        note = {"id": claimed.id, "file": claimed.path}
+        fs.write_quickly(path, json.dumps(note).encode())
+        return None
+
+    def _memory_of(self, claimed: "Job | Unresolved") -> Path:
+        drop = claimed.home / "drop" / claimed.sub / claimed.file
+        digest = hashlib.sha256(os.fsencode(claimed.sub) + b"\0" + drop.read_bytes()).hexdigest()
+        return self.cache / "taken" / digest[:2] / digest
+
+    def _forget_bytes(self, job: "Job | Unresolved") -> None:
+        try:
+            path = self._memory_of(job)
+        except FileNotFoundError:
+            return  # moved already, before a crash
+        if read_json(path).get("id") == job.id:
+            fs.remove_file(path)
+
+    def _forget_old_bytes(self) -> None:
+        oldest = time.time() - TWIN_DAYS * 86400
+        for folder in fs.entries(self.cache / "taken"):
+            for entry in fs.entries(Path(folder.path)):
+                if entry.stat(follow_symlinks=False).st_mtime < oldest:
+                    fs.remove_file(Path(entry.path))
 
     def resolve(
         self, claimed: Unresolved, request: Request, settled: Settled, settings: Settings
@@ -359,17 +535,17 @@ class Spool:
         """Record what a claimed file asks for, seeds included, then make its outbox folder. Once in a job's life."""
         job = Job(
             claimed.id,
-            claimed.home,
-            claimed.sub,
+            self.own,
+            claimed.home.parent.name,
+            sys.intern(claimed.sub),
             claimed.file,
             claimed.inode,
             self.outbox,
             "",
             request.priority,
-            clock.timestamp(),
-            settled,
-            settings,
-            request.images,
+            len(request.images),
+            settings.prompt.overflow == "refuse",
+            Detail(clock.timestamp(), settled, settings, request.images),
         )
         self._choose_folder(job)
         return job
@@ -377,15 +553,14 @@ class Spool:
     def _choose_folder(self, job: Job) -> None:
         """Record a free folder, then mkdir it; if somebody was faster, the next one."""
         mode = int(job.settings.output.directory_mode, 8)
+        stem = names.split(job.file)[0]
+        stem = names.safe(names.printable(stem) if not _is_text(stem) else stem)
         while True:
             mirror = self._mirror(job.sub, mode)
-            taken = {names.fold(entry.name) for entry in fs.entries(mirror)}
-            stem = names.split(job.file)[0]
-            name = names.first_free(
-                names.safe(names.printable(stem) if not _is_text(stem) else stem), taken
-            )
+            name = self._first_free(mirror, stem)
             job.folder = str((mirror / name).relative_to(self.outbox))
             self._record(job)
+            self._names_in(mirror).add(name)
             try:
                 fs.make_directory(mirror / name, mode)
             except FileExistsError:
@@ -393,21 +568,37 @@ class Spool:
             self._live.add(job.folder)
             return
 
+    def _first_free(self, folder: Path, stem: str) -> str:
+        """The first of `stem`, `stem~2`, `stem~3` ... that nobody has in this outbox folder."""
+        n = 1
+        while True:
+            name = names.numbered(stem, "", n, names.NAME_BYTES + 10)
+            is_reserved = folder == self.outbox and names.fold(name) == STATUS
+            is_live = str((folder / name).relative_to(self.outbox)) in self._live
+            if not (is_reserved or is_live or self._names_in(folder).real_name(name)):
+                return name
+            n += 1
+
+    def _names_in(self, folder: Path) -> Taken:
+        if folder not in self._taken:
+            self._taken[folder] = Taken(folder)
+        return self._taken[folder]
+
     def _mirror(self, sub: str, mode: int) -> Path:
         """The outbox folder of an inbox sub-folder, made if need be; never a job's folder."""
         folder = self.outbox
         for part in Path(sub).parts:
-            there = {names.fold(entry.name): entry.name for entry in fs.entries(folder)}
             stem, n = names.safe(part), 1
             while True:
                 name = names.numbered(stem, "", n, names.NAME_BYTES + 10)
-                existing = folder / there.get(names.fold(name), name)
-                if not existing.exists() or (
-                    existing.is_dir() and not self._is_job_folder(existing)
-                ):
+                real = self._names_in(folder).real_name(name)
+                existing = folder / (real or name)
+                if real is None or (existing.is_dir() and not self._is_job_folder(existing)):
                     break
                 n += 1
-            fs.make_directories(existing, mode, below=folder)
+            if real is None:
+                fs.make_directories(existing, mode, below=folder)
+                self._names_in(folder).add(name)
             folder = existing
         return folder
 
@@ -438,16 +629,16 @@ class Spool:
             "images": images,
             "texts": texts.known,
         }
-        fs.write_durably(job.home / "request.json", json.dumps(document).encode())
+        fs.write_durably(job.home / RECORD, json.dumps(document).encode())
 
     # --- one image ----------------------------------------------------------------------------
 
     def take(self, job: Job) -> None:
         """The job's first image is on its way: pending -> active."""
-        if job.home.parent.name == "pending":
-            target = self.own / "active" / job.id
-            fs.rename(job.home, target)
-            job.home = target
+        assert job.detail  # read now, so that nothing later meets trouble on its way
+        if job.place == "pending":
+            fs.rename(job.home, self.own / "active" / job.id)
+            job.place = "active"
 
     def begin_image(self, job: Job, image: int) -> None:
         """Count a daemon death in advance; whatever ends the image otherwise takes it back."""
@@ -482,6 +673,8 @@ class Spool:
     def finish(self, job: Job) -> JobOutcome:
         """Move the dropped file to its last place, write job.json, let the job go."""
         outcome = outcome_of(job)
+        if outcome != "done":
+            self._forget_bytes(job)
         if outcome == "done":
             self._ensure_folder(job)
             self._move_request(job)
@@ -512,7 +705,8 @@ class Spool:
     def refuse_job(self, job: Job, problems: Iterable[Problem]) -> ErrorRecord:
         """Refuse a resolved job before its first image; its empty outbox folder goes."""
         claimed = Unresolved(job.id, job.home, job.sub, job.file, job.inode)
-        fs.remove_file(job.home / "request.json")
+        self._forget_bytes(claimed)
+        fs.remove_file(job.home / RECORD)
         try:
             os.rmdir(job.outbox_folder)
         except OSError:
@@ -529,12 +723,26 @@ class Spool:
         folder = self.outbox / job.folder
         suffix = names.split(job.file)[1].lower()
         n = 1
+        self._share_drop(job.drop, folder)
         while os.path.lexists(job.drop):
             try:
                 fs.move(job.drop, folder / names.numbered("request", suffix, n))
             except FileExistsError:
                 n += 1
-        _chmod_quietly(folder / f"request{suffix}", int(job.settings.output.mode, 8))
+
+    def _share_drop(self, drop: Path, folder: Path) -> None:
+        """A dropped file that is about to move to `folder` is for the whole group from then on."""
+        # Of a file with other names its mode is not ours to change: those are somebody's own.
+        if os.path.lexists(drop) and os.lstat(drop).st_nlink == 1:
+            fs.share(drop, self._mode, folder)
+
+    @property
+    def _mode(self) -> int:
+        return int(self.config.output.mode, 8)
+
+    def _make_folder_of(self, target: Path) -> None:
+        mode = int(self.config.output.directory_mode, 8)
+        fs.make_directories(target.parent, mode, below=self.failed)
 
     def _move_to_failed(self, job: Job | Unresolved, record: ErrorRecord) -> None:
         """Record the place in failed/, then move there, then say why beside it. Repeatable."""
@@ -549,15 +757,16 @@ class Spool:
         else:
             target = self._plan_failing(plan, job, record)
         while os.path.lexists(drop):
-            fs.make_directories(target.parent, _TREE_MODE, below=self.failed)
+            self._make_folder_of(target)
+            self._share_drop(drop, target.parent)
             try:
                 fs.move(drop, target)
             except FileExistsError:
                 target = self._plan_failing(plan, job, record)
         reason = _reason_file(target)
         if not reason.exists():
-            fs.make_directories(target.parent, _TREE_MODE, below=self.failed)
-            fs.write_durably(reason, to_bytes(record))
+            self._make_folder_of(target)
+            fs.write_durably(reason, to_bytes(record), self._mode)
 
     def _plan_failing(self, plan: Path, job: Job | Unresolved, record: ErrorRecord) -> Path:
         stem, suffix = names.split(job.file)
@@ -596,17 +805,25 @@ class Spool:
 
         Raises UsageError: nothing there can be retried.
         """
-        for home in self._homes("parked"):
-            if read_json(home / "failing.json").get("target") == target:
-                return self._unpark(home)
         path = self.failed / target
+        if home := self._parked_home(target):
+            return self._unpark(home)
         if Path(target).is_absolute() or ".." in Path(target).parts or not path.is_file():
             raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
         self._drop_again(path, target)
         return None
 
+    def _parked_home(self, target: str) -> Path | None:
+        known = str(read_json(_reason_file(self.failed / target)).get("id"))
+        likely = [f"{self.own}/parked/{known}"] if _ID.match(known) else []
+        # All of them only if its reason is gone, as in a retry that trouble with a disk cut short.
+        for home in likely or self._homes("parked"):
+            if read_json(f"{home}/failing.json").get("target") == target:
+                return Path(home)
+        return None
+
     def _unpark(self, home: Path) -> Job:
-        job = self._load(home)
+        job = self._load(home, [entry.name for entry in fs.entries(home)])
         plan = read_json(home / "failing.json")
         if plan and not os.path.lexists(job.drop):
             fs.move(self.failed / plan["target"], job.drop)
@@ -625,7 +842,7 @@ class Spool:
         fs.rename(home, pending)
         fs.sync_directory(pending.parent)
         self._live.add(job.folder)
-        return self._load(pending)
+        return self._load(pending, [entry.name for entry in fs.entries(pending)])
 
     def _drop_again(self, path: Path, target: str) -> None:
         """A refused file goes back to the inbox. Its reason goes first: a crash repeats the command."""
@@ -652,13 +869,15 @@ class Spool:
         Repeatable. Raises OSError, DiskTrouble: a folder cannot be used now.
         """
         self.require_folders()
+        self._forget_old_bytes()
         for home in self._homes("finished"):
-            fs.remove_tree(home)
+            fs.remove_tree(Path(home))
         for home in self._homes("parked"):
-            self._recover_parked(home)
+            self._recover_parked(Path(home))
         jobs, unresolved = [], []
-        for home in sorted(self._homes("pending", "active"), key=lambda home: home.name):
-            left = self._recover(home)
+        homes = sorted(self._homes("pending", "active"), key=os.path.basename)
+        for n, (home, found) in enumerate(zip(homes, self._look_into(homes), strict=True), 1):
+            left = self._recover(Path(home), *found, is_new=n > len(homes) - ADOPTED)
             if isinstance(left, Job):
                 jobs.append(left)
             elif left:
@@ -672,14 +891,31 @@ class Spool:
             fs.remove_temporaries(folder)
         return jobs, unresolved
 
-    def _recover(self, home: Path) -> Job | Unresolved | None:
-        fs.remove_temporaries(home)
-        has_record = (home / "request.json").exists()
-        is_failing = (home / "failing.json").exists()
-        if has_record:
-            job = self._load(home)
+    def _look_into(self, homes: list[str]) -> Iterator[tuple[list[str], Job | None]]:
+        """What each folder holds, and its job. Many at once: after a power cut all comes from the disk."""
+
+        def look(some: list[str]) -> list[tuple[list[str], Job | None]]:
+            found = []
+            for home in some:
+                listed = os.listdir(home)
+                found.append((listed, self._load(home, listed) if RECORD in listed else None))
+            return found
+
+        slices = [homes[n : n + _SLICE] for n in range(0, len(homes), _SLICE)]
+        with ThreadPoolExecutor(_LOOKERS) as pool:
+            for found in pool.map(look, slices):
+                yield from found
+
+    def _recover(
+        self, home: Path, listed: list[str], job: Job | None, is_new: bool
+    ) -> Job | Unresolved | None:
+        if any(name.startswith(fs.TEMPORARY) for name in listed):
+            fs.remove_temporaries(home)
+        is_failing = "failing.json" in listed
+        if job:
             if not is_failing:
-                self._adopt_folder(job)
+                self._recover_folder(job, is_new)
+                job.close()
                 return job
             fs.remove_temporaries(job.outbox_folder)
             self.finish(job)
@@ -695,6 +931,7 @@ class Spool:
         if drop is None:
             fs.remove_tree(home)
             return None
+        self._take_marker(home, _relative(drop.parent, home / "drop"), drop.name)
         return _unresolved(home, drop)
 
     def _recover_parked(self, home: Path) -> None:
@@ -703,6 +940,13 @@ class Spool:
             self._unpark(home)  # a retry that had begun
         elif plan and self.failed.is_dir() and not os.path.lexists(self.failed / plan["target"]):
             fs.remove_tree(home)  # somebody took the file back: it is a new job now
+
+    def _recover_folder(self, job: Job, is_new: bool) -> None:
+        """A fresh job's folder was made just after its record, so only a new one can be missing."""
+        if job.is_fresh and not is_new and os.path.isdir(f"{job.outbox}/{job.folder}"):
+            self._live.add(job.folder)
+        else:
+            self._adopt_folder(job)
 
     def _adopt_folder(self, job: Job) -> None:
         """Make the recorded folder again; if a stranger filled it before us, choose another."""
@@ -718,36 +962,27 @@ class Spool:
         """Whether job.json there is this job's own, written just before the crash."""
         return read_json(folder / "job.json").get("id") == job.id
 
-    def _load(self, home: Path) -> Job:
-        record = read_json(home / "request.json")
-        settings = record["settings"]
+    def _load(self, home: str | Path, listed: Iterable[str]) -> Job:
+        record = json.loads(fs.read_whole(f"{home}/{RECORD}"))
         job = Job(
             record["id"],
-            home,
-            record["sub"],
+            self.own,
+            sys.intern(os.path.basename(os.path.dirname(home))),
+            sys.intern(record["sub"]),
             record["file"],
             record["inode"],
             self.outbox,
             record["folder"],
             record["priority"],
-            record["claimed"],
-            Settled(**record["settled"]),
-            Settings(
-                Prompt(**settings["prompt"]),
-                Output(**settings["output"]),
-                settings["max_attempts"],
-                settings["on_timeout"],
-            ),
-            tuple(
-                ImageSpec(**{**spec, **{name: record["texts"][spec[name]] for name in _LONG}})
-                for spec in record["images"]
-            ),
+            len(record["images"]),
+            record["settings"]["prompt"]["overflow"] == "refuse",
+            _detail(record) if len(record["images"]) > CLOSED_IMAGES else None,
         )
-        for entry in fs.entries(home):
-            image, _, kind = entry.name.partition(".")
-            job.cancelled |= entry.name == "cancelled"
+        for name in listed:
+            image, _, kind = name.partition(".")
+            job.cancelled |= name == "cancelled"
             if image.isdecimal():
-                self._load_image(job, int(image), kind, read_json(Path(entry.path)))
+                self._load_image(job, int(image), kind, read_json(f"{home}/{name}"))
         return job
 
     def _load_image(self, job: Job, image: int, kind: str, record: dict[str, Any]) -> None:
@@ -760,11 +995,12 @@ class Spool:
         elif kind == "begun":
             state.attempts, state.deaths = record.get("attempts", 0), record.get("deaths", 1)
 
-    def _homes(self, *states: str) -> Iterator[Path]:
+    def _homes(self, *states: str) -> Iterator[str]:
+        """Paths of the jobs' folders; as text, for there may be a hundred thousand."""
         for state in states:
             for entry in fs.entries(self.own / state):
                 if _ID.match(entry.name) and entry.is_dir(follow_symlinks=False):
-                    yield Path(entry.path)
+                    yield entry.path
 
     def _new_id(self) -> str:
         """Sorts by arrival, also when the wall clock was set back while we run."""
@@ -777,10 +1013,28 @@ class Spool:
         return f"{stamp}-{secrets.token_hex(3)}"
 
 
+def _detail(record: dict[str, Any]) -> Detail:
+    settings = record["settings"]
+    return Detail(
+        record["claimed"],
+        Settled(**record["settled"]),
+        Settings(
+            Prompt(**settings["prompt"]),
+            Output(**settings["output"]),
+            settings["max_attempts"],
+            settings["on_timeout"],
+        ),
+        tuple(
+            ImageSpec(**{**spec, **{name: record["texts"][spec[name]] for name in _LONG}})
+            for spec in record["images"]
+        ),
+    )
+
+
 def outcome_of(job: Job) -> JobOutcome:
     """done: every image rendered. failed: none. partial: some."""
     rendered = sum(state.outcome == "rendered" for state in job.states.values())
-    if rendered == len(job.specs):
+    if rendered == job.images:
         return "done"
     if job.cancelled:
         return "cancelled"
@@ -829,6 +1083,19 @@ def describe_permissions(path: Path) -> str:
     except OSError as e:
         return f"{path} ({e.strerror})"
     return f"{path} (uid {status.st_uid}, gid {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; we are uid {os.geteuid()})"
+
+
+def why_not_moved(folder: Path) -> str | None:
+    """Why files of others cannot be moved out of an inbox folder by this process, and the cure."""
+    status = os.stat(folder)
+    described = describe_permissions(folder)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{described} is on a file system mounted read-only; mount it read-write"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{described} is read-only for us; give it to our group and: chmod g+rwx {folder}"
+    if status.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid):
+        return f"{described} is sticky: only the owner of a file may move it out; chmod -t {folder}"
+    return None
 
 
 def _summary_image(job: Job, spec: ImageSpec) -> SummaryImage:
@@ -916,17 +1183,10 @@ def _sync_if_there(path: Path) -> None:
         pass  # the dropper's folder is gone, or the disk is sick: the file is ours all the same
 
 
-def _chmod_quietly(path: Path, mode: int) -> None:
-    try:
-        os.chmod(path, mode)
-    except OSError:
-        pass  # the dropper owns the file (root_squash, another uid): its mode stands
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | str) -> dict[str, Any]:
     """A record of our own; one that is gone, torn or no regular file is empty."""
     try:
-        loaded = json.loads(fs.read_plain(path, None)[0])
+        loaded = json.loads(fs.read_plain(Path(path), None)[0])
     except (FileNotFoundError, NotADirectoryError, fs.NotPlain, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

@@ -3,13 +3,15 @@
 Everything here runs on the loop, decides from memory, and never imports torch.
 """
 
+import gc
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import FrameType
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from promptdrop.engine_process import EngineProcess, InHand, Limits
 from promptdrop.errors import ConfigError, Problem, RequestError, UsageError
 from promptdrop.intake import Intake, Survey
 from promptdrop.job import EngineInfo, ImageSpec, JobOutcome
-from promptdrop.loop import PUBLISHERS, Loop, Room, reason_of
+from promptdrop.loop import PUBLISHERS, TROUBLE, Loop, Room, reason_of
 from promptdrop.messages import (
     Began,
     Cancelled,
@@ -47,13 +49,16 @@ from promptdrop.records import (
 )
 from promptdrop.request_data import MAX_PROBLEMS
 from promptdrop.sdnotify import Notifier
-from promptdrop.spool import DEATHS_FAILED, Job, Spool, Unresolved
+from promptdrop.spool import DEATHS_FAILED, STATUS, Job, Spool, Unresolved, why_not_moved
 
 DEPTH = 2  # images in the engine: the one being rendered and the next, so the device never waits
 STATUS_SECONDS = 1.0  # shortest time between two writes of status.json
 HEARTBEAT_SECONDS = 10.0  # longest
 PROGRESS_SECONDS = 0.1
 IDLE_DEATHS = 5  # deaths in a row without an image in hand after which the engine is given up
+OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
+FROZEN_JOBS = 4096
+ACCEPT_SECONDS = 0.02  # of one turn, for jobs left from before
 LISTED = 100  # jobs, files and ends in the status
 
 State = Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
@@ -64,6 +69,7 @@ class Running:
     """A claimed job that has not ended."""
 
     job: Job
+    left: int  # images that are neither published nor given up
     busy: int = 0  # images in the engine or on their way to the disk
     ending: bool = False
 
@@ -91,8 +97,12 @@ class Supervisor:
         self._queue = Queue(settings.queue.policy)
         self._running: dict[str, Running] = {}
         self._obeying: set[str] = set()  # commands that are being carried out
+        self._turned_away: set[str] = (
+            set()
+        )  # NAME.cancel files that fit no job, for as long as they stand
         self._refusing = 0  # files on their way to failed/
         self._recovering = True
+        self._left_over: deque[Job] = deque()  # recovered, not accepted yet
 
         self._engine: EngineProcess | None = None
         self._info: EngineInfo | None = None
@@ -113,13 +123,16 @@ class Supervisor:
 
         self._trouble: str | None = None
         self._looked = False
-        self._paused = False
+        self._paused: str | None = None  # how to go on
         self._stop_at: float | None = None
         self._signals: list[int] = []
         self._started = clock.timestamp()
         self._status_at = self._progress_at = 0.0
         self._status_key: object = None
         self._shown = self._status("starting")  # what status.json says
+        self._shared: Status | None = None  # what the outbox's says
+        self._sharing = False
+        self._shared_at = 0.0
 
     # --- a life -------------------------------------------------------------------------------
 
@@ -143,14 +156,17 @@ class Supervisor:
     def _startup(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        self._intake.decide_watch()
         log.get().info(
             "daemon.started",
             pid=os.getpid(),
             root=str(self.spool.root),
-            watch=self._intake.watch_mode(),
+            watch=self._intake.watch,
             version=__version__,
         )
-        self._paused = control.is_paused(self.spool.control)
+        self._paused = self.spool.why_paused()
+        if why := why_not_moved(self.spool.inbox):
+            log.get().warning("inbox.unusable", reason=f"the inbox {why}")
         self._export_metrics()
         self._write_status(self._shown)
         self._start_engine()
@@ -172,6 +188,7 @@ class Supervisor:
         now = time.monotonic()
         self._hear_engine(now)
         if not self._recovering:
+            self._accept_left_over(now)
             self._intake.look(now)
         self._feed(now)
         self._maybe_end(now)
@@ -191,6 +208,8 @@ class Supervisor:
             due.append(self._stop_at)
         if self._running:
             due.append(self._status_at + STATUS_SECONDS)
+        if self._shared is not self._shown and not (self._sharing or self._recovering):
+            due.append(self._shared_at + STATUS_SECONDS)
         return min(due)
 
     def _shutdown(self) -> None:
@@ -205,6 +224,8 @@ class Supervisor:
         self._put_down_images()
         last = self._status("stopping")
         self._write_status(last)
+        if not self._why_held():  # an outbox in trouble is not waited for
+            self._write_shared(last)
         if self._on_change:
             self._on_change(last)
         self.spool.unlock()
@@ -263,7 +284,7 @@ class Supervisor:
         except ConfigError as e:
             log.get().error("config.refused", error=str(e))
         else:
-            self.config = merged
+            self.config = self.spool.config = merged
             self._queue.policy = merged.queue.policy
             log.set_up(merged.log.level, merged.log.format)
             log.get().info("config.reloaded", needs_restart=needs_restart)
@@ -281,36 +302,64 @@ class Supervisor:
                 log.get().info("disk.cured")
         if survey.paused != self._paused:
             self._paused = survey.paused
-            log.get().info("daemon.paused" if survey.paused else "daemon.resumed")
+            log.get().info(
+                "daemon.paused" if survey.paused else "daemon.resumed", reason=survey.paused
+            )
             if survey.paused:
                 self._recall_prefetched()
         for command in survey.commands:
             if command.file not in self._obeying:
                 self._obey(command)
+        if scan := survey.scan:
+            self._turned_away &= scan.cancels.keys()
+            for path, since in scan.cancels.items():
+                if path not in self._obeying | self._turned_away:
+                    self._heed_cancel(path, since)
 
     def _obey(self, command: control.Command) -> None:
         self._obeying.add(command.file)
         work: Callable[[], Any]
         then: Callable[[Any], None]
         if isinstance(command, control.Cancel):
-            work, then = partial(self._record_cancel, command), self._cancel
+            done = partial(control.done, self.spool.control, command.file)
+            work, then = partial(self._record_cancel, command.targets, done), self._cancel
         else:
             work, then = partial(self._retry, command, list(command.targets), []), self._retried
-        self._off("clerk", work, partial(self._obeyed, command, then))
+        self._off("clerk", work, partial(self._obeyed, command.file, then))
 
-    def _obeyed(self, command: control.Command, then: Callable[[Any], None], result: Any) -> None:
-        self._obeying.discard(command.file)
+    def _obeyed(self, file: str, then: Callable[[Any], None], result: Any) -> None:
+        self._obeying.discard(file)
         then(result)
 
-    def _record_cancel(self, command: control.Cancel) -> list[str]:
+    def _record_cancel(self, targets: Sequence[str], done: Callable[[], None]) -> Sequence[str]:
         """On the clerk's thread: durable before the command goes."""
-        for target in command.targets:
+        for target in targets:
             if running := self._running.get(target):
                 self.spool.cancel(running.job)
-        control.done(self.spool.control, command.file)
-        return list(command.targets)
+        done()
+        return targets
 
-    def _cancel(self, targets: list[str]) -> None:
+    def _heed_cancel(self, path: str, since: float) -> None:
+        """SUB/NAME.cancel in the inbox: withdraw the one job it names, or say why not."""
+        self._obeying.add(path)
+        jobs = [running.job for running in self._running.values()]
+        then = partial(self._named_by_cancel, path, since)
+        self._off("clerk", partial(_named, path, jobs), partial(self._obeyed, path, then))
+
+    def _named_by_cancel(self, path: str, since: float, named: list[str]) -> None:
+        if len(named) == 1:
+            self._obeying.add(path)
+            done = partial(fs.remove_file, self.spool.inbox / path)
+            work = partial(self._record_cancel, named, done)
+            self._off("clerk", work, partial(self._obeyed, path, self._cancel))
+        elif time.monotonic() >= since + self.config.watch.give_up_seconds:
+            self._turned_away.add(path)
+            why = (
+                f"names {len(named)} jobs: {', '.join(named)}" if named else "names no job in hand"
+            )
+            self._intake.turn_away(path, RequestError(why))
+
+    def _cancel(self, targets: Sequence[str]) -> None:
         for running in [self._running[target] for target in targets if target in self._running]:
             if running.ending:
                 continue
@@ -357,6 +406,8 @@ class Supervisor:
         """On the clerk's thread."""
         jobs, unresolved = self.spool.recover()
         for job in jobs:
+            if job.is_fresh and job.place == "pending":
+                continue  # nothing of it was ever begun
             publish.recover(job)
             for image in job.todo():
                 if job.deaths(image) >= DEATHS_FAILED:
@@ -369,17 +420,25 @@ class Supervisor:
         jobs, unresolved = left
         if jobs or unresolved:
             log.get().info("spool.recovered", jobs=len(jobs), unresolved=len(unresolved))
-        for job in jobs:
-            self.accept(job)
         for claimed in unresolved:
             self._intake.resolve_again(claimed)
+        self._left_over.extend(jobs)
         self._intake.wake()
+
+    def _accept_left_over(self, now: float) -> None:
+        """Jobs from before, in slices: a turn stays short however many there are."""
+        while self._left_over and time.monotonic() < now + ACCEPT_SECONDS:
+            self.accept(self._left_over.popleft())
+        if self._left_over:
+            self._loop.wake()
 
     def accept(self, job: Job) -> None:
         """A job to render: new, recovered or retried."""
-        running = self._running[job.id] = Running(job)
+        running = self._running[job.id] = Running(job, len(job.todo()))
+        if not len(self._running) % FROZEN_JOBS:
+            gc.freeze()  # a full collection of a hundred thousand jobs would stop a turn for long
         self._intake.last_activity = time.monotonic()
-        if job.settings.prompt.overflow == "refuse" and not (job.states or job.cancelled):
+        if job.must_fit and job.is_fresh and not job.cancelled:
             self._unmeasured.append(running)
             self._measure()
         else:
@@ -388,7 +447,17 @@ class Supervisor:
     def _enqueue(self, running: Running) -> None:
         if not running.job.cancelled:
             self._queue.add(running.job, running.job.todo())
+            self._recall_less_urgent(running.job.priority)
+            if len(self._queue) > OPEN_IMAGES:
+                running.job.close()
         self._maybe_finish(running)
+
+    def _recall_less_urgent(self, priority: int) -> None:
+        """A higher priority goes in front at the next image, also of one that is prefetched."""
+        for ticket, running in self._tickets.items():
+            is_prefetched = self._engine and self._engine.in_hand[ticket].began is None
+            if self._engine and is_prefetched and running.job.priority < priority:
+                self._engine.cancel(ticket)
 
     def refuse(self, claimed: Unresolved, error: RequestError) -> None:
         """A claimed file that is no job goes to failed/, with the reason."""
@@ -441,7 +510,7 @@ class Supervisor:
 
     def _maybe_finish(self, running: Running) -> None:
         """End the job if nothing of it is left to do or in flight."""
-        if running.ending or running.busy or (running.job.todo() and not running.job.cancelled):
+        if running.ending or running.busy or (running.left and not running.job.cancelled):
             return
         running.ending = True
         self._off("clerk", partial(self._finish, running), partial(self._job_ended, running))
@@ -464,7 +533,7 @@ class Supervisor:
             job=job.id,
             file=names.printable(job.path),
             folder=job.folder,
-            images=len(job.specs),
+            images=job.images,
             rendered=sum(state.outcome == "rendered" for state in job.states.values()),
             seconds=None if lasted is None else round(lasted / 1e3, 3),
             **({"error": error} if error else {}),
@@ -631,7 +700,7 @@ class Supervisor:
     def _is_held(self) -> bool:
         """Whether no new image may begin."""
         blind = not self._looked  # the disks and the pause are not known yet
-        return blind or self._paused or self._trouble is not None or self._stop_at is not None
+        return blind or bool(self._paused or self._trouble) or self._stop_at is not None
 
     # --- images -------------------------------------------------------------------------------
 
@@ -689,6 +758,7 @@ class Supervisor:
 
     def _image_given_up(self, running: Running, _: None) -> None:
         running.busy -= 1
+        running.left -= 1
         self._maybe_finish(running)
 
     def _put_back(self, running: Running, spec: ImageSpec, behind: bool = False) -> None:
@@ -723,6 +793,7 @@ class Supervisor:
         self._publishing -= 1
         self._published += 1
         running.busy -= 1
+        running.left -= 1
         publication.close()
         spec, rendering = publication.spec, publication.rendering
         log.get().info(
@@ -753,7 +824,9 @@ class Supervisor:
             saving = self._publishing > 0 and not self._loop.stalled
             if (self._engine_trouble or not self._tickets) and not saving:
                 self._end(1, f"cannot drain: {reason}")
-        elif not (self._recovering or self._running or self._refusing or self._obeying):
+        elif not (
+            self._recovering or self._left_over or self._running or self._refusing or self._obeying
+        ):
             ready = self._engine is not None and self._engine.is_ready
             if self._intake.is_quiet() and ready:
                 self._end(0)
@@ -762,11 +835,12 @@ class Supervisor:
 
     def _why_held(self) -> str | None:
         """Why work does not go on by itself."""
-        if self._paused:
-            return "paused; go on with: promptdrop resume"
-        if self._engine_trouble:
-            return self._engine_trouble
-        return self._trouble or (self._loop.stalled[0].reason if self._loop.stalled else None)
+        return (
+            self._paused
+            or self._engine_trouble
+            or self._trouble
+            or (self._loop.stalled[0].reason if self._loop.stalled else None)
+        )
 
     # --- reporting ----------------------------------------------------------------------------
 
@@ -776,11 +850,12 @@ class Supervisor:
         if self._on_change and now >= self._progress_at + PROGRESS_SECONDS:
             self._progress_at = now
             self._on_change(self._status(self._state()))
+        self._share_status(now)
         if now < self._status_at + STATUS_SECONDS:
             return
         last = self.finished[-1].id if self.finished else None
         stage = self._engine.stage if self._engine else None
-        waiting = tuple(self._intake.waiting.items())[:LISTED]
+        waiting = tuple(islice(self._intake.waiting.items(), LISTED))
         jobs = len(self._running)
         key = (self._state(), self._why_held(), self._published, jobs, last, stage, waiting)
         is_old = now >= self._status_at + HEARTBEAT_SECONDS
@@ -797,6 +872,27 @@ class Supervisor:
         except OSError:
             pass  # the disk's trouble is reported by those who need it to work
 
+    def _share_status(self, now: float) -> None:
+        """The same in the outbox, at most once a second and off the loop: a share may hang."""
+        if self._shared is self._shown or self._sharing:
+            return
+        if self._recovering or now < self._shared_at + STATUS_SECONDS:
+            return
+        self._shared, self._shared_at, self._sharing = self._shown, now, True
+        self._off("herald", partial(self._write_shared, self._shown), self._was_shared)
+
+    def _was_shared(self, _: None) -> None:
+        self._sharing = False
+
+    def _write_shared(self, status: Status) -> None:
+        """On the herald's thread, and at the end."""
+        try:
+            self.spool.require_folders()
+            mode = int(self.config.output.mode, 8)
+            fs.write_quickly(self.spool.outbox / STATUS, to_bytes(status), mode)
+        except TROUBLE:
+            pass  # reported by those who need the outbox to work
+
     def _state(self) -> State:
         if self._stop_at is not None:
             return "stopping"
@@ -812,15 +908,16 @@ class Supervisor:
         window = self._window.summary()
         left = len(self._queue) + len(self._tickets)
         rate = window.images_per_second or (1e3 / window.p50_ms if window.p50_ms else None)
-        waiting = list(self._intake.waiting.items())[:LISTED]
+        waiting = islice(self._intake.waiting.items(), LISTED)
         return Status(
             state=state,
             reason=self._why_held(),
             pid=os.getpid(),
             engine=self._status_engine(),
             current=self._status_image(),
+            watch=self._intake.watch,
             queue=StatusQueue(jobs=len(self._running), images=left, publishing=self._publishing),
-            jobs=[_status_job(running.job) for running in list(self._running.values())[:LISTED]],
+            jobs=[_status_job(running) for running in islice(self._running.values(), LISTED)],
             waiting=[StatusWaiting(file=names.printable(path), why=why) for path, why in waiting],
             finished=list(self.finished),
             window=window,
@@ -856,7 +953,7 @@ class Supervisor:
                     job=job.id,
                     file=names.printable(job.path),
                     image=image.spec.image,
-                    images=len(job.specs),
+                    images=job.images,
                     step=image.step,
                     steps=image.spec.steps,
                     seconds=round(time.monotonic() - image.began, 1),
@@ -879,6 +976,17 @@ def one_line(status: Status) -> str:
     return ", ".join(parts)
 
 
+def _named(path: str, jobs: Iterable[Job]) -> list[str]:
+    """The ids of the jobs that SUB/NAME.cancel fits: NAME is a FILE, a JOB or an id."""
+    name = names.split(path)[0]
+    wanted, last = names.fold(name), names.fold(name.rpartition("/")[2])
+    return [
+        job.id
+        for job in jobs
+        if wanted in (names.fold(job.path), names.fold(job.folder)) or last == job.id.casefold()
+    ]
+
+
 def _texts(job: Job) -> list[tuple[ImageSpec, str, str]]:
     """Every text of a job that the encoder is given: (image, field, text)."""
     texts = [(spec, "prompt", spec.prompt) for spec in job.specs]
@@ -889,12 +997,13 @@ def _texts(job: Job) -> list[tuple[ImageSpec, str, str]]:
     ]
 
 
-def _status_job(job: Job) -> StatusJob:
+def _status_job(running: Running) -> StatusJob:
+    job = running.job
     return StatusJob(
         id=job.id,
         file=names.printable(job.path),
         inode=job.inode,
         folder=job.folder,
-        images=len(job.specs),
-        done=len(job.specs) - len(job.todo()),
+        images=job.images,
+        done=job.images - running.left,
     )

@@ -147,6 +147,7 @@ def status(document: dict[str, Any]) -> None:
             f"{queue['images']} images of {queue['jobs']} jobs, {queue['publishing']} being saved",
         )
     )
+    rows.append(("watch", document["watch"]))
     if window["p50_ms"] is not None:
         rate = (
             f"{window['images_per_second']:.2f} images/s, " if window["images_per_second"] else ""

@@ -1,0 +1,378 @@
+"""How the spool scales: what start, a claim, a turn of the loop and a look cost, against how much lies there.
+
+    python bench/spool.py --pending 1000 10000 100000 --outbox 0 100000 1000000 --svg docs/spool.svg
+
+For each number of pending jobs of one image: seconds to recover them, resident memory, and the longest
+and the median turn of the loop while 100 images of 64x64 are rendered (gradient engine). For each number of
+images in the outbox (100 to a folder): the median claim, from the rename out of the inbox to the outbox
+folder, and the first one, which lists the outbox once. One job of --images images. Files dropped at
+once: seconds to the first claim, claims per second. Last, the CPU time of a look at an inbox of --files,
+against watchdog's PollingObserver and a loop of glob and stat. Nothing here is asserted: read the curves.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from watchdog.events import FileSystemEventHandler
+from watchdog.observers.polling import PollingObserver
+from watchdog.utils.dirsnapshot import DirectorySnapshot, DirectorySnapshotDiff
+
+from promptdrop import config, log
+from promptdrop.inbox import Inbox
+from promptdrop.intake import settings_of
+from promptdrop.job import ImageSpec, Request
+from promptdrop.spool import Settled, Spool
+from promptdrop.supervisor import Supervisor
+
+Points = list[tuple[float, float]]
+RENDERED = 100  # images a daemon renders while its turns are timed
+
+
+class Timed(Supervisor):
+    """A daemon that notes how long its turns take, without the waiting, and stops by itself."""
+
+    def __init__(self, settings: config.Config, images: int, seconds: float) -> None:
+        self.turns: list[float] = []  # seconds
+        self.first_claim: float | None = None
+        self.claims = 0
+        self._images, self._until = images, time.monotonic() + seconds
+        super().__init__(settings)
+        self.began = time.monotonic()
+
+    def _heed_signals(self) -> None:
+        self._turn_began = time.monotonic()
+        super()._heed_signals()
+
+    def _report(self, now: float) -> None:
+        super()._report(now)
+        if self._engine and self._engine.is_ready:
+            self.turns.append(time.monotonic() - self._turn_began)
+        if self._published >= self._images or time.monotonic() > self._until:
+            self.exit_status = 0
+
+    def accept(self, job):  # type: ignore[no-untyped-def]  # as in Supervisor
+        """Note the first new one."""
+        if job.place == "pending" and not self._left_over:
+            self.claims += 1
+            self.first_claim = self.first_claim or time.monotonic() - self.began
+        super().accept(job)
+
+
+def settings_for(home: Path, **more: object) -> config.Config:
+    """The gradient engine, small images, default watch settings."""
+    base = {
+        "root": str(home / "spool"), "model": {"id": "gradient"}, "engine": {"warmup": []},
+        "defaults": {"width": 64, "height": 64, "steps": 3},
+        "limits": {"min_free_disk_mib": 0, "images_per_job": 1_000_000, "job_file_kib": 65_536},
+    }  # fmt: skip
+    return config.parse({**base, **more})
+
+
+def make_pending(spool: Spool, jobs: int) -> None:
+    """As claims leave them, without the fsyncs: half of them at the root, half in ten folders."""
+    claimed = _one_job(spool)
+    record = json.loads((claimed.home / "request.json").read_bytes())
+    for n in range(jobs):
+        job_id = f"20260101T{n:012d}-abcdef"
+        sub, name = (f"sub{n % 10}" if n % 2 else ""), f"job{n:06d}"
+        home = spool.own / "pending" / job_id
+        os.makedirs(home / "drop" / sub)
+        (home / "drop" / sub / f"{name}.txt").write_text("a red fox\n")
+        folder = f"{sub}/{name}" if sub else name
+        record |= {"id": job_id, "sub": sub, "file": f"{name}.txt", "folder": folder}
+        (home / "request.json").write_text(json.dumps(record))
+        os.makedirs(spool.outbox / folder)
+    shutil.rmtree(claimed.home)
+
+
+def _one_job(spool: Spool):  # type: ignore[no-untyped-def]
+    (spool.inbox / "one.txt").write_text("a red fox\n")
+    prompt = "a red fox in fresh snow, morning light, wide shot"
+    spec = ImageSpec(1, prompt, None, 64, 64, 3, 0.0, 1, "euler", "png", 60.0)
+    return spool.resolve(
+        spool.claim("", "one.txt"), Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
+    )  # fmt: skip
+
+
+def resident_mib() -> float:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def in_a_child(measure: Callable[..., dict[str, float]], *args: object) -> dict[str, float]:
+    """Fresh memory for each measurement."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        log.set_up("error", "json")
+        os.write(write, json.dumps(measure(*args)).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        answer: dict[str, float] = json.loads(pipe.read())
+    os.waitpid(pid, 0)
+    return answer
+
+
+def measure_pending(home: Path) -> dict[str, float]:
+    """Recovery, memory and turns."""
+    settings = settings_for(home)
+    spool = Spool(settings)
+    spool.prepare()
+    began = time.monotonic()
+    spool.recover()
+    recovered = time.monotonic() - began
+    daemon = Timed(settings, RENDERED, 300)
+    daemon.run()
+    return {
+        "recover_s": recovered, "mib": resident_mib(),
+        "turn_median_ms": statistics.median(daemon.turns) * 1e3, "turn_max_ms": max(daemon.turns) * 1e3,
+    }  # fmt: skip
+
+
+def measure_drop(home: Path, seconds: float) -> dict[str, float]:
+    """Files that lie there at the start, for so long."""
+    daemon = Timed(settings_for(home), 10**9, seconds)
+    daemon.run()
+    working = seconds - (daemon.first_claim or seconds)
+    return {
+        "first_claim_s": daemon.first_claim or float("nan"), "claims_per_s": daemon.claims / max(working, 1e-9),
+        "mib": resident_mib(), "turn_max_ms": max(daemon.turns) * 1e3,
+    }  # fmt: skip
+
+
+def measure_one_job(home: Path, seconds: float) -> dict[str, float]:
+    """One job of very many images."""
+    daemon = Timed(settings_for(home), 10**9, seconds)
+    daemon.run()
+    turns = daemon.turns[len(daemon.turns) // 10 :]
+    return {
+        "first_claim_s": daemon.first_claim or float("nan"), "images_per_s": daemon._published / seconds,
+        "mib": resident_mib(), "turn_median_ms": statistics.median(turns) * 1e3, "turn_max_ms": max(turns) * 1e3,
+    }  # fmt: skip
+
+
+def measure_claims(home: Path, claims: int) -> dict[str, float]:
+    """Claim and resolve, without the engine."""
+    spool = Spool(settings_for(home))
+    spool.prepare()
+    times = []
+    for n in range(claims):
+        (spool.inbox / f"new{n}.txt").write_text("a\n")
+        began = time.perf_counter()
+        claimed = spool.claim("", f"new{n}.txt")
+        spec = ImageSpec(1, "a", None, 64, 64, 3, 0.0, 1, "euler", "png", 60.0)
+        spool.resolve(
+            claimed, Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
+        )
+        times.append(time.perf_counter() - began)
+    return {"claim_first_ms": times[0] * 1e3, "claim_median_ms": statistics.median(times[1:]) * 1e3}
+
+
+def looks(files: int) -> dict[str, float]:
+    """CPU seconds of one look at an inbox of so many files in which nothing is new."""
+    with scratch() as home:
+        for n in range(files):
+            (home / f"{n}.txt").write_text("a\n")
+        watch = config.Watch(settle_seconds=0, writer_seconds=0)
+        inbox = Inbox(home)
+        for now in (1.0, 2.0):
+            inbox.scan(now, watch, True)
+        seen = {path: path.stat().st_mtime_ns for path in home.rglob("*.txt")}
+        snapshots = [DirectorySnapshot(str(home))]
+
+        def polling_observer() -> None:  # what PollingEmitter.queue_events does at each turn
+            snapshots.append(DirectorySnapshot(str(home)))
+            DirectorySnapshotDiff(snapshots[-2], snapshots[-1])
+            del snapshots[0]
+
+        def glob_loop() -> None:
+            for path in home.rglob("*.txt"):
+                _ = seen.get(path) != path.stat().st_mtime_ns
+
+        return {
+            "promptdrop_ms": _cpu_ms(lambda: inbox.scan(3.0, watch, True)),
+            "polling_observer_ms": _cpu_ms(polling_observer),
+            "glob_loop_ms": _cpu_ms(glob_loop),
+        }
+
+
+def pick_up(files: int) -> dict[str, float]:
+    """Seconds from the moment a folder of so many files appears until the last one is known of.
+
+    Ours and the loop look twice, as they must to tell a file that is still being written;
+    PollingObserver looks as often as it can, and knows of no such rule.
+    """
+    with scratch() as home:
+        watched, full = home / "inbox", home / "full"
+        for folder in (watched, full):
+            folder.mkdir()
+        for n in range(files):
+            (full / f"{n}.txt").write_text("a\n")
+        heard, done = set(), threading.Event()
+
+        class Handler(FileSystemEventHandler):
+            def on_created(self, event):  # type: ignore[no-untyped-def]
+                heard.add(event.src_path)
+                if len(heard) > files:  # the folder too
+                    done.set()
+
+        observer = PollingObserver(timeout=0.01)
+        observer.schedule(Handler(), str(watched), recursive=True)
+        observer.start()
+        time.sleep(1)
+        began = time.monotonic()
+        full.rename(watched / "full")
+        done.wait(300)
+        polling_observer = time.monotonic() - began
+        observer.stop()
+        observer.join()
+        began = time.monotonic()
+        looks = [{path: path.stat() for path in watched.rglob("*.txt")} for _ in range(2)]
+        settled = [path for path, status in looks[0].items() if looks[1].get(path) == status]
+        glob_loop = time.monotonic() - began
+        inbox, watch = Inbox(watched), config.Watch(settle_seconds=0)
+        began = time.monotonic()
+        inbox.scan(began, watch, True)
+        offers = inbox.scan(began + 1, watch, True).offers
+        ours = time.monotonic() - began
+        assert len(offers) == len(settled) == files
+        return {
+            "promptdrop_s": ours, "polling_observer_s": polling_observer, "glob_loop_s": glob_loop,
+        }  # fmt: skip
+
+
+def _cpu_ms(look: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        began = time.thread_time()
+        look()
+        times.append((time.thread_time() - began) * 1e3)
+    return statistics.median(times)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that goes again."""
+    with tempfile.TemporaryDirectory(prefix="promptdrop-bench-") as folder:
+        yield Path(folder)
+
+
+def fill_outbox(spool: Spool, images: int) -> None:
+    """Folders of 100 empty images."""
+    for n in range(images // 100):
+        folder = spool.outbox / f"old{n:06d}"
+        folder.mkdir()
+        for image in range(100):
+            os.close(os.open(folder / f"old{n:06d}-{image:04d}.png", os.O_CREAT | os.O_WRONLY))
+
+
+def say(what: str, number: int, figures: dict[str, float]) -> None:
+    """One line of the report."""
+    print(f"{what} {number:>9,}: " + ", ".join(f"{k} {v:,.2f}" for k, v in figures.items()), flush=True)  # fmt: skip
+
+
+def draw(file: Path, curves: dict[str, Points]) -> None:
+    """A picture of curves over logarithmic axes, as SVG."""
+    import math
+
+    width, height, left, top = 720, 420, 70, 30
+    right, bottom = 230, 50
+    points = [point for curve in curves.values() for point in curve]
+    xs = [math.log10(max(x, 1)) for x, _ in points]
+    ys = [math.log10(y) for _, y in points]
+    x0, x1, y0, y1 = min(xs), max(xs), math.floor(min(ys)), math.ceil(max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(max(x, 1)) - x0) / (x1 - x0)
+        down = (y1 - math.log10(y)) / (y1 - y0)
+        return left + across * (width - left - right), top + down * (height - top - bottom)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
+    for power in range(y0, y1 + 1):
+        _, y = place(1, 10**power)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10**power:g}</text>')  # fmt: skip
+    for x_value in sorted({x for x, _ in points}):
+        x, _ = place(x_value, 10**y0)
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x_value:,.0f}</text>')  # fmt: skip
+    colours = ("#0b6", "#06c", "#c60", "#909", "#c03", "#555")
+    for (name, curve), colour in zip(curves.items(), colours, strict=False):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+        x, y = place(*curve[-1])
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/><text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')  # fmt: skip
+    parts.append(f'<text x="{left}" y="{height - 8}">jobs pending, or images in the outbox</text></svg>')  # fmt: skip
+    file.write_text("\n".join(parts) + "\n")
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--pending", type=int, nargs="*", default=[100, 1000, 10_000])
+    parser.add_argument("--outbox", type=int, nargs="*", default=[0, 10_000, 100_000])
+    parser.add_argument("--dropped", type=int, default=10_000, help="files at once")
+    parser.add_argument("--images", type=int, default=10_000, help="of one job")
+    parser.add_argument("--files", type=int, default=10_000, help="in the inbox that is looked at")
+    parser.add_argument("--seconds", type=float, default=30, help="for each daemon")
+    parser.add_argument("--svg", type=Path)
+    wanted = parser.parse_args()
+    curves: dict[str, Points] = {}
+
+    def note(name: str, x: float, y: float) -> None:
+        curves.setdefault(name, []).append((x, y))
+
+    for jobs in wanted.pending:
+        with scratch() as home:
+            spool = Spool(settings_for(home))
+            spool.init()
+            make_pending(spool, jobs)
+            found = in_a_child(measure_pending, home)
+        say("pending", jobs, found)
+        note("start: recovery, s", jobs, found["recover_s"])
+        note("memory, MiB", jobs, found["mib"])
+        note("longest turn, ms", jobs, found["turn_max_ms"])
+        note("median turn, ms", jobs, found["turn_median_ms"])
+    for images in wanted.outbox:
+        with scratch() as home:
+            spool = Spool(settings_for(home))
+            spool.init()
+            fill_outbox(spool, images)
+            found = in_a_child(measure_claims, home, 50)
+        say("images in the outbox", images, found)
+        note("a claim, ms (by outbox)", images, found["claim_median_ms"])
+    for what, count, text, measure in (
+        ("dropped at once", wanted.dropped, "", measure_drop),
+        ("images of one job", wanted.images, f"prompt: a red fox\ncount: {wanted.images}\n", measure_one_job),
+    ):  # fmt: skip
+        if count:
+            with scratch() as home:
+                spool = Spool(settings_for(home))
+                spool.init()
+                names = ["one.yaml"] if text else [f"{n:06d}.txt" for n in range(count)]
+                for name in names:
+                    (spool.inbox / name).write_text(text or "a red fox\n")
+                say(what, count, in_a_child(measure, home, wanted.seconds))
+    if wanted.files:
+        found = looks(wanted.files)
+        say("a look at an inbox of", wanted.files, found)
+        for other in ("polling_observer", "glob_loop"):
+            print(f"  {other}: {found[f'{other}_ms'] / found['promptdrop_ms']:.1f} times ours")
+        found = pick_up(wanted.files)
+        say("pick-up of files at once", wanted.files, found)
+        print(
+            f"  polling_observer: {found['polling_observer_s'] / found['promptdrop_s']:.1f} times ours"
+        )
+    if wanted.svg:
+        draw(wanted.svg, curves)
+
+
+if __name__ == "__main__":
+    main()
