@@ -3,10 +3,10 @@
 import json
 import random
 import shlex
-import tracemalloc
 
 import pytest
 
+import parsers
 from promptdrop import config
 from promptdrop.config import READY_SCHEDULERS
 from promptdrop.errors import RequestError
@@ -592,29 +592,7 @@ def test_the_schema_names_every_field():
     assert json.loads(json.dumps(schema)) == schema
 
 
-SEEDS = {
-    ".txt": 'a cat\n--prompt "b" --seed 7 --n_iter 2\n# c\n',
-    ".prompt": "a\nNegative prompt: b\nSteps: 9, Sampler: Euler, Size: 512x512, Model: \"a\"\n",
-    ".yaml": "prompt: a\nseed: [1, 2]\nmeta: {a: [1, ~]}\nimages:\n- {size: 16:9}\n- width: 64\n---\nprompts: [a]\n",
-    ".json": '{"prompt": "a\\u00e9", "images": [{"seed": 1e3, "meta": {"a": null}}], "steps": 4}',
-    ".jsonl": '{"prompt": "a"}\n{"prompts": ["\\ud83d\\ude00"], "seed": [1]}\n',
-    ".csv": 'prompt,seed,meta.a\n"a\n""b",1 2,3\nb,,\n',
-}  # fmt: skip
-
-
-def is_answered(data, suffix):
-    try:
-        request = parse(data, suffix, CONFIG)
-    except RequestError as e:
-        return all(len(problem.message) < 700 for problem in e.problems)
-    return bool(
-        json.dumps(
-            [s.to_json() for s in request.images], allow_nan=False, ensure_ascii=False
-        ).encode()
-    )
-
-
-@pytest.mark.parametrize("suffix", SEEDS)
+@pytest.mark.parametrize("suffix", parsers.SEEDS)
 def test_nothing_but_a_refusal_escapes(suffix):
     """2,000 mutations of a good file: a Request or a RequestError, never anything else."""
     chance = random.Random(suffix)
@@ -635,40 +613,8 @@ def test_nothing_but_a_refusal_escapes(suffix):
     pieces += [b"1e999", b"&a", b"*a", b"!!x", b"? ", b"\\", b"\r", b"\xc2\x85", b"---\n", b"%", b"|"]  # fmt: skip
     pieces += [b"null", b"Steps: 1, Sampler: x", b"--", b";", b"\t", b"width", b"0:0", b"\xef\xbb\xbf", b".nan"]  # fmt: skip
     for _ in range(2000):
-        data = bytearray(SEEDS[suffix].encode())
+        data = bytearray(parsers.SEEDS[suffix].encode())
         for _ in range(chance.randint(1, 5)):
             at = chance.randrange(len(data) + 1)
             data[at : at + chance.choice((0, 0, 1, 4))] = chance.choice(pieces)
-        assert is_answered(bytes(data), suffix)
-
-
-def big(unit, size=1 << 20):
-    return (unit * (size // len(unit) + 1))[:size]
-
-
-@pytest.mark.parametrize(
-    ("suffix", "text"),
-    [
-        (".yaml", "prompt: a\nimages: [" + big("{},")[:-3] + "{}]"),
-        (".yaml", big("- {a: {b: {c: {d: []}}}}\n")),
-        (".json", big('{"a":')),
-        (".json", '{"prompt":"a","meta":{"a":[' + big("[],", 999_999) + "[]]}}"),
-        (".jsonl", big('{"prompt":"a"}\n')),
-        (".csv", big("a,")),
-        (".txt", "a\n" + big('aa: "\\",')[:-8]),
-    ],
-    ids=range(7),
-)
-def test_the_worst_mebibyte_is_refused(suffix, text):
-    """The inputs that cost most are answered like any other; bench/requests.py times them."""
-    refusal(text.encode()[: 1 << 20], suffix)
-
-
-def test_the_greediest_yaml_stays_small():
-    """A quarter of a MiB, 105,000 values: reading stops at 250,000, in all below 64 MiB."""
-    tracemalloc.start()
-    refusal(big("- {a: {b: {c: {d: []}}}}\n", 1 << 18))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-
-    assert peak < 26 << 20
+        parsers.job_file(bytes(data), suffix)

@@ -183,7 +183,8 @@ def _add_node(builder: Builder, event: Any, line: int) -> Node | None:
     if event.anchor:
         raise YamlError(f"anchors are not allowed: &{_short(event.anchor)}", line)
     if event.tag:
-        raise YamlError(f"tags are not allowed: {_short(event.tag)}", line)
+        shown = repr(_short(event.tag))[1:-1]  # %1b in a tag is an escape character by now
+        raise YamlError(f"tags are not allowed: {shown}", line)
     if type(event) is yaml.ScalarEvent:
         return builder.scalar(Scalar(event.value, not event.style, line))
     builder.open(
