@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # One thread each: the small model is fastest so, and encoding has the other core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz hashes audit clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt constraints-hashed.txt
 	@echo "installing into $(VENV): torch, diffusers and friends, some minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement constraints-hashed.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
@@ -29,6 +30,22 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# SECONDS of coverage-guided fuzzing; what it found stays in fuzz/ and is where the next run begins.
+SECONDS ?= 600
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz.py fuzz -max_total_time=$(SECONDS)
+
+# After a change to constraints.txt. torch has no hash: its CPU and CUDA builds share a version.
+hashes: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet uv
+	grep -v ^torch== constraints.txt | $(BIN)/uv pip compile --quiet --no-deps --generate-hashes \
+	    --universal --python-version 3.11 --no-annotate --no-header - --output-file constraints-hashed.txt
+
+# Needs the network: asks a vulnerability database about every pin.
+audit: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --no-deps --disable-pip --requirement constraints-hashed.txt
 
 clean:
 	rm -rf demo $(VENV) build
