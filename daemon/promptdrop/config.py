@@ -41,7 +41,6 @@ RELOADABLE = frozenset(
 # What the contract names and this version cannot do yet: said at exit 78, never ignored.
 NOT_YET = {
     "engine.backend": ("ray",),
-    "engine.compile": ("on",),
     "engine.quantization": ("fp8",),
     "engine.offload": ("text_encoder", "model"),
 }
@@ -253,6 +252,11 @@ class Config(Section):
     def failed(self) -> Path:
         """Where refused and failed job files go."""
         return self._absolute(self.paths.failed) if self.paths.failed else self.spool / "failed"
+
+    @property
+    def cache(self) -> Path:
+        """What is made again when it is gone."""
+        return self.spool / ".promptdrop" / "cache"
 
     @property
     def model_path(self) -> Path | None:

@@ -108,7 +108,7 @@ def _render_privately(
             "watch": settings.watch.model_copy(
                 update={"settle_seconds": 0.0, "give_up_seconds": 0.0, "ready_suffix": None}
             ),
-            "engine": settings.engine.model_copy(update={"warmup": ()}),
+            "engine": settings.engine.model_copy(update={"warmup": (), "compile": "off"}),
             "metrics": settings.metrics.model_copy(update={"listen": None}),
         }
     )

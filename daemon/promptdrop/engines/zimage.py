@@ -4,9 +4,11 @@ Runs in the engine process, or in a script's own. Shapes: latents are float32 [1
 pixels uint8 [H, W, 3]. Line numbers of diffusers are those of 0.42.1.
 """
 
+import contextlib
 import gc
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +19,23 @@ import torch
 from diffusers import ZImagePipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from torch._dynamo.exc import TorchDynamoException as CompileError
 from transformers.utils import logging as transformers_logging
 
 from promptdrop import weights
 from promptdrop.config import Config, Prompt, width_height
 from promptdrop.engine import OnStage, OnStep
+from promptdrop.engines.speed import (
+    accelerate,
+    discard_cache,
+    meet_text_lengths,
+    use_cache,
+)
 from promptdrop.errors import EngineError, EngineStartError, ModelError
 from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
 MIB = 1024 * 1024
+EMBEDDINGS_BYTES = 64 * MIB  # about a hundred prompts of Z-Image-Turbo's
 SCHEDULER = "euler"  # the checkpoint's own, flow-match Euler
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
 Mark = Any  # a torch.cuda.Event, or seconds
@@ -67,19 +77,25 @@ class ZImageEngine:
         except RuntimeError as e:  # torch.OutOfMemoryError is one
             raise EngineStartError(f"{self._device}: the model cannot be moved there: {e}") from e
         pipe.set_progress_bar_config(disable=True)
+        self._embeddings = Embeddings(pipe)
+        self._compiles = config.engine.compile == "on"
         for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
             module.eval().requires_grad_(False)
         self._evaluations: list[Mark] = []  # when each one of the image in hand began
         pipe.transformer.register_forward_pre_hook(
             lambda module, inputs: self._evaluations.append(self._clock.mark())
         )
+        if self._compiles:
+            use_cache(config.cache / "compiled", config.model.id, _name(self._device))
+            accelerate(pipe)
+        self._is_warm = False
         self._pipe = pipe
         self.info = EngineInfo(
             model=config.model.id,
             revision=config.model.revision or weights.revision_of(directory),
             dtype=str(dtype).removeprefix("torch."),
             quantization="none",
-            compiled=False,
+            compiled=self._compiles,
             device=_name(self._device),
             device_index=_nvml_index(self._device),
         )
@@ -87,8 +103,23 @@ class ZImageEngine:
     def warm_up(self, on_step: Callable[[], None]) -> None:
         """Render every size of `engine.warmup` with the default settings; on_step at every step.
 
+        When compiling, every text length is met here too, and what comes later compiles nothing:
+        other sizes go through the graphs there are, and their decoding is not compiled.
+
         Raises EngineStartError: such an image cannot be rendered.
         """
+        try:
+            self._warm_up(on_step)
+        except CompileError as e:
+            if not discard_cache(f"compiling failed: {e}"):
+                raise EngineStartError(f"engine.compile: on: {e}") from e
+            try:
+                self._warm_up(on_step)
+            except CompileError as e:
+                raise EngineStartError(f"engine.compile: on: {e}") from e
+        self._is_warm = True
+
+    def _warm_up(self, on_step: Callable[[], None]) -> None:
         defaults = self._config.defaults
         for size in self._config.engine.warmup:
             width, height = width_height(size)
@@ -110,6 +141,10 @@ class ZImageEngine:
                 self.render(spec, self._config.prompt, lambda step, steps: on_step(), buffer)
             except EngineError as e:
                 raise EngineStartError(f"engine.warmup: {size}: {e}") from e
+            if self._compiles:
+                meet_text_lengths(
+                    self._pipe.transformer, height, width, self._config.prompt.max_tokens, on_step
+                )
 
     @torch.no_grad()
     def render(
@@ -128,7 +163,8 @@ class ZImageEngine:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
-            return self._render(spec, prompt, on_step, buffer)
+            with self._no_new_graphs():
+                return self._render(spec, prompt, on_step, buffer)
         except torch.OutOfMemoryError as e:
             reason = str(e).partition(". ")[0]
         self.empty_cache()  # here no frame holds the image's tensors any more
@@ -144,6 +180,12 @@ class ZImageEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _no_new_graphs(self) -> Any:
+        """Once warm, what no graph was compiled for runs as it is: no image waits for a compiler."""
+        if self._compiles and self._is_warm:  # a context manager, as is what follows
+            return torch.compiler.set_stance("eager_on_recompile")
+        return contextlib.nullcontext()
+
     def _render(
         self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
     ) -> Rendering:
@@ -152,13 +194,10 @@ class ZImageEngine:
         text, tokens = fit(pipe.tokenizer, spec.prompt, prompt)
         guided = spec.guidance_scale > 0
         negative = fit(pipe.tokenizer, spec.negative_prompt or "", prompt)[0] if guided else None
-        embeds, negative_embeds = pipe.encode_prompt(
-            text,
-            self._device,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negative,
-            max_sequence_length=prompt.max_tokens,
-        )  # lists of one [tokens, width]
+        embeds = self._embeddings.of(text, prompt.max_tokens)
+        negative_embeds = (
+            [] if negative is None else self._embeddings.of(negative, prompt.max_tokens)
+        )
         encoded = clock.mark()
 
         self._evaluations.clear()
@@ -248,6 +287,32 @@ class ZImageEngine:
         image = self._pipe.image_processor.postprocess(image, output_type="pt")  # in [0, 1]
         image = image[0].permute(1, 2, 0).float()  # [H, W, 3]
         return (image * 255).round().to(torch.uint8).contiguous()
+
+
+class Embeddings:
+    """What the text encoder makes of prompts; a repeated one costs nothing.
+
+    At most EMBEDDINGS_BYTES on the device, the least lately used go first.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._kept: OrderedDict[tuple[str, int], list[torch.Tensor]] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, text: str, max_tokens: int) -> list[torch.Tensor]:
+        """One [tokens, width], as ZImagePipeline.encode_prompt returns it."""
+        key = text, max_tokens
+        if key not in self._kept:
+            self._kept[key], _ = self._pipe.encode_prompt(
+                text, do_classifier_free_guidance=False, max_sequence_length=max_tokens
+            )
+            self._bytes += self._kept[key][0].nbytes
+        self._kept.move_to_end(key)
+        while self._bytes > EMBEDDINGS_BYTES and len(self._kept) > 1:
+            _, (oldest,) = self._kept.popitem(last=False)
+            self._bytes -= oldest.nbytes
+        return list(self._kept[key])
 
 
 class Clock:

@@ -1,0 +1,138 @@
+"""The compiled engine: the library's function, no compiling after warm-up, a cache that may break."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from torch._dynamo.utils import counters
+
+from promptdrop import config as configuration
+from promptdrop import weights
+from promptdrop.config import Config, Prompt
+from promptdrop.engines.speed import (
+    CACHE_VARIABLES,
+    FastForward,
+    RealRotaryAttention,
+    blocks,
+    discard_cache,
+    use_cache,
+)
+from promptdrop.engines.zimage import ZImageEngine
+from promptdrop.job import ImageSpec, Rendering
+
+Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+
+SPEC = ImageSpec(1, "a red circle", None, 64, 96, 2, 0.0, 7, "euler", "png", 60.0)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and the cache variables as they were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for variable in CACHE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+def configured(root: Path, compile_: str) -> Config:
+    return configuration.parse(
+        {
+            "root": str(root),
+            "model": {"path": str(weights.DEMO), "device": "cpu"},
+            "engine": {"compile": compile_, "warmup": ["64x96"]},
+            "prompt": {"max_tokens": 96},
+        }
+    )
+
+
+def rendered(engine: ZImageEngine, spec: ImageSpec) -> tuple[Rendering, Pixels]:
+    buffer = bytearray(spec.height * spec.width * 3)
+    rendering = engine.render(spec, Prompt(), lambda step, steps: None, memoryview(buffer))
+    return rendering, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3)
+
+
+def test_the_fast_forward_is_the_librarys() -> None:
+    """FastForward computes ZImageTransformer2DModel.forward, whatever the lengths in a batch."""
+    pipe: Any = ZImagePipeline.from_pretrained(
+        weights.DEMO, dtype=torch.float32, local_files_only=True
+    )
+    transformer, generator = pipe.transformer.eval(), torch.Generator().manual_seed(0)
+    latents = list(torch.randn(3, 16, 1, 18, 20, generator=generator))
+    levels = torch.rand(3, generator=generator)
+    texts = [torch.randn(tokens, 192, generator=generator) for tokens in (1, 32, 41)]
+    with torch.no_grad():
+        expected = [
+            transformer([x], t[None], [text], return_dict=False)[0][0]
+            for x, t, text in zip(latents, levels, texts, strict=True)
+        ]
+        for block in blocks(transformer):
+            block.attention.set_processor(RealRotaryAttention())
+        actual = FastForward(transformer)(latents, levels, texts)[0]
+
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(900)
+def test_a_compiled_engine_compiles_at_warm_up_only(tmp_path: Path) -> None:
+    """The uncompiled engine's picture; other texts, sizes and guidance compile nothing; a restart finds
+    the code, and a broken cache is made anew."""
+    plain = ZImageEngine(configured(tmp_path, "off"), lambda stage: None)
+    specs = [
+        SPEC,
+        SPEC._replace(prompt="a blue star " * 12),
+        SPEC._replace(width=96, height=80),
+        SPEC._replace(guidance_scale=2.0, negative_prompt="a green ring " * 8),
+    ]
+    expected = [rendered(plain, spec)[1] for spec in specs]
+    torch.compiler.reset()
+    counters.clear()
+    engine = ZImageEngine(configured(tmp_path, "on"), lambda stage: None)
+    engine.warm_up(lambda: None)
+    graphs = counters["stats"]["unique_graphs"]
+    images = [rendered(engine, spec)[1] for spec in specs]
+
+    assert engine.info.compiled
+    assert graphs > 0
+    assert counters["stats"]["unique_graphs"] == graphs
+    for mine, theirs in zip(images, expected, strict=True):
+        assert np.abs(mine.astype(int) - theirs).max() <= 1
+
+    cache = Path(os.environ[CACHE_VARIABLES[0]])
+    for file in cache.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"broken")
+    torch.compiler.reset()
+    again = ZImageEngine(configured(tmp_path, "on"), lambda stage: None)
+    again.warm_up(lambda: None)
+
+    assert np.abs(rendered(again, SPEC)[1].astype(int) - expected[0]).max() <= 1
+    assert cache.is_relative_to(tmp_path / ".promptdrop" / "cache" / "compiled")
+
+
+def test_a_cache_is_of_one_model_and_device(tmp_path: Path) -> None:
+    """Another model's compiled code goes; the daemon alone may read and write its own."""
+    use_cache(tmp_path, "one", "cpu")
+    first = Path(os.environ[CACHE_VARIABLES[0]])
+    (first / "code").touch()
+    use_cache(tmp_path, "one", "cpu")
+
+    assert (first / "code").exists()
+    assert first.stat().st_mode & 0o077 == 0
+
+    use_cache(tmp_path, "two", "cpu")
+    second = Path(os.environ[CACHE_VARIABLES[0]])
+
+    assert [*tmp_path.iterdir()] == [second]
+    assert not discard_cache("it is empty")
+    (second / "code").touch()
+    assert discard_cache("it is broken")
+    assert not any(second.iterdir())
