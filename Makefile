@@ -1,11 +1,12 @@
 # make demo: set everything up and render two job files with a small model.  make test: the tests.
+# make soak: 5,000 images and 200 kills, about 15 minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One thread each: the small model is fastest so, and encoding has the other core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint fuzz hashes audit clean
+.PHONY: demo test soak lint fuzz hashes audit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt constraints-hashed.txt
 	@echo "installing into $(VENV): torch, diffusers and friends, some minutes ..."
@@ -25,6 +26,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: $(VENV)/installed
+	$(BIN)/python tests/soak.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -143,7 +143,7 @@ class Faulty:
     def fail(self, *operations: str, error: str = "EIO", **more: Any) -> None:
         """From now on these operations fail.
 
-        `match`: only on paths with this in them. `times`: only so often. `done`: after they were
+        `match`: only on paths where this is found (a regular expression). `times`: only so often. `done`: after they were
         done all the same. `delay`: they take so many seconds, and succeed if `error` is empty.
         """
         faults = {"operations": operations, "error": error, **more}

@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class FaultyDisk(mfusepy.Operations):
     def _call(self, name: str, operation: Callable[..., Any], path: str, *rest: Any) -> Any:
         """Every call comes through here, one after the other."""
         faults = self._read_faults()
-        is_hit = name in faults["operations"] and faults.get("match", "") in path
+        is_hit = name in faults["operations"] and re.search(faults.get("match", ""), path)
         if not is_hit or self._left <= 0:
             return operation(path, *rest)
         self._left -= 1

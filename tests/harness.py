@@ -61,13 +61,13 @@ class Daemon:
 
     def __init__(self, home: Path, changes: dict[str, Any] | None = None) -> None:
         self.home = home
-        self.root = home / "spool"
+        self.settings = merged(FAST, changes or {})
+        self.root = home / self.settings["root"]
         self.inbox, self.outbox, self.failed = (
             self.root / n for n in ("inbox", "outbox", "failed")
         )
         self.own = self.root / ".promptdrop"
         self.config = home / "config.yaml"
-        self.settings = merged(FAST, changes or {})
         self.process: subprocess.Popen[str] | None = None
         self.log_file = home / "daemon.log"
         self.write_config()
@@ -86,7 +86,7 @@ class Daemon:
         path = (folder or self.inbox) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode() if isinstance(content, str) else content
-        temporary = self.home / f"drop-{os.urandom(4).hex()}"
+        temporary = self.root / f"drop-{os.urandom(4).hex()}"  # on the inbox's file system
         temporary.write_bytes(data)
         temporary.rename(path)
         return path

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
-from harness import Daemon, until
+import disks
+from harness import Daemon, alive, until
+from soak import MEMORY_MIB, SETTINGS, Campaign
 
 CRASH_AT = str(Path(__file__).with_name("crash_at.py"))
 QUICK: dict[str, Any] = {
@@ -175,10 +177,24 @@ def a_retry_and_a_cancel(daemon: Daemon) -> None:
     assert daemon.run("resume").returncode == 0
 
 
+def a_cancel_of_a_job_in_hand(daemon: Daemon) -> None:
+    daemon.drop("half.yaml", "prompts: [fine, '!slow 60 x', never]\nseed: 8\n")
+    daemon.start()
+    daemon.until_log("image.published")
+    daemon.until_begun(2)
+    daemon.kill()
+    assert daemon.run("cancel", "half.yaml").returncode == 0
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "build",
-    [a_job_in_a_sub_folder, a_partly_failed_job_and_a_refused_file, a_retry_and_a_cancel],
+    [
+        a_job_in_a_sub_folder,
+        a_partly_failed_job_and_a_refused_file,
+        a_retry_and_a_cancel,
+        a_cancel_of_a_job_in_hand,
+    ],
     ids=lambda build: build.__name__,
 )
 def test_a_crash_at_any_change_loses_nothing(make_daemon: Make, drain: Drain, build: Any) -> None:
@@ -212,36 +228,65 @@ def test_a_crash_with_the_outbox_on_another_file_system(
         shutil.rmtree(base)
 
 
-@pytest.mark.timeout(300)
-def test_twenty_kills_during_forty_images(make_daemon: Make) -> None:
-    """SIGKILL of daemon and engine at random moments: every image once, whole, with its seed."""
-    moments = random.Random(20)
-    daemon = make_daemon({**QUICK, "defaults": {"steps": 2}})
-    for n in range(4):
-        daemon.drop(f"job{n}.yaml", f"prompt: '!slow 0.01 x'\ncount: 10\nseed: {n * 100}\n")
-    for _ in range(20):
-        before = len(list(daemon.outbox.rglob("*-00*.json")))
-        wanted = before + moments.choice((0, 1, 1, 2, 3))
-        daemon.start()
-        until(
-            lambda wanted=wanted: (
-                len(list(daemon.outbox.rglob("*-00*.json"))) >= wanted or daemon.unfinished() == []
-            ),
-            "more images",
-        )
-        _kill_group(daemon)
-    done = daemon.drain()
+@pytest.mark.timeout(900)
+def test_a_crash_in_the_recovery_from_a_crash(make_daemon: Make, drain: Drain) -> None:
+    """Dead before the n-th change, started, dead before the m-th: the third start makes it good."""
+    template = make_daemon(QUICK, home="template")
+    a_partly_failed_job_and_a_refused_file(template)
+    reference = _copy(make_daemon, template, "reference", None)
+    drain(reference, 0)
+    count = int((reference.home / "count").read_text())
+    expected = visible(reference)
+    moments = random.Random(1)
+    for _ in range(12):
+        n, m = moments.randint(count // 4, count), moments.randint(1, 40)
+        daemon = _copy(make_daemon, template, "crash", None)
+        drain(daemon, n)
+        images = {p: d for p, d in visible(daemon).items() if _is_sidecar(p, d)}
+        drain(daemon, m)
+        whole(visible(daemon), expected, visible(template))
+        status = drain(daemon, 0)
+        after = visible(daemon)
 
-    assert done.returncode == 0
-    for n in range(4):
-        sidecars = daemon.sidecars(f"job{n}")
-        assert [s["request"]["seed"] for s in sidecars] == list(range(n * 100, n * 100 + 10))
-        assert daemon.job(f"job{n}")["outcome"] == "done"
-        for sidecar in sidecars:
-            data = (daemon.outbox / f"job{n}" / sidecar["image"]["file"]).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == sidecar["image"]["sha256"]
-    assert len([p for p in daemon.tree() if p.endswith(".png")]) == 40
-    assert hidden_leftovers(daemon) == []
+        assert (status, sorted(after)) == (0, sorted(expected)), f"crashes at {n} and {m}"
+        assert {p: after[p] for p in images} == images, f"crashes at {n} and {m}: rendered again"
+        assert hidden_leftovers(daemon) == [], f"crashes at {n} and {m}"
+        shutil.rmtree(daemon.home)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_power_cut_after_each_image(make_daemon: Make, tmp_path: Path, kind: str) -> None:
+    """What was published before the power went is there when it is back, and whole; a sidecar that
+    stands has its image; the rest is rendered, and nothing twice."""
+    with disks.block(tmp_path / "block", kind) as disk:
+        daemon = make_daemon({**QUICK, "root": str(disk.path / "spool")})
+        daemon.drop("cat.yaml", "prompt: '!slow 0.1 a cat'\ncount: 6\nseed: 1\n")
+        os.sync()
+        known: dict[str, bytes] = {}
+        for cut in range(1, 7):
+            daemon.start()
+            until(lambda cut=cut: len(daemon.sidecars("cat")) >= cut, f"image {cut}")
+            published = {f"outbox/{file}" for file, _ in daemon.published()}
+            disk.cut_power()
+            _kill_group(daemon)
+            until(lambda: not alive(daemon.engine_pid()), "the end of the engine")
+            disk.unmount()
+            disk.mount()
+            seen = visible(daemon)
+            sidecars = {p: d for p, d in seen.items() if _is_sidecar(p, d)}
+
+            assert published <= set(seen), f"power cut after image {cut}"
+            for path, data in sidecars.items():
+                image = json.loads(data)["image"]
+                pixels = seen[f"{path.rpartition('/')[0]}/{image['file']}"]
+                assert hashlib.sha256(pixels).hexdigest() == image["sha256"]
+            assert {p: sidecars[p] for p in known} == known, f"power cut after image {cut}"
+            known = sidecars
+        assert daemon.drain().returncode == 0
+        assert [s["request"]["seed"] for s in daemon.sidecars("cat")] == [1, 2, 3, 4, 5, 6]
+        assert daemon.job("cat")["outcome"] == "done"
+        assert hidden_leftovers(daemon) == []
 
 
 def _kill_group(daemon: Daemon) -> None:
@@ -249,3 +294,20 @@ def _kill_group(daemon: Daemon) -> None:
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGKILL)
     daemon.process.wait(30)
+
+
+@pytest.mark.timeout(600)
+def test_a_short_night_of_kills(make_daemon: Make) -> None:
+    """What `make soak` does for longer: SIGKILL of daemon, engine or both, SIGTERM, SIGHUP, pause,
+    cancel and retry at random moments; every image once, whole, with its seed."""
+    campaign = Campaign(make_daemon(SETTINGS), seed=20, images=150, kills=12)
+    campaign.run()
+
+    assert sum(map(len, campaign.asked.values())) >= 150
+    assert sum(n for what, n in campaign.done.items() if what.startswith("SIGKILL")) >= 12
+
+
+@pytest.mark.timeout(600)
+def test_the_memory_of_the_daemon_is_flat(make_daemon: Make) -> None:
+    """However many images it has published; the engine's memory is its own affair."""
+    assert Campaign(make_daemon(SETTINGS), seed=1, images=0, kills=0).growth_mib(400) <= MEMORY_MIB

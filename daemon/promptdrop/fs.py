@@ -37,16 +37,11 @@ def rename(source: Path, target: Path, folder: int = _AT_FDCWD) -> None:
     folder: the descriptor of the directory that `source` is relative to.
     Raises FileExistsError: the target exists. FileNotFoundError: the source is gone.
     """
-    if _renameat2 is not None:
-        arguments = (os.fsencode(source), os.fsencode(target))
-        if not _renameat2(folder, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
-            return
-        code = ctypes.get_errno()
-        if code not in _UNSUPPORTED:
-            raise OSError(code, os.strerror(code), str(source), None, str(target))
-    if os.path.lexists(target):  # the best there is without RENAME_NOREPLACE
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target, src_dir_fd=None if folder == _AT_FDCWD else folder)
+    try:
+        _rename_exclusively(source, target, folder)
+    except OSError as e:
+        if e.errno in (errno.EEXIST, errno.EXDEV) or not _took_place(source, target, folder):
+            raise
 
 
 def rename_below(root: Path, sub: str, file: str, target: Path) -> None:
@@ -122,7 +117,7 @@ def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
     with temporary(directory, mode, keep=True) as (file, name):
         file.write(data)
         sync(file)
-    sync_directory(directory)
+        sync_directory(directory)
     return name
 
 
@@ -137,7 +132,9 @@ def temporary(
         with os.fdopen(fd, "wb") as file:
             share(name, mode, directory)
             yield file, name
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.filename is None:
+            e.filename = str(directory)  # of a write or fsync; a message must say where
         remove_file(name)
         raise
     if not keep:
@@ -157,6 +154,7 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            e.filename = str(path)
             raise
     finally:
         os.close(fd)
@@ -169,6 +167,7 @@ def make_directories(path: Path, mode: int, below: Path) -> None:
     make_directories(path.parent, mode, below)
     try:
         make_directory(path, mode)
+        sync_directory(path.parent)
     except FileExistsError:
         if not path.is_dir():
             raise
@@ -248,6 +247,37 @@ def _refused(error: OSError) -> None:
         raise error
 
 
+def exists(path: Path, folder: int | None = None) -> bool:
+    """Whether something has this name, a dangling link too. Raises OSError: nobody can tell now.
+
+    folder: the descriptor of the directory that `path` is relative to.
+    Path.exists and os.path.lexists say no then, and what is taken for gone may be given up.
+    """
+    try:
+        os.lstat(path, dir_fd=folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder; none if it is gone. Raises OSError: some of it cannot be read."""
+    for entry in entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from files(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def remove_empty_tree(path: Path) -> None:
+    """Remove a directory of our own with all folders in it, unless one of them holds a file."""
+    for parent, _, _ in os.walk(path, topdown=False):
+        try:
+            os.rmdir(parent)
+        except OSError:
+            pass  # it holds a file, or the disk is sick: it is looked at after the next start
+
+
 def remove_tree(path: Path) -> None:
     """Remove a directory of our own with all it holds; gone already is fine."""
     try:
@@ -306,6 +336,28 @@ def _rename_or_copy(source: Path, target: Path) -> None:
             raise
         _copy(source, target)
         os.unlink(source)
+
+
+def _rename_exclusively(source: Path, target: Path, folder: int) -> None:
+    if _renameat2 is not None:
+        arguments = (os.fsencode(source), os.fsencode(target))
+        if not _renameat2(folder, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
+            return
+        code = ctypes.get_errno()
+        if code not in _UNSUPPORTED:
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+    if exists(target):  # the best there is without RENAME_NOREPLACE
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target, src_dir_fd=None if folder == _AT_FDCWD else folder)
+
+
+def _took_place(source: Path, target: Path, folder: int) -> bool:
+    """Whether a rename that was reported as failed was done: network file systems repeat requests.
+
+    A server that has done the first of two answers ENOENT to the second; one whose answer is lost
+    looks like EIO or ETIMEDOUT (rename(2), "BUGS").
+    """
+    return exists(target) and not exists(source, None if folder == _AT_FDCWD else folder)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -117,6 +117,9 @@ class Inbox:
                 status = entry.stat(follow_symlinks=False)
             except _NOT_OURS:
                 continue  # withdrawn while we looked
+            except OSError as e:  # one sick file stops no other
+                waiting[path] = f"cannot be looked at: {e.strerror}"
+                continue
             seen = self._look(path, signature(status), now)
             ready = watch.ready_suffix is None or entry.name + watch.ready_suffix in siblings
             why, due, give_up = self._judge(entry, seen, now, watch, ready)
@@ -128,7 +131,11 @@ class Inbox:
                 waiting[path] = why
         for path in self._seen.keys() - found:
             del self._seen[path]  # taken or withdrawn
-        blocked = {path: why for path, why in waiting.items() if self._seen[path].obstacle == why}
+        blocked = {
+            path: why
+            for path, why in waiting.items()
+            if path not in self._seen or self._seen[path].obstacle == why
+        }
         self._cancels = cancels
         for path in _named(cancels, found):
             waiting[path] = "waits until the file it names is taken"
@@ -304,7 +311,7 @@ def _files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str],
             listed = list(scan)
         siblings = {entry.name for entry in listed}
         for entry in listed:
-            if entry.is_dir(follow_symlinks=False):
+            if _is_folder(entry):
                 if (
                     recursive
                     and not names.is_ignored_folder(entry.name)
@@ -313,8 +320,8 @@ def _files(root: Path, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str],
                     inner = f"{sub}/{entry.name}" if sub else entry.name
                     if len(os.fsencode(inner)) <= SUB_BYTES:
                         folders.append(inner)
-            elif (names.is_job_name(entry.name) or names.is_cancel(entry.name)) and entry.is_file(
-                follow_symlinks=False
+            elif (names.is_job_name(entry.name) or names.is_cancel(entry.name)) and _may_be_file(
+                entry
             ):
                 yield sub, entry, siblings
 
@@ -345,11 +352,25 @@ def _scandir_if_there(path: Path) -> "os._ScandirIterator[str] | _Nothing":
         return _Nothing()  # a sub-folder that went away or is not ours to read (doctor says so)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False  # a sick one: what it is cannot be told, and is said of a file
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file(follow_symlinks=False)
+    except OSError:
+        return True  # whoever looks at it next meets the error
+
+
 def _device(entry: os.DirEntry[str]) -> int | None:
     try:
         return entry.stat(follow_symlinks=False).st_dev
-    except _NOT_OURS:
-        return None
+    except OSError:
+        return None  # gone or sick: not entered
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -1,6 +1,6 @@
 """From a file in the inbox to a job: look, read, claim, resolve, or refuse."""
 
-import os
+import errno
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -253,10 +253,12 @@ class Intake:
         except fs.NotPlain:
             return None
         except FileNotFoundError:
-            if os.path.lexists(source):
+            if fs.exists(source):
                 raise
             return None
-        except PermissionError as e:
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+                raise
             why = why_not_moved(source.parent) or describe_permissions(source.parent)
             return f"cannot be moved out of the inbox: {e.strerror}: {why}"
 

@@ -4,17 +4,18 @@ Whatever may block runs in a room, a small pool of threads, and what follows fro
 loop. Trouble with a disk is never an answer: the same work is tried again until it is cured.
 """
 
+import concurrent.futures
 import math
 import os
 import select
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from promptdrop import log
+from promptdrop import fs, log, names
 from promptdrop.errors import DiskTrouble, PromptdropError
 
 PUBLISHERS = 4  # images being encoded and saved at once
@@ -23,22 +24,19 @@ TROUBLE = (OSError, DiskTrouble)
 # scanner: looks at the inbox. reader: parses drops. clerk: moves jobs, one thing after another.
 # herald: writes the outbox's status, and waits alone when that is on a share that hangs.
 Room = Literal["scanner", "reader", "clerk", "publisher", "herald"]
-
-
-@dataclass(frozen=True, slots=True)
-class Stalled:
-    """Work that met trouble with a disk, to be tried again."""
-
-    again: Callable[[], None]
-    reason: str
+SLOW_SECONDS = 15.0  # a piece of work that takes longer is reported
+CLOSE_SECONDS = 5.0  # ... and at the end it is not waited for any longer than this
 
 
 class Loop:
     """Owned by the main thread; only `wake` may be called from elsewhere."""
 
     def __init__(self) -> None:
-        self.stalled: list[Stalled] = []
+        self.trouble: dict[object, str] = {}  # work that a disk does not let succeed -> why
+        self._again: list[Callable[[], None]] = []  # of it, what waits for the next try
         self._told: set[str] = set()  # reasons that were logged since all was well
+        self._futures: set[Future[Any]] = set()
+        self._at_work: dict[object, tuple[Room, float]] = {}  # in the threads -> since when
         self._retry_at = float("inf")
         self._closed = False
         self._results: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -77,9 +75,16 @@ class Loop:
         while not self._results.empty():
             self._results.get()()
         if time.monotonic() >= self._retry_at:
-            stalled, self.stalled, self._retry_at = self.stalled, [], float("inf")
-            for work in stalled:
-                work.again()
+            due, self._again, self._retry_at = self._again, [], float("inf")
+            for again in due:
+                again()
+
+    def slow(self, now: float) -> str | None:
+        """What has not come back for long: a disk that does not answer raises no error."""
+        for room, since in list(self._at_work.values()):
+            if now > since + SLOW_SECONDS:
+                return f"the {room} has waited more than {SLOW_SECONDS:g} s for a disk"
+        return None
 
     def off(
         self,
@@ -89,8 +94,17 @@ class Loop:
         retry_seconds: float,
     ) -> None:
         """Run `function` in a room, then `then(result)` here; after disk trouble, again later."""
+        work = object()
+
+        def run() -> Any:
+            self._at_work[work] = room, time.monotonic()
+            try:
+                return function()
+            finally:
+                del self._at_work[work]
 
         def done(future: Future[Any]) -> None:
+            self._futures.discard(future)
             self._results.put(lambda: returned(future))
             self.wake()
 
@@ -99,34 +113,45 @@ class Loop:
                 return
             error = future.exception()
             if isinstance(error, TROUBLE):
-                self._stall(again, reason_of(error), retry_seconds)
+                self._stall(work, again, reason_of(error), retry_seconds)
             elif error is not None:
                 raise error
             else:
-                if not self.stalled:
-                    self._told.clear()
+                self._cure(work)
                 then(future.result())
 
         def again() -> None:
             if not self._closed:
-                self._rooms[room].submit(function).add_done_callback(done)
+                future = self._rooms[room].submit(run)
+                self._futures.add(future)
+                future.add_done_callback(done)
 
         again()
 
-    def close(self) -> None:
-        """Let work in hand end, drop what has not begun."""
+    def close(self) -> bool:
+        """Let work in hand end, drop what has not begun. False: a disk does not let it end."""
         self._closed = True
         for room in self._rooms.values():
-            room.shutdown(wait=True, cancel_futures=True)
+            room.shutdown(wait=False, cancel_futures=True)
+        _, hung = concurrent.futures.wait(list(self._futures), CLOSE_SECONDS)
         os.close(self._wake_read)
         os.close(self._wake_write)
+        return not hung
 
-    def _stall(self, again: Callable[[], None], reason: str, retry_seconds: float) -> None:
+    def _stall(
+        self, work: object, again: Callable[[], None], reason: str, retry_seconds: float
+    ) -> None:
         if reason not in self._told:
             self._told.add(reason)
             log.get().warning("disk.trouble", reason=reason)
-        self.stalled.append(Stalled(again, reason))
+        self.trouble[work] = reason
+        self._again.append(again)
         self._retry_at = min(self._retry_at, time.monotonic() + retry_seconds)
+
+    def _cure(self, work: object) -> None:
+        if self.trouble.pop(work, None) and not self.trouble:
+            self._told.clear()
+            log.get().info("disk.cured")
 
 
 def reason_of(error: BaseException) -> str:
@@ -134,5 +159,9 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, PromptdropError):
         return str(error)
     assert isinstance(error, OSError)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
+    if error.filename is None:
+        return error.strerror or str(error)
+    where = Path(os.fsdecode(error.filename))
+    if where.name.startswith(fs.TEMPORARY):
+        where = where.parent  # its name is another at every try
+    return f"{names.printable(str(where))}: {error.strerror or error}"

@@ -31,7 +31,7 @@ from promptdrop.records import (
     Window,
     to_bytes,
 )
-from promptdrop.spool import HOST, Job
+from promptdrop.spool import HOST, Job, read_json
 
 
 @dataclass(slots=True)
@@ -172,7 +172,7 @@ class Publication:
 def complete(job: Job, image: int) -> str:
     """Finish a publication whose record stands. Repeatable; returns the image's file name."""
     path = job.record_path(image, "publishing")
-    if not path.exists():  # done but for what comes after the last rename
+    if not fs.exists(path):  # done but for what comes after the last rename
         record = json.loads(job.record_path(image, "published").read_bytes())
         return _remember(job, image, record)
     record = json.loads(path.read_bytes())
@@ -181,7 +181,7 @@ def complete(job: Job, image: int) -> str:
     record = _give_name(job, image, record)
     file = record["image"]["file"]
     sidecar = folder / f"{Path(file).stem}.json"
-    if (folder / file).exists() and not sidecar.exists():
+    if fs.exists(folder / file) and not fs.exists(sidecar):
         record["latency_ms"]["save"] = round(
             record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3, 1
         )
@@ -195,7 +195,10 @@ def recover(job: Job) -> None:
     for entry in fs.entries(job.home):
         image, _, kind = entry.name.partition(".")
         if kind == "publishing" and image.isdecimal():
-            complete(job, int(image))
+            if read_json(Path(entry.path)):
+                complete(job, int(image))
+            else:  # torn, by a disk that lied about fsync: the image is rendered again
+                fs.remove_file(Path(entry.path))
     fs.remove_temporaries(job.outbox_folder)
 
 
@@ -235,17 +238,17 @@ def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:
     temporary = folder / record["temporary"]
     stem, suffix = names.split(file)
     n = 1
-    while temporary.exists():
+    while fs.exists(temporary):
         sidecar = folder / f"{Path(record['image']['file']).stem}.json"
         try:
-            if sidecar.exists():  # of another image, whose format differs: one stem, one sidecar
+            if fs.exists(sidecar):  # of another image, whose format differs: one stem, one sidecar
                 raise FileExistsError
             fs.rename(temporary, folder / record["image"]["file"])
         except FileExistsError:
             n += 1
             record["image"]["file"] = names.numbered(stem, suffix, n)
             _write_record(job, image, record)
-    if folder.exists():
+    if fs.exists(folder):
         fs.sync_directory(folder)
     return record
 

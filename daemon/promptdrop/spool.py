@@ -19,6 +19,7 @@ import shlex
 import socket
 import stat
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,14 @@ from typing import Any, Literal
 
 from promptdrop import __version__, clock, control, fs, names
 from promptdrop.config import Config, Output, Prompt
-from promptdrop.errors import ConfigError, DiskTrouble, Problem, SpoolBusy, UsageError
+from promptdrop.errors import (
+    ConfigError,
+    DiskTrouble,
+    Problem,
+    PromptdropError,
+    SpoolBusy,
+    UsageError,
+)
 from promptdrop.job import ImageSpec, JobOutcome, Request
 from promptdrop.records import (
     ErrorProblem,
@@ -298,6 +306,9 @@ class Spool:
         self.control = self.own / "control"
         self.cache = self.own / "cache"
         self._lock: int | None = None
+        self._locked: tuple[int, int] | None = None  # device and inode of the lock we hold
+        self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n"  # what we write into it
+        self._relocking = threading.Lock()
         self._mounts: list[str] = []  # which of inbox, outbox, failed have been mount points
         self._last_id = ""
         self._live: set[str] = set()  # outbox folders of jobs that have not ended
@@ -319,6 +330,16 @@ class Spool:
         for path in (self.root, self.inbox, self.outbox, self.failed):
             _make(path)
         self.prepare()
+
+    def require_init(self) -> None:
+        """Raise PromptdropError: there is no spool at `root`, or its file system is not mounted.
+
+        An empty mount point would make a fine new spool, and hide the real one's jobs.
+        """
+        if not self.own.is_dir():
+            raise PromptdropError(
+                f"{self.root}: there is no spool here; mount its file system, or: promptdrop init"
+            )
 
     def prepare(self) -> None:
         """Make what `run` may make: never a configured outbox or failed.
@@ -349,7 +370,7 @@ class Spool:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if attempt == _LOCK_TRIES - 1:
-                    owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+                    owner = _owner(fd) or "unknown"
                     os.close(fd)
                     raise SpoolBusy(
                         f"{self.root}: another promptdrop daemon (pid {owner}) owns this spool"
@@ -358,13 +379,16 @@ class Spool:
             else:
                 break
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        self._lock = fd
+        os.pwrite(fd, self._mark.encode(), 0)
+        status = os.fstat(fd)
+        old, self._lock, self._locked = self._lock, fd, (status.st_dev, status.st_ino)
+        if old is not None:
+            _close_quietly(old)
 
     def unlock(self) -> None:
         """Let the spool go."""
         if self._lock is not None:
-            os.close(self._lock)
+            _close_quietly(self._lock)
             self._lock = None
 
     def daemon_pid(self) -> int | None:
@@ -376,8 +400,7 @@ class Spool:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-            return int(text) if text.isdecimal() else 0
+            return _owner(fd)
         else:
             return None
         finally:
@@ -385,6 +408,7 @@ class Spool:
 
     def require_folders(self) -> None:
         """Raise DiskTrouble: a folder is missing; an empty mount point is not the folder."""
+        self._require_state()
         for name, path in self._folders().items():
             if not path.is_dir():
                 raise DiskTrouble(f"{name} {path} is missing; waiting for it")
@@ -403,6 +427,25 @@ class Spool:
                 fs.write_durably(
                     self.own / "mounts.json", json.dumps({"mounts": self._mounts}).encode()
                 )
+
+    def _require_state(self) -> None:
+        """Raise DiskTrouble: .promptdrop is not the one we locked: a file system came or went.
+
+        The same one, mounted anew, is locked anew: the old lock went with the old mount.
+        Raises SpoolBusy: another daemon was faster.
+        """
+        if self._lock is None:
+            return  # nothing is owned: `init`, `doctor`
+        with self._relocking:
+            try:
+                status = os.stat(self.own / "lock")
+            except FileNotFoundError:
+                raise DiskTrouble(f"state {self.own} is missing; waiting for it") from None
+            if (status.st_dev, status.st_ino) == self._locked:
+                return
+            if (self.own / "lock").read_text() != self._mark:
+                raise DiskTrouble(f"state {self.own} is not the one we own; waiting for that one")
+            self.lock()
 
     def require_space(self, min_free_mib: int) -> None:
         """Raise DiskTrouble: a folder is not to be written, or its disk is nearly full."""
@@ -478,10 +521,11 @@ class Spool:
         try:
             fs.rename_below(self.inbox, sub, file, folder / file)
         except OSError:
-            fs.remove_tree(home)
+            fs.remove_empty_tree(home)  # never the file, if it came after all
             raise
         self._take_marker(home, sub, file)
-        for path in (folder, home, home.parent, source.parent):
+        between = [folder, *folder.parents]
+        for path in (*between[: between.index(home.parent) + 1], source.parent):
             _sync_if_there(path)
         return Unresolved(job_id, home, sub, file, os.lstat(folder / file).st_ino)
 
@@ -489,7 +533,7 @@ class Spool:
         """FILE.done goes with FILE: the next file of this name needs a marker of its own."""
         suffix = self.config.watch.ready_suffix
         marker = self.inbox / sub / f"{file}{suffix}"
-        if suffix and not os.path.lexists(self.inbox / sub / file):
+        if suffix and not fs.exists(self.inbox / sub / file):
             try:
                 fs.rename(marker, home / "ready")
             except OSError:
@@ -563,8 +607,12 @@ class Spool:
             self._names_in(mirror).add(name)
             try:
                 fs.make_directory(mirror / name, mode)
+                fs.sync_directory(mirror)
             except FileExistsError:
                 continue
+            except OSError:
+                fs.remove_empty_tree(mirror / name)  # tried again, under the same name
+                raise
             self._live.add(job.folder)
             return
 
@@ -603,7 +651,7 @@ class Spool:
         return folder
 
     def _is_job_folder(self, folder: Path) -> bool:
-        return (folder / "job.json").exists() or str(folder.relative_to(self.outbox)) in self._live
+        return fs.exists(folder / "job.json") or str(folder.relative_to(self.outbox)) in self._live
 
     def _record(self, job: Job) -> None:
         texts = _Texts()
@@ -667,7 +715,7 @@ class Spool:
 
     def cancel(self, job: Job) -> None:
         """Remember durably that nobody wants the rest of this job."""
-        if job.home.exists():
+        if fs.exists(job.home):
             fs.write_durably(job.home / "cancelled", b"")
 
     def finish(self, job: Job) -> JobOutcome:
@@ -724,7 +772,7 @@ class Spool:
         suffix = names.split(job.file)[1].lower()
         n = 1
         self._share_drop(job.drop, folder)
-        while os.path.lexists(job.drop):
+        while fs.exists(job.drop):
             try:
                 fs.move(job.drop, folder / names.numbered("request", suffix, n))
             except FileExistsError:
@@ -733,7 +781,7 @@ class Spool:
     def _share_drop(self, drop: Path, folder: Path) -> None:
         """A dropped file that is about to move to `folder` is for the whole group from then on."""
         # Of a file with other names its mode is not ours to change: those are somebody's own.
-        if os.path.lexists(drop) and os.lstat(drop).st_nlink == 1:
+        if fs.exists(drop) and os.lstat(drop).st_nlink == 1:
             fs.share(drop, self._mode, folder)
 
     @property
@@ -756,7 +804,7 @@ class Spool:
             )
         else:
             target = self._plan_failing(plan, job, record)
-        while os.path.lexists(drop):
+        while fs.exists(drop):
             self._make_folder_of(target)
             self._share_drop(drop, target.parent)
             try:
@@ -764,7 +812,7 @@ class Spool:
             except FileExistsError:
                 target = self._plan_failing(plan, job, record)
         reason = _reason_file(target)
-        if not reason.exists():
+        if not fs.exists(reason):
             self._make_folder_of(target)
             fs.write_durably(reason, to_bytes(record), self._mode)
 
@@ -775,7 +823,7 @@ class Spool:
         while True:
             name = names.numbered(stem, suffix, n, 255 - len(".error.json"))
             target = folder / name
-            if not os.path.lexists(target) and not os.path.lexists(_reason_file(target)):
+            if not fs.exists(target) and not fs.exists(_reason_file(target)):
                 break
             n += 1
         document = {
@@ -825,7 +873,7 @@ class Spool:
     def _unpark(self, home: Path) -> Job:
         job = self._load(home, [entry.name for entry in fs.entries(home)])
         plan = read_json(home / "failing.json")
-        if plan and not os.path.lexists(job.drop):
+        if plan and not fs.exists(job.drop):
             fs.move(self.failed / plan["target"], job.drop)
         for entry in fs.entries(home):
             image, _, kind = entry.name.partition(".")
@@ -851,7 +899,7 @@ class Spool:
         fs.make_directories(self.inbox / sub, _TREE_MODE, below=self.inbox)
         fs.remove_file(_reason_file(path))
         n = 1
-        while path.exists():
+        while fs.exists(path):
             try:
                 fs.move(path, self.inbox / sub / names.numbered(stem, suffix, n))
             except FileExistsError:
@@ -898,7 +946,7 @@ class Spool:
             found = []
             for home in some:
                 listed = os.listdir(home)
-                found.append((listed, self._load(home, listed) if RECORD in listed else None))
+                found.append((listed, self._load_if_whole(home, listed)))
             return found
 
         slices = [homes[n : n + _SLICE] for n in range(0, len(homes), _SLICE)]
@@ -911,7 +959,7 @@ class Spool:
     ) -> Job | Unresolved | None:
         if any(name.startswith(fs.TEMPORARY) for name in listed):
             fs.remove_temporaries(home)
-        is_failing = "failing.json" in listed
+        is_failing = "failing.json" in listed and bool(read_json(home / "failing.json"))
         if job:
             if not is_failing:
                 self._recover_folder(job, is_new)
@@ -920,7 +968,7 @@ class Spool:
             fs.remove_temporaries(job.outbox_folder)
             self.finish(job)
             return None
-        drop = next((p for p in _files(home / "drop")), None)
+        drop = next(fs.files(home / "drop"), None)
         if is_failing:
             claimed = _unresolved(home, drop or home / "drop" / "gone")
             self._move_to_failed(
@@ -936,9 +984,9 @@ class Spool:
 
     def _recover_parked(self, home: Path) -> None:
         plan = read_json(home / "failing.json")
-        if any(True for _ in _files(home / "drop")):
+        if any(True for _ in fs.files(home / "drop")):
             self._unpark(home)  # a retry that had begun
-        elif plan and self.failed.is_dir() and not os.path.lexists(self.failed / plan["target"]):
+        elif plan and not fs.exists(self.failed / plan["target"]):
             fs.remove_tree(home)  # somebody took the file back: it is a new job now
 
     def _recover_folder(self, job: Job, is_new: bool) -> None:
@@ -961,6 +1009,13 @@ class Spool:
     def _is_ours(self, job: Job, folder: Path) -> bool:
         """Whether job.json there is this job's own, written just before the crash."""
         return read_json(folder / "job.json").get("id") == job.id
+
+    def _load_if_whole(self, home: str, listed: list[str]) -> Job | None:
+        """None: not recorded yet, or torn by a disk that lied about fsync: it is read again."""
+        try:
+            return self._load(home, listed) if RECORD in listed else None
+        except (ValueError, KeyError):
+            return None
 
     def _load(self, home: str | Path, listed: Iterable[str]) -> Job:
         record = json.loads(fs.read_whole(f"{home}/{RECORD}"))
@@ -987,7 +1042,7 @@ class Spool:
 
     def _load_image(self, job: Job, image: int, kind: str, record: dict[str, Any]) -> None:
         state = job.state(image)
-        if kind == "published":
+        if kind == "published" and record:
             state.outcome, state.file = record["outcome"], record["image"]["file"]
             state.error = record.get("error")
         elif kind == "failed":
@@ -1137,8 +1192,21 @@ def _reason_file(target: Path) -> Path:
     return target.with_name(f"{target.name}.error.json")
 
 
+def _owner(fd: int) -> int:
+    """The pid in a lock file; 0: it cannot be read."""
+    pid = os.pread(fd, 20, 0).decode("ascii", "replace").partition("\n")[0]
+    return int(pid) if pid.isdecimal() else 0
+
+
+def _close_quietly(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # on a file system that has gone
+
+
 def _unresolved(home: Path, drop: Path) -> Unresolved:
-    inode = os.lstat(drop).st_ino if os.path.lexists(drop) else 0
+    inode = os.lstat(drop).st_ino if fs.exists(drop) else 0
     return Unresolved(home.name, home, _relative(drop.parent, home / "drop"), drop.name, inode)
 
 
@@ -1168,12 +1236,6 @@ def _is_text(name: str) -> bool:
 def _relative(path: Path, base: Path) -> str:
     relative = os.path.relpath(path, base)
     return "" if relative == "." else relative
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            yield Path(parent, file)
 
 
 def _sync_if_there(path: Path) -> None:

@@ -143,6 +143,7 @@ class Supervisor:
         """
         config.refuse_what_is_not_ready(self.config)
         engine.require(self.config)
+        self.spool.require_init()
         self.spool.prepare()
         self.spool.lock()
         self._startup()
@@ -220,7 +221,7 @@ class Supervisor:
             if not self._engine.reap():
                 log.get().error("engine.unkillable", pid=self._engine.pid)
         self._intake.close()
-        self._loop.close()
+        has_ended = self._loop.close()
         self._put_down_images()
         last = self._status("stopping")
         self._write_status(last)
@@ -231,6 +232,9 @@ class Supervisor:
         self.spool.unlock()
         self._notifier.close()
         log.get().info("daemon.stopped", exit_status=self.exit_status, published=self._published)
+        if not has_ended and self.exit_status is not None:
+            log.get().error("disk.hangs", reason="a disk did not answer; ended without it")
+            os._exit(self.exit_status)  # the interpreter would wait for its threads
 
     def _put_down_images(self) -> None:
         """Images in hand at an orderly stop are nobody's fault."""
@@ -813,7 +817,7 @@ class Supervisor:
             return
         if self._stop_at is not None:
             in_hand = self._engine is not None and bool(self._engine.in_hand)
-            saving = self._publishing > 0 and not self._loop.stalled
+            saving = self._publishing > 0 and not self._loop.trouble
             if now >= self._stop_at or not (in_hand or saving):
                 self._end(0)
         elif self._drain:
@@ -821,7 +825,7 @@ class Supervisor:
 
     def _maybe_drained(self) -> None:
         if reason := self._why_held():
-            saving = self._publishing > 0 and not self._loop.stalled
+            saving = self._publishing > 0 and not self._loop.trouble
             if (self._engine_trouble or not self._tickets) and not saving:
                 self._end(1, f"cannot drain: {reason}")
         elif not (
@@ -839,8 +843,12 @@ class Supervisor:
             self._paused
             or self._engine_trouble
             or self._trouble
-            or (self._loop.stalled[0].reason if self._loop.stalled else None)
+            or next(iter(self._loop.trouble.values()), None)
         )
+
+    def _reason(self) -> str | None:
+        """What the status says about it; something slow is not held."""
+        return self._why_held() or self._loop.slow(time.monotonic())
 
     # --- reporting ----------------------------------------------------------------------------
 
@@ -857,7 +865,7 @@ class Supervisor:
         stage = self._engine.stage if self._engine else None
         waiting = tuple(islice(self._intake.waiting.items(), LISTED))
         jobs = len(self._running)
-        key = (self._state(), self._why_held(), self._published, jobs, last, stage, waiting)
+        key = (self._state(), self._reason(), self._published, jobs, last, stage, waiting)
         is_old = now >= self._status_at + HEARTBEAT_SECONDS
         if key == self._status_key and not self._tickets and not is_old:
             return
@@ -898,7 +906,7 @@ class Supervisor:
             return "stopping"
         if self._paused:
             return "paused"
-        if self._engine_trouble or self._trouble or self._loop.stalled:
+        if self._engine_trouble or self._trouble or self._loop.trouble:
             return "waiting"
         if self._engine is None or not self._engine.is_ready:
             return "starting"
@@ -911,7 +919,7 @@ class Supervisor:
         waiting = islice(self._intake.waiting.items(), LISTED)
         return Status(
             state=state,
-            reason=self._why_held(),
+            reason=self._reason(),
             pid=os.getpid(),
             engine=self._status_engine(),
             current=self._status_image(),

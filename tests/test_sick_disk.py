@@ -1,0 +1,373 @@
+"""Disks that fill up, fail, hang, go and come: nobody is charged, nothing is lost, work goes on.
+
+The spool lies behind a FUSE file system that fails as it is told (disks.faulty). Files are dropped
+behind its back, as another machine does on a share.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import disks
+from disks import Faulty
+from harness import Daemon, until
+from promptdrop.loop import SLOW_SECONDS, Loop
+
+Make = Callable[..., Daemon]
+CURE_SECONDS = 0.5 + 5  # watch.rescan_seconds of the tests, and what a loaded machine takes
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Faulty]:
+    """A disk that fails as it is told."""
+    home = tmp_path / "disk"
+    home.mkdir()
+    with disks.faulty(home) as made:
+        yield made
+
+
+@pytest.fixture
+def sick(make_daemon: Make, disk: Faulty) -> Daemon:
+    """A daemon whose whole spool is on that disk; not started."""
+    return make_daemon({"root": str(disk.path / "spool")})
+
+
+def drop_behind(disk: Faulty, name: str, text: str) -> None:
+    """A file comes into the inbox without passing through the mount."""
+    new = disk.behind / "spool" / f".{name}"
+    new.write_text(text)
+    new.rename(disk.behind / "spool" / "inbox" / name)
+
+
+def nothing_was_charged(daemon: Daemon) -> None:
+    """No attempt, no failure; each job done once; no leftovers of ours."""
+    assert daemon.log("image.failed") == []
+    for path in daemon.outbox.rglob("job.json"):
+        job = json.loads(path.read_bytes())
+        assert job["outcome"] == "done"
+        assert [s["job"]["attempt"] for s in daemon.sidecars(path.parent.name)] == [1]
+    assert [p for p in daemon.outbox.rglob("*") if p.name.startswith(".")] == []
+
+
+INBOX = [("readdir", "ESTALE"), ("open", "EIO"), ("read", "EIO"), ("rename", "EROFS")]
+STATE = [
+    ("mkdir", "ENOSPC"),
+    ("create", "EDQUOT"),
+    ("write", "ENOSPC"),
+    ("fsync", "EIO"),
+    ("fsyncdir", "EIO"),
+    ("rename", "EROFS"),
+    ("getattr", "ESTALE"),
+]
+OUTBOX = [
+    ("readdir", "ESTALE"),
+    ("mkdir", "EDQUOT"),
+    ("create", "EROFS"),
+    ("write", "ENOSPC"),
+    ("fsync", "EIO"),
+    ("fsyncdir", "EIO"),
+    ("rename", "ESTALE"),
+    ("getattr", "EIO"),
+]
+FAULTS = {"/inbox": INBOX, "/.promptdrop/pending": STATE, "/outbox": OUTBOX}
+
+
+@pytest.mark.parametrize("place", FAULTS)
+def test_a_failing_call_is_waited_out(sick: Daemon, disk: Faulty, place: str) -> None:
+    """Whatever call fails, with whatever error: the reason stands in status and log, and the work
+    goes on by itself within rescan_seconds of the cure."""
+    sick.start().until_ready()
+    for n, (operation, error) in enumerate(FAULTS[place]):
+        said = os.strerror(getattr(errno, error))
+        disk.fail(operation, error=error, match=place)
+        drop_behind(disk, f"{n}.txt", "a cat\n")
+        status = sick.until_status(
+            f"{operation} {error}", lambda s, said=said: said in str(s["reason"])
+        )
+        disk.heal()
+        cured = time.monotonic()
+        until(
+            lambda n=n: (disk.behind / f"spool/outbox/{n}/job.json").exists(),
+            f"{operation} {error}",
+        )
+        lasted = time.monotonic() - cured
+
+        assert status["state"] == "waiting"
+        assert lasted < CURE_SECONDS, (operation, error)
+        assert any(said in e["reason"] and place in e["reason"] for e in sick.log("disk.trouble"))
+        assert (disk.behind / f"spool/outbox/{n}/request.txt").read_text() == "a cat\n"
+
+    sick.until_status("no reason", lambda s: s["reason"] is None)
+    nothing_was_charged(sick)
+    assert sick.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "place", "times"),
+    [
+        ("claim", "/inbox/", 9),
+        ("record", r"/pending/.*tmp$", 1),
+        ("take", r"/pending/[^/]+$", 9),
+        ("image", r"/outbox/.*tmp$", 1),
+        ("published", r"publishing$", 9),
+        ("request", r"/drop/", 9),
+        ("leave", r"/active/[^/]+$", 9),
+    ],
+)
+def test_a_rename_that_was_done_and_reported_as_failed(
+    sick: Daemon, disk: Faulty, what: str, place: str, times: int
+) -> None:
+    """As NFS does when an answer is lost: the file is neither lost nor taken twice."""
+    sick.start().until_ready()
+    for error in ("EIO", "ENOENT"):
+        disk.fail("rename", error=error, match=place, done=True, times=times)
+        drop_behind(disk, f"{what}-{error}.txt", "a cat\n")
+        until((disk.behind / f"spool/outbox/{what}-{error}/job.json").exists, error)
+        until(lambda: not sick.unfinished(), "the end of the job")
+        disk.heal()
+
+    assert sorted(p.name for p in sick.outbox.iterdir()) == [f"{what}-EIO", f"{what}-ENOENT"]
+    nothing_was_charged(sick)
+    assert sick.stop() == 0
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_gone(sick: Daemon, disk: Faulty) -> None:
+    """The dropped file is still moved to its job, though nobody could tell for a while that it is
+    there: neither at the end of a job nor after a crash is it given up."""
+    sick.start().until_ready()
+    drop_behind(disk, "a.txt", "!slow 0.5 a cat\n")
+    sick.until_begun()
+    disk.fail("getattr", match="/drop/")
+    sick.until_log("image.published")
+    sick.until_log("disk.trouble")
+    sick.kill()
+    claimed = disk.behind / "spool/.promptdrop/pending/20261123T000000000000-abcdef/drop/sub"
+    claimed.mkdir(parents=True)
+    (claimed / "b.txt").write_text("a dog\n")  # as a crash between claim and resolve leaves it
+    disk.fail("readdir", match="/drop")
+    sick.start()
+    sick.until_log("disk.trouble", times=2)
+    disk.heal()
+
+    assert sick.job("a")["outcome"] == sick.job("sub/b")["outcome"] == "done"
+    assert (sick.outbox / "a/request.txt").read_text() == "!slow 0.5 a cat\n"
+    assert (sick.outbox / "sub/b/request.txt").read_text() == "a dog\n"
+    assert sick.stop() == 0
+
+
+def test_one_sick_file_stops_no_other(sick: Daemon, disk: Faulty) -> None:
+    """A file that cannot even be looked at waits with the reason; others are rendered."""
+    sick.start().until_ready()
+    disk.fail("getattr", match="/inbox/sick.txt")
+    drop_behind(disk, "sick.txt", "a cat\n")
+    drop_behind(disk, "well.txt", "a dog\n")
+    assert sick.job("well")["outcome"] == "done"
+    why = sick.until_waiting("sick.txt")
+    disk.heal()
+
+    assert "Input/output error" in why
+    assert sick.job("sick")["outcome"] == "done"
+    assert sick.stop() == 0
+
+
+def test_slow_calls_cost_time_and_nothing_else(sick: Daemon, disk: Faulty) -> None:
+    """Each write, fsync and rename takes its time: the image in hand is not charged for it."""
+    sick.write_config({"engine": {"image_timeout_seconds": 0.5, "kill_grace_seconds": 0.5}})
+    sick.start().until_ready()
+    disk.fail("write", "fsync", "rename", error="", delay=0.6, match="/outbox")
+    drop_behind(disk, "a.txt", "a cat\n")
+
+    assert sick.job("a")["outcome"] == "done"
+    nothing_was_charged(sick)
+    assert sick.stop() == 0
+
+
+def test_a_stop_does_not_wait_for_a_disk_that_hangs(make_daemon: Make, tmp_path: Path) -> None:
+    """It ends without it, says so, and the next start completes the image."""
+    with disks.block(tmp_path / "block") as disk:
+        outbox = disk.path / "outbox"
+        outbox.mkdir()
+        daemon = make_daemon({"paths": {"outbox": str(outbox)}, "engine": {"stop_seconds": 1}})
+        daemon.outbox = outbox
+        daemon.start().until_ready()
+        disk.freeze()
+        daemon.drop("a.txt", "a cat\n")
+        until(lambda: has_thread_in_uninterruptible_sleep(daemon), "a thread that hangs")
+        began = time.monotonic()
+        assert daemon.process
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.until_log("disk.hangs")
+        lasted = time.monotonic() - began
+        disk.thaw()
+        assert daemon.process.wait(20) == 0
+        daemon.drain()
+
+        assert lasted < 15
+        assert daemon.job("a")["outcome"] == "done"
+        nothing_was_charged(daemon)
+
+
+def has_thread_in_uninterruptible_sleep(daemon: Daemon) -> bool:
+    """Whether a call of the daemon does not come back."""
+    assert daemon.process
+    threads = Path(f"/proc/{daemon.process.pid}/task").glob("*/stat")
+    return any(stat.read_text().rpartition(")")[2].split()[0] == "D" for stat in threads)
+
+
+def test_a_full_disk_is_waited_out(make_daemon: Make, tmp_path: Path) -> None:
+    """A real one: the outbox's disk is filled to the last byte, and emptied again."""
+    with disks.tmpfs(tmp_path / "outbox", "1m") as outbox:
+        daemon = make_daemon({"paths": {"outbox": str(outbox)}})
+        daemon.outbox = outbox
+        daemon.start().until_ready()
+        filler = outbox / "filler"
+        size = 1 << 20
+        while size:  # to the last page
+            try:
+                with filler.open("ab", buffering=0) as file:
+                    file.write(bytes(size))
+            except OSError:
+                size //= 2
+        daemon.drop("a.yaml", "prompts: [a, b, c]\nmeta: {}\n")
+        status = daemon.until_status("no space", lambda s: "No space left" in str(s["reason"]))
+        filler.unlink()
+
+        assert str(outbox) in status["reason"]
+        assert daemon.job("a")["outcome"] == "done"
+        assert daemon.log("image.failed") == []
+        assert daemon.stop() == 0
+
+
+def test_an_outbox_that_turns_read_only_is_waited_out(make_daemon: Make, tmp_path: Path) -> None:
+    """As ext4 does after an error (errors=remount-ro)."""
+    with disks.tmpfs(tmp_path / "outbox") as outbox:
+        daemon = make_daemon({"paths": {"outbox": str(outbox)}})
+        daemon.outbox = outbox
+        daemon.start().until_ready()
+        subprocess.run(["mount", "-o", "remount,ro", str(outbox)], check=True)
+        daemon.drop("a.txt", "a cat\n")
+        daemon.until_status("the outbox", lambda s: str(outbox) in str(s["reason"]))
+        subprocess.run(["mount", "-o", "remount,rw", str(outbox)], check=True)
+
+        assert daemon.job("a")["outcome"] == "done"
+        assert daemon.log("image.failed") == []
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("moment", ["idle", "rendering"])
+def test_a_spool_that_is_unmounted_and_mounted_again(
+    sick: Daemon, disk: Faulty, moment: str
+) -> None:
+    """The empty mount point is not taken for the inbox; the spool is locked anew when it is back."""
+    sick.start().until_ready()
+    if moment == "rendering":
+        drop_behind(disk, "a.txt", "!slow 0.3 a cat\n")
+        sick.until_begun()
+    disk.unmount()
+    sick.until_log("disk.trouble")
+    (disk.path / "spool" / "inbox").mkdir(parents=True)
+    (disk.path / "spool" / "inbox" / "wrong.txt").write_text("not me\n")
+    drop_behind(disk, "b.txt", "a dog\n")
+    trouble = len(sick.log("disk.trouble"))
+    until(lambda: len(sick.log("disk.trouble")) >= trouble, "another look")
+    left = sorted(p.name for p in (disk.path / "spool").rglob("*"))
+    shutil.rmtree(disk.path / "spool")
+    disk.mount()
+
+    assert sick.job("b")["outcome"] == "done"
+    assert left == ["inbox", "wrong.txt"]
+    if moment == "rendering":
+        assert sick.job("a")["outcome"] == "done"
+    second = sick.run("run", "--drain")
+    assert second.returncode == 75
+    nothing_was_charged(sick)
+    assert sick.stop() == 0
+
+
+def test_a_start_before_the_spool_is_mounted_makes_no_spool(sick: Daemon, disk: Faulty) -> None:
+    """It ends with a sentence that helps, and leaves the mount point empty."""
+    disk.unmount()
+    done = sick.run("run", "--drain")
+    left = list(disk.path.iterdir())
+    disk.mount()
+
+    assert done.returncode == 1
+    assert "mount its file system" in done.stderr
+    assert left == []
+    assert sick.drain().returncode == 0
+
+
+def test_an_outbox_unmounted_while_an_image_is_saved(make_daemon: Make, tmp_path: Path) -> None:
+    """It is published when the outbox is back, not into the empty mount point."""
+    home = tmp_path / "disk"
+    home.mkdir()
+    with disks.faulty(home) as disk:
+        daemon = make_daemon({"paths": {"outbox": str(disk.path)}})
+        daemon.outbox = disk.path
+        daemon.start().until_ready()
+        daemon.drop("first.txt", "a cat\n")
+        assert daemon.job("first")["outcome"] == "done"
+        daemon.drop("a.txt", "!slow 0.3 a cat\n")
+        daemon.until_begun()
+        disk.unmount()
+        status = daemon.until_status("not mounted", lambda s: "not mounted" in str(s["reason"]))
+        left = list(disk.path.iterdir())
+        disk.mount()
+
+        assert status["state"] == "waiting"
+        assert left == []
+        assert daemon.job("a")["outcome"] == "done"
+        nothing_was_charged(daemon)
+        assert daemon.stop() == 0
+
+
+def test_an_inbox_deleted_and_made_again(daemon: Daemon) -> None:
+    """Waited for, never made by the daemon, and watched again at once."""
+    daemon.start().until_ready()
+    shutil.rmtree(daemon.inbox)
+    daemon.until_status("missing", lambda s: "inbox" in str(s["reason"]))
+    seen = daemon.inbox.exists()
+    daemon.inbox.mkdir()
+    daemon.drop("a.txt", "a cat\n")
+
+    assert not seen
+    assert daemon.job("a")["outcome"] == "done"
+    assert daemon.stop() == 0
+
+
+def test_trouble_is_logged_once_and_its_cure_too(sick: Daemon, disk: Faulty) -> None:
+    """Not at every try: a disk that is full all night does not fill the log with that."""
+    sick.start().until_ready()
+    disk.fail("create", error="ENOSPC", match="/outbox", times=3)
+    drop_behind(disk, "a.txt", "a cat\n")
+    assert sick.job("a")["outcome"] == "done"
+
+    (trouble,) = sick.log("disk.trouble")
+    assert "No space left on device" in trouble["reason"]
+    assert ".promptdrop-" not in trouble["reason"]
+    assert len(sick.log("disk.cured")) == 1
+    assert sick.stop() == 0
+
+
+def test_work_that_does_not_come_back_is_named() -> None:
+    """A disk that hangs raises no error: after SLOW_SECONDS the status names who waits."""
+    loop, release, came = Loop(), threading.Event(), threading.Event()
+    loop.off("publisher", release.wait, lambda _: came.set(), 1.0)
+    began = time.monotonic()
+    until(lambda: loop.slow(began + 1000), "the publisher at work")
+
+    assert loop.slow(began) is None
+    assert "publisher" in str(loop.slow(began + SLOW_SECONDS + 1))
+    release.set()
+    until(lambda: loop.run_results() or came.is_set(), "its result")
+    assert loop.slow(began + 1000) is None
+    assert loop.close()
