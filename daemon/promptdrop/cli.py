@@ -39,16 +39,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments) or 0)
     except PromptdropError as e:
-        print(f"promptdrop: {e}", file=sys.stderr)
+        _complain(str(e))
         return e.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptdrop status | head`
         return 0
     except OSError as e:
-        print(f"promptdrop: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        _complain(f"{e.filename or ''}: {e.strerror or e}")
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(text: str) -> None:
+    """What it names may have been named to harm a terminal."""
+    from promptdrop import names
+
+    lines = "\n".join(names.printable(line) for line in text.split("\n"))
+    print(f"promptdrop: {lines}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

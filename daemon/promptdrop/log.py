@@ -1,7 +1,14 @@
-"""structlog, set up once per process: colours on a terminal, JSON lines otherwise, on stderr."""
+"""structlog, set up once per process: colours on a terminal, JSON lines otherwise, on stderr.
 
+Lines are written by a thread: a terminal stopped by Ctrl-S, or a pipe that nobody reads, must not
+stop whoever logs.
+"""
+
+import atexit
 import logging
 import sys
+import threading
+from collections import deque
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -13,6 +20,8 @@ _LEVELS = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+_LINES = 10_000
+_SETTLE_SECONDS = 1.0
 
 
 def set_up(level: str, form: str) -> None:
@@ -32,11 +41,62 @@ def set_up(level: str, form: str) -> None:
             ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=lambda *args: structlog.PrintLogger(
-            sys.stderr
-        ),  # the stderr of now: rich wraps it
+        logger_factory=lambda *args: _output,
         cache_logger_on_first_use=False,
     )
+
+
+def settle() -> None:
+    """Wait until what was logged is written, at most a second."""
+    _output.settle()
+
+
+class _Output:
+    """structlog's logger. At most _LINES wait to be written; after that the oldest are lost, and counted."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque()
+        self._lost = 0
+        self._changed = threading.Condition()
+        self._writer: threading.Thread | None = None
+
+    def msg(self, text: str) -> None:
+        """A line to be written. Never blocks."""
+        with self._changed:
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name="log", daemon=True)
+                self._writer.start()
+                atexit.register(self.settle)
+            if len(self._lines) >= _LINES:
+                self._lines.popleft()
+                self._lost += 1
+            self._lines.append(f"{text}\n")
+            self._changed.notify_all()
+
+    debug = info = warning = error = msg
+
+    def settle(self) -> None:
+        """Wait until all is written, but not for ever."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines, _SETTLE_SECONDS)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                text, lost = self._lines[0], self._lost
+            try:
+                if lost:
+                    print(f"{lost} lines of the log are lost: nobody read them", file=sys.stderr)
+                sys.stderr.write(text)  # the stderr of now: rich wraps it
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass  # closed, or on a full disk: there is nobody to tell
+            with self._changed:
+                if self._lines and self._lines[0] is text:
+                    self._lines.popleft()
+                self._lost -= lost
+                self._changed.notify_all()
 
 
 def _what_happened_first(
@@ -47,6 +107,9 @@ def _what_happened_first(
         key: event.pop(key) for key in ("timestamp", "level", "event") if key in event
     }
     return {**head, **event}
+
+
+_output = _Output()
 
 
 def get() -> Any:

@@ -234,7 +234,9 @@ class Supervisor:
         log.get().info("daemon.stopped", exit_status=self.exit_status, published=self._published)
         if not has_ended and self.exit_status is not None:
             log.get().error("disk.hangs", reason="a disk did not answer; ended without it")
+            log.settle()
             os._exit(self.exit_status)  # the interpreter would wait for its threads
+        log.settle()
 
     def _put_down_images(self) -> None:
         """Images in hand at an orderly stop are nobody's fault."""
