@@ -189,7 +189,8 @@ def test_an_engine_that_cannot_load_ends_the_daemon(
     make_daemon: MakeDaemon, fault: str, status: int, said: str
 ) -> None:
     """The exit status and the reason come at once, and the jobs stay where they are."""
-    daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": 1}})
+    limit = 1 if fault == "!load-hang" else 60
+    daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": limit}})
     daemon.drop("a.txt", "a cat\n")
     daemon.start()
     assert daemon.process
@@ -387,7 +388,8 @@ def test_an_engine_that_cannot_warm_up_ends_the_daemon(
     make_daemon: MakeDaemon, fault: str, said: str
 ) -> None:
     """Exit 1 with the reason; the job stays."""
-    daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": 2}})
+    limit = 1 if fault == "!warm-hang-gil" else 60
+    daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": limit}})
     daemon.drop("a.txt", "a cat\n")
     daemon.start()
     assert daemon.process

@@ -61,6 +61,10 @@ def rename_below(root: Path, sub: str, file: str, target: Path) -> None:
                 raise NotPlain(errno.ENOTDIR, "no folder by now", str(root / sub)) from None
             os.close(outer)
         rename(Path(file), target, folder)
+    except OSError as e:
+        if e.filename == file:
+            e.filename = str(root / sub / file)
+        raise
     finally:
         os.close(folder)
 

@@ -332,11 +332,11 @@ class Spool:
         self.prepare()
 
     def require_init(self) -> None:
-        """Raise PromptdropError: there is no spool at `root`, or its file system is not mounted.
+        """Raise PromptdropError: `root` is a folder and no spool: its file system is not mounted.
 
         An empty mount point would make a fine new spool, and hide the real one's jobs.
         """
-        if not self.own.is_dir():
+        if self.root.is_dir() and not self.own.is_dir():
             raise PromptdropError(
                 f"{self.root}: there is no spool here; mount its file system, or: promptdrop init"
             )

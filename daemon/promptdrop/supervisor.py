@@ -225,7 +225,7 @@ class Supervisor:
         self._put_down_images()
         last = self._status("stopping")
         self._write_status(last)
-        if not self._why_held():  # an outbox in trouble is not waited for
+        if has_ended and not self._why_held():  # an outbox in trouble is not waited for
             self._write_shared(last)
         if self._on_change:
             self._on_change(last)
