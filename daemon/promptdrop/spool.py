@@ -532,10 +532,9 @@ class Spool:
     def _take_marker(self, home: Path, sub: str, file: str) -> None:
         """FILE.done goes with FILE: the next file of this name needs a marker of its own."""
         suffix = self.config.watch.ready_suffix
-        marker = self.inbox / sub / f"{file}{suffix}"
         if suffix and not fs.exists(self.inbox / sub / file):
             try:
-                fs.rename(marker, home / "ready")
+                fs.rename_below(self.inbox, sub, f"{file}{suffix}", home / "ready")
             except OSError:
                 pass  # gone, or claimed with it before a crash; the file itself is ours
 
@@ -555,14 +554,15 @@ class Spool:
 
     def _memory_of(self, claimed: "Job | Unresolved") -> Path:
         drop = claimed.home / "drop" / claimed.sub / claimed.file
-        digest = hashlib.sha256(os.fsencode(claimed.sub) + b"\0" + drop.read_bytes()).hexdigest()
+        data, _ = fs.read_plain(drop, None)
+        digest = hashlib.sha256(os.fsencode(claimed.sub) + b"\0" + data).hexdigest()
         return self.cache / "taken" / digest[:2] / digest
 
     def _forget_bytes(self, job: "Job | Unresolved") -> None:
         try:
             path = self._memory_of(job)
-        except FileNotFoundError:
-            return  # moved already, before a crash
+        except (FileNotFoundError, fs.NotPlain):
+            return  # moved already, before a crash; or swapped before its claim
         if read_json(path).get("id") == job.id:
             fs.remove_file(path)
 
