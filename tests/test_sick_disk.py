@@ -298,19 +298,25 @@ def test_a_spool_that_is_unmounted_and_mounted_again(
 
 
 def test_a_start_before_the_spool_is_mounted_makes_no_spool(
-    make_daemon: Make, disk: Faulty
+    make_daemon: Make, disk: Faulty, tmp_path: Path
 ) -> None:
-    """It ends with a sentence that helps, and leaves the mount point empty."""
-    sick = make_daemon({"root": str(disk.path)})
+    """It ends with a sentence that helps, and leaves the mount point of /etc/fstab empty."""
+    daemon = make_daemon({"root": str(disk.path / "spool")})
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"# <device> <place>\nserver:/spool {disk.path} nfs defaults 0 0\n")
+    if not os.path.exists("/etc/fstab"):
+        pytest.skip("there is no /etc/fstab to put another in the place of")
+    shell = f'mount --bind {fstab} /etc/fstab && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", shell, "sh", *daemon.command("run", "--drain")]
     disk.unmount()
-    done = sick.run("run", "--drain")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     left = list(disk.path.iterdir())
     disk.mount()
 
     assert done.returncode == 1
-    assert "mount its file system" in done.stderr
+    assert f"{disk.path} is in /etc/fstab and not mounted" in done.stderr
     assert left == []
-    assert sick.drain().returncode == 0
+    assert daemon.drain().returncode == 0
 
 
 def test_an_outbox_unmounted_while_an_image_is_saved(make_daemon: Make, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import filecmp
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -324,6 +325,22 @@ def file_system(path: Path) -> str:
             if left.split()[2] == wanted:
                 return right.split()[0]
     return "unknown"
+
+
+def missing_mount(path: Path) -> Path | None:
+    """The mount point of fstab(5) that `path` lies at or below and that is not mounted now."""
+    try:
+        lines = Path("/etc/fstab").read_bytes().splitlines()
+    except OSError:
+        return None
+    for fields in map(bytes.split, lines):
+        if len(fields) < 2 or fields[0].startswith(b"#") or not fields[1].startswith(b"/"):
+            continue
+        name = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), fields[1])
+        place = Path(os.fsdecode(name))
+        if path.is_relative_to(place) and not os.path.ismount(place):
+            return place
+    return None
 
 
 def free_mib(path: Path) -> float:

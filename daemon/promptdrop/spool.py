@@ -331,14 +331,14 @@ class Spool:
             _make(path)
         self.prepare()
 
-    def require_init(self) -> None:
-        """Raise PromptdropError: `root` is a folder and no spool: its file system is not mounted.
+    def require_mount(self) -> None:
+        """Raise PromptdropError: there is no spool yet, and its place in /etc/fstab is not mounted.
 
         An empty mount point would make a fine new spool, and hide the real one's jobs.
         """
-        if self.root.is_dir() and not self.own.is_dir():
+        if not self.own.is_dir() and (place := fs.missing_mount(self.root)):
             raise PromptdropError(
-                f"{self.root}: there is no spool here; mount its file system, or: promptdrop init"
+                f"{self.root}: there is no spool here: {place} is in /etc/fstab and not mounted"
             )
 
     def prepare(self) -> None:

@@ -143,7 +143,7 @@ class Supervisor:
         """
         config.refuse_what_is_not_ready(self.config)
         engine.require(self.config)
-        self.spool.require_init()
+        self.spool.require_mount()
         self.spool.prepare()
         self.spool.lock()
         self._startup()
