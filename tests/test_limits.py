@@ -59,7 +59,7 @@ def test_the_wall_clock_may_jump(make_daemon: Make, tmp_path: Path) -> None:
     assert [s["job"]["id"] for s in sidecars] == sorted(s["job"]["id"] for s in sidecars)
     assert status["reason"] is None
     assert daemon.log("engine.killed") == []
-    assert daemon.stop() == 0
+    daemon.kill()  # a stop waits with a timeout, which libfaketime makes EINVAL
 
 
 def test_out_of_descriptors_is_waited_out(daemon: Daemon) -> None:
