@@ -16,7 +16,7 @@ FLOORS = [
     ["job", "control"],
     ["config", "records", "infotext"],
     ["request_data", "metrics", "messages", "picture", "weights"],
-    ["request_text", "spool", "engine", "exporter", "inbox", "terminal"],
+    ["request_text", "spool", "engine", "engines.schedulers", "exporter", "inbox", "terminal"],
     ["request", "publish", "queue", "client", "doctor", "worker", "loop"],
     ["reading", "engines.gradient", "engines.speed", "engine_process"],
     ["intake", "script", "engines.zimage"],

@@ -684,7 +684,7 @@ def test_another_file_system_below_the_inbox_is_not_entered(daemon: Daemon) -> N
         ({"engine": {"quantization": "fp8"}}, "not available yet"),
         ({"engine": {"batch": 2}}, "not available yet"),
         ({"engine": {"offload": "model"}}, "not available yet"),
-        ({"defaults": {"scheduler": "heun"}}, "not available yet"),
+        ({"defaults": {"scheduler": "heum"}}, "dpmpp_2m_sde"),
         ({"defaults": {"width": 65}}, "16"),
         ({"watch": {"settle_seconds": -1}}, "watch.settle_seconds"),
     ],

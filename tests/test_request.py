@@ -8,7 +8,6 @@ import pytest
 
 import parsers
 from promptdrop import config
-from promptdrop.config import READY_SCHEDULERS
 from promptdrop.errors import RequestError
 from promptdrop.job import SCHEDULERS, ImageSpec, Request, seed_of
 from promptdrop.request import decode, parse, request_schema, with_seeds
@@ -323,13 +322,11 @@ def test_priority_is_the_job_s():
     ]
 
 
-@pytest.mark.parametrize("scheduler", [s for s in SCHEDULERS if s not in READY_SCHEDULERS])
-def test_a_scheduler_to_come_is_refused_in_words(scheduler):
-    """The contract names it; this version cannot do it yet."""
-    assert refusal(f"prompt: a\nscheduler: {scheduler}") == [
-        f"line 2: scheduler='{scheduler}' is not available yet in this version of promptdrop;"
-        f" expected one of {', '.join(READY_SCHEDULERS)}"
-    ]
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_is_taken(scheduler):
+    """Each name of the contract, as a field and as an argument."""
+    assert image(f"prompt: a\nscheduler: {scheduler}").scheduler == scheduler
+    assert image(f"--prompt a --sampler_name {scheduler}", ".txt").scheduler == scheduler
 
 
 def test_seeds_come_from_the_job_s_id_where_the_file_names_none():

@@ -27,7 +27,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "guidance_scale": (float, "0 to 20"),
     "seed": (int, "0 to 2**63-1"),
     "count": (int, "images per prompt"),
-    "scheduler": (str, "for example euler"),
+    "scheduler": (str, "euler, dpmpp_2m, dpmpp_2m_sde, unipc or heun"),
     "format": (str, "png, jpeg, webp or avif"),
     "timeout_seconds": (float, "per image"),
 }

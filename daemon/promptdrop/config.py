@@ -44,7 +44,6 @@ NOT_YET = {
     "engine.quantization": ("fp8",),
     "engine.offload": ("text_encoder", "model"),
 }
-READY_SCHEDULERS = ("euler",)
 
 
 class Section(BaseModel):
@@ -411,18 +410,6 @@ def refuse_what_is_not_ready(config: Config) -> None:
             raise ConfigError(
                 f"engine.{name}: {value} is not available yet in this version of promptdrop; expected 1"
             )
-    if config.defaults.scheduler not in READY_SCHEDULERS:
-        raise _not_ready("defaults.scheduler", config.defaults.scheduler)
-    for name, folder in config.folders.items():
-        if folder.scheduler not in (None, *READY_SCHEDULERS):
-            raise _not_ready(f"folders.{name}.scheduler", folder.scheduler)
-
-
-def _not_ready(key: str, scheduler: str | None) -> ConfigError:
-    return ConfigError(
-        f"{key}: {scheduler} is not available yet in this version of promptdrop;"
-        f" expected one of {', '.join(READY_SCHEDULERS)}"
-    )
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:

@@ -9,7 +9,7 @@ from promptdrop.config import Config, Prompt
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
 
 OnStage = Callable[[str], None]  # what loading is doing now
-OnStep = Callable[[int, int], None]  # (step, steps): this many of the image's steps are done
+OnStep = Callable[[int, int], None]  # (step, steps): so many evaluations are done, of so many
 
 # By model.id; imported only when asked for.
 ENGINES = {"gradient": "promptdrop.engines.gradient:GradientEngine"}

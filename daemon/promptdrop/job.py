@@ -32,6 +32,11 @@ class ImageSpec(NamedTuple):
     timeout_seconds: float
     meta: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
 
+    @property
+    def evaluations(self) -> int:
+        """How often the transformer runs: twice in each of heun's steps but the last."""
+        return 2 * self.steps - 1 if self.scheduler == "heun" else self.steps
+
     def to_json(self) -> dict[str, Any]:
         """A mapping of JSON types; `ImageSpec(**spec.to_json())` is the spec again."""
         return self._asdict()

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import ErrorDetails
 
 from promptdrop import names, yaml12
-from promptdrop.config import READY_SCHEDULERS, SIZE, Config
+from promptdrop.config import SIZE, Config
 from promptdrop.errors import Problem, RequestError
 from promptdrop.job import FORMATS, SCHEDULERS, ImageSpec, Request, seed_of
 from promptdrop.request_data import (
@@ -367,14 +367,6 @@ def _read(
         elif (value := _valid(level, name, value, known[name], problems)) is not None:
             level.values[name] = value
     _shape(level, config, problems)
-    scheduler = level.values.get("scheduler")
-    if scheduler and scheduler not in READY_SCHEDULERS:
-        level.add(
-            problems,
-            "scheduler",
-            f"scheduler={scheduler!r} is not available yet in this version of promptdrop;"
-            f" expected one of {', '.join(READY_SCHEDULERS)}",
-        )
     return level
 
 

@@ -965,7 +965,7 @@ class Supervisor:
                     image=image.spec.image,
                     images=job.images,
                     step=image.step,
-                    steps=image.spec.steps,
+                    steps=image.spec.evaluations,
                     seconds=round(time.monotonic() - image.began, 1),
                 )
         return None

@@ -77,10 +77,10 @@ class GradientEngine:
         text = fit(spec.prompt, prompt)
         step_seconds = float(arguments[0]) if fault == "slow" else 0.0
         marks = [time.perf_counter()]
-        for step in range(1, spec.steps + 1):
+        for step in range(1, spec.evaluations + 1):
             time.sleep(step_seconds)
             marks.append(time.perf_counter())
-            on_step(step, spec.steps)
+            on_step(step, spec.evaluations)
         if fault == "constant":
             raise EngineError("every pixel of the image has the same colour")
         _paint(spec, text, buffer)
@@ -89,7 +89,7 @@ class GradientEngine:
             prompt=text,
             tokens=len(text.split()) + TEMPLATE_TOKENS,
             truncated=text != spec.prompt,
-            evaluations=spec.steps,
+            evaluations=spec.evaluations,
             latency_ms=Latency(
                 encode=(marks[0] - begin) * 1000,
                 denoise=(marks[-1] - marks[0]) * 1000,

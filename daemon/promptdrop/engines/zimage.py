@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from promptdrop import weights
 from promptdrop.config import Config, Prompt, width_height
 from promptdrop.engine import OnStage, OnStep
+from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
 from promptdrop.engines.speed import (
     accelerate,
     discard_cache,
@@ -36,7 +37,6 @@ from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
 MIB = 1024 * 1024
 EMBEDDINGS_BYTES = 64 * MIB  # about a hundred prompts of Z-Image-Turbo's
-SCHEDULER = "euler"  # the checkpoint's own, flow-match Euler
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
 Mark = Any  # a torch.cuda.Event, or seconds
 Tensors = dict[str, Any]
@@ -71,6 +71,7 @@ class ZImageEngine:
                 f"{directory}/tokenizer: has no chat template; expected chat_template.jinja,"
                 " or chat_template in tokenizer_config.json"
             )
+        self._scheduler = checkpoint_scheduler(pipe, directory)
         on_stage(f"moving to {self._device}")
         try:
             pipe.to(self._device)
@@ -158,8 +159,6 @@ class ZImageEngine:
         Raises EngineError: this image failed; the engine is still good. Anything else that is an
         Exception is unknown: the caller should end the process.
         """
-        if spec.scheduler != SCHEDULER:
-            raise EngineError(f"scheduler: {spec.scheduler}: not here yet; expected {SCHEDULER}")
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
@@ -214,7 +213,7 @@ class ZImageEngine:
         decoded = clock.mark()
         if clock.lags:
             clock.wait(denoised)
-            on_step(spec.steps, spec.steps)
+            on_step(spec.evaluations, spec.evaluations)
 
         torch.frombuffer(buffer, dtype=torch.uint8, count=pixels.numel()).copy_(pixels.view(-1))
         transferred = clock.mark()
@@ -252,10 +251,11 @@ class ZImageEngine:
             if clock.lags:
                 clock.wait(self._evaluations[-1])
             if done := index + (0 if clock.lags else 1):
-                on_step(done, spec.steps)
+                on_step(done, spec.evaluations)
             return tensors
 
         generator = torch.Generator(self._device).manual_seed(_seed(spec))
+        self._pipe.scheduler = scheduler_for(spec.scheduler, self._scheduler, generator)
         latents: torch.Tensor = self._pipe(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
