@@ -246,3 +246,19 @@ def test_the_status_counts_evaluations(daemon: Daemon) -> None:
     )["current"]
 
     assert current["steps"] == 7
+
+
+def test_the_readmes_figures_were_measured() -> None:
+    """Its table is what bench/schedulers.py recorded."""
+    top = Path(__file__).parent.parent
+    readme = (top / "README.md").read_text()
+    measured = json.loads((top / "bench/schedulers.json").read_text())
+    for name, errors in measured["analytic"].items():
+        drawn = measured["demonstration model"]["rows"][f"{name} 9"]
+        cells = ", ".join(f"{e:.3f}" for e in errors.values())
+        row = f"| {cells} | {drawn['psnr_db']:.1f} dB | {drawn['right']:.0%} |\n"
+        evaluations = CIRCLE._replace(scheduler=name, steps=9).evaluations
+
+        assert f"| `{name}` | {evaluations} {row}" in readme
+    for also in ("unipc 6", "heun 5", "euler 9, another seed"):
+        assert f"{measured['demonstration model']['rows'][also]['psnr_db']:.1f} dB" in readme

@@ -41,7 +41,9 @@ class _CheckpointLevels:
     ) -> None:
         """Begin an image. The signature is what `retrieve_timesteps` of the pipeline looks for."""
         self.checkpoint.set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu)
-        levels = self.checkpoint.sigmas  # [N + 1], falling to 0; on the CPU, so no step waits
+        levels = (
+            self.checkpoint.sigmas
+        )  # [N + 1], falling to 0; on the CPU, where the library keeps them
         timesteps = self.checkpoint.timesteps  # [N], not rounded to whole ones as the library does
         super().set_timesteps(len(timesteps))  # type: ignore[misc]  # the scheduler's
         self._take(levels, timesteps.to(device))
