@@ -3,7 +3,7 @@
 import errno
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ class Survey:
     trouble: str | None
     paused: str | None  # how to go on
     commands: tuple[control.Command, ...]
+    lanes: dict[str, list[Offer]]  # the scan's offers, by whose turn it may be
     cost: float  # CPU seconds
 
 
@@ -66,10 +67,10 @@ class Turns:
     def __init__(self) -> None:
         self._lanes: OrderedDict[str, deque[Offer]] = OrderedDict()
 
-    def add(self, offer: Offer, policy: str) -> None:
+    def add(self, lanes: dict[str, list[Offer]]) -> None:
         """Behind those of the same lane."""
-        name = offer.sub.partition("/")[0] if policy == "fair" else ""
-        self._lanes.setdefault(name, deque()).append(offer)
+        for name, offers in lanes.items():
+            self._lanes.setdefault(name, deque()).extend(offers)
 
     def take(self) -> Offer | None:
         """The next one, or None."""
@@ -180,8 +181,9 @@ class Intake:
         except TROUBLE as e:
             trouble = reason_of(e)
         commands = control.read(self._spool.control)
+        lanes = _by_lane(scan.offers if scan else (), settings.queue.policy)
         cost = time.thread_time() - began  # seconds of CPU
-        return Survey(scan, trouble, self._spool.why_paused(), commands, cost)
+        return Survey(scan, trouble, self._spool.why_paused(), commands, lanes, cost)
 
     def decide_watch(self) -> Mode:
         """Anew at every look: a share may be mounted over what was a local folder."""
@@ -206,8 +208,7 @@ class Intake:
             stuck = scan.blocked and len(scan.blocked) == scan.found
             self.obstacle = next(iter(scan.blocked.values())) if stuck else None
             self._offered += len(scan.offers)
-            for offer in scan.offers:
-                self._turns.add(offer, self._desk.config.queue.policy)
+            self._turns.add(survey.lanes)
             self._take_turns()
 
     # --- taking -------------------------------------------------------------------------------
@@ -316,6 +317,15 @@ class Intake:
             self._desk.accept(result)
         else:
             self._desk.refuse(*result)
+
+
+def _by_lane(offers: Iterable[Offer], policy: str) -> dict[str, list[Offer]]:
+    """By top-level sub-folder (fair), or all in one (fifo). Off the loop: there may be very many."""
+    lanes: dict[str, list[Offer]] = {}
+    for offer in offers:
+        lane = offer.sub.partition("/")[0] if policy == "fair" else ""
+        lanes.setdefault(lane, []).append(offer)
+    return lanes
 
 
 def settings_of(config: Config) -> Settings:

@@ -57,7 +57,8 @@ HEARTBEAT_SECONDS = 10.0  # longest
 PROGRESS_SECONDS = 0.1
 IDLE_DEATHS = 5  # deaths in a row without an image in hand after which the engine is given up
 OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
-FROZEN_JOBS = 4096
+# Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
+GC_THRESHOLDS = 20_000, 10, 1_000_000
 ACCEPT_SECONDS = 0.02  # of one turn, for jobs left from before
 LISTED = 100  # jobs, files and ends in the status
 
@@ -146,6 +147,8 @@ class Supervisor:
         self.spool.require_mount()
         self.spool.prepare()
         self.spool.lock()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self._startup()
         try:
             while self.exit_status is None:
@@ -441,8 +444,6 @@ class Supervisor:
     def accept(self, job: Job) -> None:
         """A job to render: new, recovered or retried."""
         running = self._running[job.id] = Running(job, len(job.todo()))
-        if not len(self._running) % FROZEN_JOBS:
-            gc.freeze()  # a full collection of a hundred thousand jobs would stop a turn for long
         self._intake.last_activity = time.monotonic()
         if job.must_fit and job.is_fresh and not job.cancelled:
             self._unmeasured.append(running)
@@ -529,6 +530,8 @@ class Supervisor:
     def _job_ended(self, running: Running, outcome: JobOutcome) -> None:
         job = running.job
         del self._running[job.id]
+        if not self._running:
+            gc.collect()
         self._intake.last_activity = time.monotonic()
         errors = [f"image {image}: {s.error}" for image, s in sorted(job.states.items()) if s.error]
         error = "; ".join(errors[:3]) or ("cancelled on request" if job.cancelled else None)
