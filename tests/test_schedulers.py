@@ -147,6 +147,7 @@ def test_the_checkpoints_levels(scheduler: str, settings: dict[str, Any]) -> Non
     assert len(timesteps) == count == (17 if scheduler == "heun" else 9)
     assert torch.equal(timesteps.unique(), own.timesteps.unique())
     assert torch.allclose(ours.sigmas.unique(), own.sigmas.unique(), atol=2e-6, rtol=0)
+    assert (float(ours.sigmas[0]) == 1) == (scheduler in ("euler", "heun"))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

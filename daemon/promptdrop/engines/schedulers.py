@@ -53,7 +53,11 @@ class _CheckpointLevels:
 
 
 class _LogSignalLevels(_CheckpointLevels):
-    """For solvers that step in log((1 - sigma) / sigma), which pure noise has none of."""
+    """For solvers that step in log((1 - sigma) / sigma): pure noise has none that is finite.
+
+    UniPC would solve a linear system with an infinity in it, which each device's library does its
+    own way. Anything from 1e-6 to 1e-3 changed no error against the exact solution by 1% at 4 to 9 steps.
+    """
 
     def _take(self, levels: torch.Tensor, timesteps: torch.Tensor) -> None:
         super()._take(levels.clamp(max=1 - LEAST_SIGNAL), timesteps)
