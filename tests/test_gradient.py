@@ -106,7 +106,7 @@ def test_faults_that_end_the_process(fault: str, status: int) -> None:
         "from promptdrop.engines import gradient\n"
         "signal.signal(signal.SIGALRM, lambda *_: exit(9))\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.2)\n"
-        f"gradient._image_fault({fault[1:]!r})"
+        f"gradient._image_fault({fault[1:]!r}, [])"
     )
     try:
         ended = subprocess.run([sys.executable, "-c", code], timeout=2).returncode
@@ -125,7 +125,7 @@ def test_load_faults() -> None:
 
 def test_stop_waits_for_sigcont() -> None:
     """`!stop` stops the process, as a debugger or a frozen cgroup does."""
-    code = "from promptdrop.engines import gradient; gradient._image_fault('stop')"
+    code = "from promptdrop.engines import gradient; gradient._image_fault('stop', [])"
     process = subprocess.Popen([sys.executable, "-c", code])
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     process.send_signal(signal.SIGCONT)
