@@ -11,6 +11,7 @@ against watchdog's PollingObserver and a loop of glob and stat. Nothing here is 
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from promptdrop.inbox import Inbox
 from promptdrop.intake import settings_of
 from promptdrop.job import ImageSpec, Request
 from promptdrop.spool import Settled, Spool
-from promptdrop.supervisor import Supervisor
+from promptdrop.supervisor import GC_THRESHOLDS, Supervisor
 
 Points = list[tuple[float, float]]
 RENDERED = 100  # images a daemon renders while its turns are timed
@@ -118,6 +119,8 @@ def in_a_child(measure: Callable[..., dict[str, float]], *args: object) -> dict[
     pid = os.fork()
     if pid == 0:
         log.set_up("error", "json")
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)  # as a daemon does
         os.write(write, json.dumps(measure(*args)).encode())
         os._exit(0)
     os.close(write)
