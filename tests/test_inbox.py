@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from promptdrop import fs
 from promptdrop.config import Watch
 from promptdrop.inbox import Inbox, Scan, Watcher, is_open_for_writing, watch_mode
 
@@ -209,13 +208,9 @@ def test_a_dead_watcher_thread_is_replaced(tmp_path: Path) -> None:
         ("nfs", "inotify", "inotify"), ("ext4", "poll", "poll"),
     ],
 )  # fmt: skip
-def test_the_mode_follows_the_file_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wanted: Any, mode: str
-) -> None:
+def test_the_mode_follows_the_file_system(kind: str, wanted: Any, mode: str) -> None:
     """`auto` is inotify only where it hears every writer; what is configured stands."""
-    monkeypatch.setattr(fs, "file_system", lambda path: kind)
-
-    chosen, why = watch_mode(wanted, tmp_path)
+    chosen, why = watch_mode(wanted, kind)
 
     assert chosen == mode
     assert wanted != "auto" or kind in why

@@ -1,8 +1,6 @@
 """The compiled engine: the library's function, no compiling after warm-up, a cache that may break."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,30 +104,6 @@ def test_a_compiled_engine_compiles_at_warm_up_only(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
     for mine, theirs in zip(images, expected, strict=True):
         assert np.abs(mine.astype(int) - theirs).max() <= 1
-
-
-@pytest.mark.timeout(900)
-def test_a_broken_cache_is_made_anew(tmp_path: Path) -> None:
-    """A start that finds unreadable code discards it, with a log line, and compiles again."""
-    start = f"""
-import logging, torch
-torch.set_num_threads(1)
-from promptdrop import config, log
-from promptdrop.engines.zimage import ZImageEngine
-log.set_up("info", "json")
-values = {configured(tmp_path, "on").model_dump(mode="json", exclude={"file"})!r}
-ZImageEngine(config.parse(values), lambda stage: None).warm_up(lambda: None)
-"""
-    run = [sys.executable, "-W", "ignore", "-c", start]
-    subprocess.run(run, check=True, capture_output=True)
-    (cache,) = (tmp_path / ".promptdrop" / "cache" / "compiled").iterdir()
-    whole = {file for file in cache.rglob("*") if file.is_file()}
-    for file in whole:
-        file.write_bytes(b"broken")
-    done = subprocess.run(run, check=True, capture_output=True, text=True)
-
-    assert "compile.cache_discarded" in done.stderr
-    assert not any(file.exists() and file.read_bytes() == b"broken" for file in whole)
 
 
 def test_a_cache_is_of_one_model_and_device(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _inbox(spool: Spool) -> Iterator[Finding]:
                 f"so that all of it can fetch and delete: chgrp -R {group} {path}",
             )
     watch = spool.config.watch
-    how = watch_mode(watch.mode, spool.inbox)[1]
+    how = watch_mode(watch.mode, fs.file_system(spool.inbox))[1]
     yield Finding("ok", "watch", f"{how}; a look every {watch.rescan_seconds:g} s")
     for n, (stranger, why) in enumerate(strangers(spool.inbox)):
         if n == _STRANGERS_SHOWN:

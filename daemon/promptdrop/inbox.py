@@ -231,11 +231,10 @@ class Watcher:
         self._watched = {}
 
 
-def watch_mode(wanted: Literal["auto", "inotify", "poll"], inbox: Path) -> tuple[Mode, str]:
-    """`watch.mode`, decided by the file system that is mounted there now, and the reason in words."""
+def watch_mode(wanted: Literal["auto", "inotify", "poll"], kind: str) -> tuple[Mode, str]:
+    """`watch.mode`, decided by the inbox's kind of file system, and the reason in words."""
     if wanted != "auto":
         return wanted, f"{wanted} (watch.mode)"
-    kind = fs.file_system(inbox)
     if kind.startswith(REMOTE):
         return "poll", f"poll: inotify does not see every writer on {kind}"
     return "inotify", f"inotify on {kind}"

@@ -187,7 +187,9 @@ class Intake:
 
     def decide_watch(self) -> Mode:
         """Anew at every look: a share may be mounted over what was a local folder."""
-        mode, self.watch = watch_mode(self._desk.config.watch.mode, self._spool.inbox)
+        mode, self.watch = watch_mode(
+            self._desk.config.watch.mode, fs.file_system(self._spool.inbox)
+        )
         return mode
 
     def _watched_folders(self) -> dict[Path, bool]:
