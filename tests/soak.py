@@ -211,7 +211,13 @@ class Campaign:
         self._start_again()
         control.resume(self.daemon.own / "control")
         until(self._is_done_or_retried, f"the end of seed {self.seed}", 600)
+        self.daemon.until_status("a daemon that heeds signals", self._is_its_own)
         assert self.daemon.stop() == 0
+
+    def _is_its_own(self, status: dict[str, Any]) -> bool:
+        """Whether the daemon of the last start wrote it: one that was just started dies of SIGTERM."""
+        process = self.daemon.process
+        return process is not None and bool(status["pid"] == process.pid)
 
     def _is_done_or_retried(self) -> bool:
         self._start_again()
