@@ -107,4 +107,4 @@ def test_a_negative_prompt_is_counted_too(daemon: Daemon) -> None:
     daemon.drain()
 
     assert "image 2: the negative_prompt has" in daemon.error("a.yaml")["error"]
-    assert list(daemon.outbox.iterdir()) == []
+    assert daemon.tree() == ["failed/a.yaml", "failed/a.yaml.error.json"]

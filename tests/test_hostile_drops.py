@@ -680,7 +680,6 @@ def test_another_file_system_below_the_inbox_is_not_entered(daemon: Daemon) -> N
         ({"engine": {"backend": "ray"}}, "not available yet"),
         ({"engine": {"workers": 2}}, "not available yet"),
         ({"engine": {"compile": True}}, "compile"),
-        ({"engine": {"compile": "on"}}, "not available yet"),
         ({"engine": {"quantization": "fp8"}}, "not available yet"),
         ({"engine": {"batch": 2}}, "not available yet"),
         ({"engine": {"offload": "model"}}, "not available yet"),

@@ -177,7 +177,7 @@ def test_templates_in_prompts_and_names_stay_text(daemon: Daemon, suffix: str) -
     text = {".txt": prompt, ".yaml": f"prompt: '{prompt}'", ".json": json.dumps({"prompt": prompt})}
     daemon.drop(f"{{seed}}%s..${{HOME}}{suffix}", text[suffix])
     daemon.drain()
-    (folder,) = (path.name for path in daemon.outbox.iterdir())
+    (folder,) = (path.name for path in daemon.outbox.iterdir() if path.is_dir())
     (sidecar,) = daemon.sidecars(folder)
 
     assert sidecar["request"]["prompt"] == prompt
@@ -197,8 +197,8 @@ def test_no_field_names_a_path(daemon: Daemon) -> None:
     daemon.drop("a.json", json.dumps({"prompt": "../x", "meta": {"../../y": "/etc/passwd"}}))
     daemon.drain()
 
-    assert sorted(p.name for p in daemon.outbox.rglob("*")) == [
-        "a", "a-0001.json", "a-0001.png", "job.json", "request.json",
+    assert daemon.tree() == [
+        "outbox/a/a-0001.json", "outbox/a/a-0001.png", "outbox/a/job.json", "outbox/a/request.json",
     ]  # fmt: skip
     assert daemon.sidecars("a")[0]["request"]["meta"] == {"../../y": "/etc/passwd"}
 

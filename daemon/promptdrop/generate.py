@@ -122,8 +122,10 @@ def _render_privately(
     if supervisor.finished:
         end = supervisor.finished[-1]
         return spool, client.Ended(end.outcome, end.folder, end.error)
-    for entry in fs.entries(spool.outbox):  # interrupted: what is finished is still theirs
-        return spool, client.Ended("interrupted", entry.name, supervisor.ending)
+    # Interrupted: what is finished is still theirs. Beside the one job's folder lies status.json.
+    for entry in fs.entries(spool.outbox):
+        if entry.is_dir():
+            return spool, client.Ended("interrupted", entry.name, supervisor.ending)
     reason = supervisor.ending or "interrupted before the first image"
     raise PromptdropError(reason, status or 1)
 
