@@ -58,7 +58,7 @@ class Timed(Supervisor):
 
     def _report(self, now: float) -> None:
         super()._report(now)
-        if self._engine and self._engine.is_ready:
+        if self._pool.first_warm():
             self.turns.append(time.monotonic() - self._turn_began[0])
             self.cpu.append(time.thread_time() - self._turn_began[1])
         if self._published >= self._images or time.monotonic() > self._until:

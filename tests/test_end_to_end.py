@@ -36,8 +36,8 @@ SIDECAR: dict[str, Any] = {
         "images", "p50_ms", "p95_ms", "p99_ms", "images_per_second", "utilization_percent",
     },
     "device": {
-        "name", "utilization_percent", "memory_allocated_mib", "memory_reserved_mib",
-        "memory_peak_mib",
+        "name", "engine", "host", "utilization_percent", "memory_allocated_mib",
+        "memory_reserved_mib", "memory_peak_mib",
     },
     "time": {"claimed", "started", "published"},
     "host": str,

@@ -56,7 +56,7 @@ def nothing_was_charged(daemon: Daemon) -> None:
         assert job["outcome"] == "done"
         assert [s["job"]["attempt"] for s in daemon.sidecars(path.parent.name)] == [1]
     # status.json is replaced while we look: its temporary comes and goes.
-    until(lambda: not [p for p in daemon.outbox.rglob(".*")], "an outbox without temporaries")
+    until(lambda: not list(daemon.outbox.rglob(".*")), "an outbox without temporaries")
 
 
 INBOX = [("readdir", "ESTALE"), ("open", "EIO"), ("read", "EIO"), ("rename", "EROFS")]

@@ -58,7 +58,7 @@ def test_nothing_is_unpickled_from_a_disk() -> None:
     """The pipe between daemon and engine, both ours, is the only pickle there is."""
     readers = {file.name for file, _ in calls("loads") if "pickle" in file.read_text()}
 
-    assert readers <= {"engine_process.py"}
+    assert readers <= {"engine_link.py"}
     assert [call for _, call in calls("load") if "torch" in ast.unparse(call.func)] == []
 
 

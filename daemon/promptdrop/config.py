@@ -111,7 +111,7 @@ class Model(Section):
 
 class EngineSection(Section):
     backend: Literal["process", "ray"] = "process"
-    workers: Annotated[int, Field(ge=1)] = 1
+    workers: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = 1
     compile: Literal["auto", "off", "on"] = "auto"
     quantization: Literal["none", "fp8"] = "none"
     offload: Literal["auto", "none", "text_encoder", "model"] = "auto"
@@ -405,11 +405,10 @@ def refuse_what_is_not_ready(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if value in values:
             raise ConfigError(f"{key}: {value} is not available yet in this version of promptdrop")
-    for name in ("workers", "batch"):
-        if (value := getattr(config.engine, name)) > 1:
-            raise ConfigError(
-                f"engine.{name}: {value} is not available yet in this version of promptdrop; expected 1"
-            )
+    if (value := config.engine.batch) > 1:
+        raise ConfigError(
+            f"engine.batch: {value} is not available yet in this version of promptdrop; expected 1"
+        )
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:

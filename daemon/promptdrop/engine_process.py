@@ -1,94 +1,25 @@
-"""The daemon's handle on one life of the engine process: start, speak, notice silence, kill.
+"""An engine as a child process of this one: `promptdrop.worker` at the other end of a socket."""
 
-Nothing here waits for the engine: it may stop in the middle of a message, or read none. The other
-end of the pipe is a multiprocessing.connection.Connection, whose frames are a length and a pickle.
-"""
-
-import mmap
 import os
-import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
 
 from promptdrop.config import Config
-from promptdrop.job import EngineInfo, ImageSpec, Rendering
-from promptdrop.messages import (
-    Answer,
-    Began,
-    Cancel,
-    Cancelled,
-    CannotStart,
-    CountTokens,
-    Failed,
-    Ready,
-    Render,
-    Rendered,
-    Stage,
-    Step,
-    Stop,
-    Tokens,
-)
-
-_REAP_SECONDS = 5.0  # a killed process that is still there is in uninterruptible sleep
-_LENGTH = struct.Struct("!i")
-_CHUNK = 1 << 16  # bytes read at a time
-_ANSWER_LIMIT = 1 << 20  # bytes: the longest prompt and 10,000 counts fit ten times
+from promptdrop.engine_link import EngineLink
 
 
-@dataclass(slots=True)
-class InHand:
-    """One image that the engine has been sent."""
+class ChildProcess:
+    """A Life: a child in a process group of its own, to be killed as one."""
 
-    spec: ImageSpec
-    pixels: mmap.mmap
-    began: float | None = None  # the daemon's monotonic clock
-    last_sign: float = 0.0
-    step: int = 0
-
-
-@dataclass(slots=True)
-class Limits:
-    """How long the engine may be silent, seconds. Read anew each time, so SIGHUP can change them."""
-
-    load: float
-    grace: float
-    stall: float | None  # between the steps of an image
-    begin: float  # with images or questions in hand, before one is begun
-
-
-@dataclass(slots=True)
-class EngineProcess:
-    """One engine process, from spawn to reaped. Not started again: a new life is a new object."""
-
-    config: Config
-    started: float  # the daemon's monotonic clock
-    info: EngineInfo | None = None  # set once it is warm
-    stage: str = "starting"
-    killed: str | None = None  # why we killed it
-    timed_out: bool = False  # it was killed because it was overdue
-    in_hand: dict[int, InHand] = field(default_factory=dict)  # by ticket, in the order sent
-    _questions: dict[int, int] = field(default_factory=dict)  # CountTokens by ticket: how many
-    _last_sign: float = 0.0  # when it last answered, or was asked after having nothing to do
-    _killed_at: float = float("inf")
-    _closed_at: float = float("inf")  # when its end of the pipe was found closed
-    _heard: bytearray = field(default_factory=bytearray)  # the beginning of an answer
-    _unsent: deque[memoryview | int] = field(default_factory=deque)  # messages and descriptors
-    _popen: subprocess.Popen[bytes] = field(init=False)
-    _socket: socket.socket = field(init=False)
-    _pidfd: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks.
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        """Called in a thread that lasts as long as the child may: PR_SET_PDEATHSIG follows it.
 
         Raises OSError: out of descriptors, processes or memory.
         """
-        self._socket, theirs = socket.socketpair()
+        self.socket, theirs = socket.socketpair()
         try:
             with theirs:
                 self._popen = subprocess.Popen(
@@ -96,262 +27,51 @@ class EngineProcess:
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=sys.stderr,
-                    start_new_session=True,  # a process group of its own, to be killed as one
+                    start_new_session=True,
+                    env=environment,
                 )
             self._pidfd = os.pidfd_open(self._popen.pid)
         except OSError:
-            self._socket.close()  # an engine that was started ends with its end of the pipe
+            self.socket.close()  # an engine that was started ends with its end of the pipe
             raise
-        self._socket.setblocking(False)
-        self._send(self.config)
+        self.socket.setblocking(False)
 
     @property
     def pid(self) -> int:
-        """The engine's process id and process group."""
+        """The child's process id and process group."""
         return self._popen.pid
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is loaded and warm."""
-        return self.info is not None
-
-    def readers(self) -> list[int]:
-        """What to wait on: its answers and its death."""
-        if self._closed_at < float("inf"):
-            return [self._pidfd]  # a closed pipe is readable for ever
-        return [self._socket.fileno(), self._pidfd]
-
-    def writers(self) -> list[int]:
-        """What to wait on until it takes more; then `flush`."""
-        return [self._socket.fileno()] if self._unsent else []
+    def ends(self) -> list[int]:
+        return [self._pidfd]
 
     def has_ended(self) -> bool:
-        """Whether the process is dead."""
         return self._popen.poll() is not None
 
     def how_it_ended(self) -> str:
-        """`killed by SIGSEGV`, `exit status 3`."""
         code = self._popen.returncode
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
-    def render(self, ticket: int, render: Render, now: float) -> None:
-        """Send one image with fresh memory for its pixels. A dead engine is noticed by `has_ended`.
-
-        Raises OSError: out of descriptors or memory; nothing was sent.
-        """
-        spec = render.spec
-        size = spec.height * spec.width * 3
-        memory = os.memfd_create("promptdrop-pixels", os.MFD_CLOEXEC)
+    def kill(self) -> None:
         try:
-            os.ftruncate(memory, size)
-            pixels = mmap.mmap(memory, size)
-        except OSError:
-            os.close(memory)
-            raise
-        self._expect(now)
-        self.in_hand[ticket] = InHand(spec, pixels, last_sign=now)
-        self._send(render, memory)
-
-    def cancel(self, ticket: int) -> None:
-        """Ask to stop an image at its next step."""
-        self._send(Cancel(ticket))
-
-    def count_tokens(self, ticket: int, prompts: tuple[str, ...], now: float) -> None:
-        """Ask how long prompts are."""
-        self._expect(now)
-        self._questions[ticket] = len(prompts)
-        self._send(CountTokens(ticket, prompts))
-
-    def stop(self) -> None:
-        """Ask to end after what was sent before."""
-        self._send(Stop())
-
-    def flush(self) -> None:
-        """Send what the pipe takes now."""
-        try:
-            while self._unsent:
-                first = self._unsent[0]
-                if isinstance(first, int):  # as multiprocessing.reduction.recv_handle expects it
-                    socket.send_fds(self._socket, [b"\1"], [first])
-                    os.close(first)
-                    self._unsent.popleft()
-                elif rest := first[self._socket.send(first) :]:
-                    self._unsent[0] = rest
-                else:
-                    self._unsent.popleft()
-        except BlockingIOError:
-            pass  # it reads slowly, or not at all: `writers` says when to go on
-        except OSError:
-            self._forget_unsent()  # it is dead; the loop notices by its pidfd
-
-    def answers(self, now: float) -> Iterator[Answer]:
-        """What the engine has said since the last call; each sign of life moves its deadline.
-
-        An engine that says what no engine says is broken: it is killed.
-        """
-        self._listen(now)
-        while not self.killed and (frame := self._next_frame(now)) is not None:
-            try:
-                answer = pickle.loads(frame)
-            except Exception as e:  # unpickling nonsense may raise anything at all
-                self.kill(f"the engine said what cannot be read: {e}", now)
-                return
-            if not self._is_sound(answer):
-                self.kill(f"the engine gave an answer to nothing: {type(answer).__name__}", now)
-                return
-            self._last_sign = now
-            if self._note(answer, now):
-                yield answer
-
-    def overdue(self, now: float, limits: Limits) -> str | None:
-        """Why the engine must be killed now, or None."""
-        if now > self._closed_at + _REAP_SECONDS:
-            return "closed its end of the pipe and did not end"
-        if not self.is_ready:
-            if now > self.started + limits.load:
-                return f"not loaded and warm within {limits.load:g} s (engine.load_timeout_seconds)"
-            return None
-        for image, began in self._begun():
-            if now > began + image.spec.timeout_seconds + limits.grace:
-                return f"no answer {limits.grace:g} s after the image's {image.spec.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
-            if limits.stall is not None and now > image.last_sign + limits.stall:
-                return f"silent for {limits.stall:g} s between steps (engine.stall_seconds)"
-        if self._must_begin() and now > self._last_sign + limits.begin:
-            return f"silent for {limits.begin:g} s and did not begin what it was asked (engine.stall_seconds, engine.image_timeout_seconds)"
-        return None
-
-    def next_deadline(self, limits: Limits) -> float:
-        """When `overdue` or `outlives_kill` may first have something to say, on the daemon's monotonic clock."""
-        if self.killed:
-            return self._killed_at + _REAP_SECONDS
-        deadlines = [self._closed_at + _REAP_SECONDS]
-        if not self.is_ready:
-            return min(self.started + limits.load, deadlines[0])
-        if self._must_begin():
-            deadlines.append(self._last_sign + limits.begin)
-        for image, began in self._begun():
-            deadlines.append(began + image.spec.timeout_seconds + limits.grace)
-            if limits.stall is not None:
-                deadlines.append(image.last_sign + limits.stall)
-        return min(deadlines)
-
-    def kill(self, reason: str, now: float, timed_out: bool = False) -> None:
-        """SIGKILL its process group; returns at once. The first reason stands."""
-        if not self.killed:
-            self.killed, self._killed_at, self.timed_out = reason, now, timed_out
-        self._signal(signal.SIGKILL)
-
-    def outlives_kill(self, now: float) -> bool:
-        """Whether it was killed and is still there: in uninterruptible sleep, which nobody ends."""
-        return now >= self._killed_at + _REAP_SECONDS
-
-    def reap(self) -> bool:
-        """Kill, wait a bounded time, and close. False: it is in uninterruptible sleep."""
-        self._signal(signal.SIGKILL)
-        try:
-            self._popen.wait(_REAP_SECONDS)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            self._forget_unsent()
-            self._socket.close()
-            os.close(self._pidfd)
-        return True
-
-    def _signal(self, number: int) -> None:
-        try:
-            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # dead and reaped
 
-    def _begun(self) -> list[tuple[InHand, float]]:
-        images = self.in_hand.values()
-        return [(image, image.began) for image in images if image.began is not None]
-
-    def _must_begin(self) -> bool:
-        return bool(self.in_hand or self._questions) and not self._begun()
-
-    def _expect(self, now: float) -> None:
-        """The silence before it had anything to do does not count."""
-        if not (self.in_hand or self._questions):
-            self._last_sign = now
-
-    def _listen(self, now: float) -> None:
-        """Read what is there, at most as much as one answer may be long."""
+    def reap(self, seconds: float) -> bool:
+        self.kill()
         try:
-            while len(self._heard) <= _ANSWER_LIMIT:
-                chunk = self._socket.recv(_CHUNK)
-                if not chunk:
-                    self._closed_at = min(self._closed_at, now)  # it is dying, or will be killed
-                    return
-                self._heard += chunk
-        except BlockingIOError:
-            pass  # all was read
-        except OSError:
-            return  # reset by its death; `has_ended` will say how
-
-    def _next_frame(self, now: float) -> bytes | None:
-        """One whole answer, or None: the rest has not come yet."""
-        if len(self._heard) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._heard)
-        if not 0 <= length <= _ANSWER_LIMIT - _LENGTH.size:
-            self.kill(f"the engine announced an answer of {length} bytes", now)
-            return None
-        end = _LENGTH.size + length
-        if len(self._heard) < end:
-            return None
-        frame = bytes(self._heard[_LENGTH.size : end])
-        del self._heard[:end]
-        return frame
-
-    def _is_sound(self, answer: object) -> bool:
-        """Whether it is an answer that this engine can give now."""
-        if isinstance(answer, Tokens):
-            asked = self._questions.get(answer.ticket)
-            return asked is None or asked == len(answer.counts)
-        if isinstance(answer, Ready):
-            return isinstance(answer.info, EngineInfo) and not self.is_ready
-        if isinstance(answer, Rendered):
-            image = self.in_hand.get(answer.ticket)
-            began = image is None or image.began is not None
-            return began and isinstance(answer.rendering, Rendering)
-        return isinstance(answer, Answer)
-
-    def _note(self, answer: Answer, now: float) -> bool:
-        """Keep the books. False: the answer is about an image nobody sent."""
-        if isinstance(answer, Stage):
-            self.stage = answer.text
-        elif isinstance(answer, Ready):
-            self.info = answer.info
-        elif isinstance(answer, Tokens):
-            self._questions.pop(answer.ticket, None)
-        elif isinstance(answer, CannotStart):
-            pass  # the daemon ends
-        elif answer.ticket not in self.in_hand:
+            self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
             return False
-        elif isinstance(answer, Began):
-            image = self.in_hand[answer.ticket]
-            image.began = image.last_sign = now
-        elif isinstance(answer, Step):
-            self.in_hand[answer.ticket].last_sign = now
-            self.in_hand[answer.ticket].step = answer.step
+        finally:
+            self.socket.close()
+            os.close(self._pidfd)
         return True
 
-    def take(self, answer: Rendered | Failed | Cancelled) -> InHand:
-        """The image an answer ends; it is in the engine's hand no more."""
-        return self.in_hand.pop(answer.ticket)
 
-    def _send(self, message: object, descriptor: int | None = None) -> None:
-        """Send a message; the descriptor that goes with it is closed once it is sent."""
-        data = pickle.dumps(message)
-        self._unsent.append(memoryview(_LENGTH.pack(len(data)) + data))
-        if descriptor is not None:
-            self._unsent.append(descriptor)
-        self.flush()
-
-    def _forget_unsent(self) -> None:
-        for unsent in self._unsent:
-            if isinstance(unsent, int):
-                os.close(unsent)
-        self._unsent.clear()
+def start(config: Config, environment: dict[str, str] | None = None) -> EngineLink:
+    """A new engine process, loading `config`. Raises OSError: as ChildProcess."""
+    child, now = ChildProcess(environment), time.monotonic()
+    link = EngineLink(child, started=now, loads_since=now, pid=child.pid, host=socket.gethostname())
+    link.send(config)
+    return link

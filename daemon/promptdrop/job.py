@@ -66,6 +66,7 @@ class EngineInfo:
     compiled: bool
     device: str  # "NVIDIA H200", "cpu"
     device_index: int | None = None  # NVML's index; None on the CPU
+    host: str | None = None  # where it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class Rendering:
     latency_ms: Latency
     steps_ms: tuple[float, ...]
     batch: int = 1
+    utilization_percent: float | None = None  # NVML's, of the device
     memory_allocated_mib: float | None = None  # None where there is no device memory to count
     memory_reserved_mib: float | None = None
     memory_peak_mib: float | None = None

@@ -68,6 +68,22 @@ class CannotStart:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """A relay has found the engine a host; its loading begins now."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The last thing a relay says: the engine has ended, or its host is lost to us."""
+
+    how: str
+    is_lost: bool  # the host or the way there: no image's fault
+
+
+@dataclass(frozen=True, slots=True)
 class Began:
     """The engine works on this image now; its time runs."""
 
@@ -116,4 +132,16 @@ class Tokens:
 
 
 Request = Render | Cancel | CountTokens | Stop
-Answer = Stage | Ready | CannotStart | Began | Step | Rendered | Failed | Cancelled | Tokens
+Answer = (
+    Stage
+    | Ready
+    | CannotStart
+    | Placed
+    | Gone
+    | Began
+    | Step
+    | Rendered
+    | Failed
+    | Cancelled
+    | Tokens
+)

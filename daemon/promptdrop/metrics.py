@@ -1,5 +1,6 @@
 """Latencies over the last images, and what NVML says of the device. What cannot be had is None."""
 
+import os
 import statistics
 from collections import deque
 from typing import Any
@@ -34,7 +35,7 @@ class RollingWindow:
 
 
 class Nvml:
-    """The driver's own figures, for the parent that never imports torch."""
+    """The driver's own figures of the engine's device; asked in the engine's process, on its host."""
 
     def __init__(self, index: int | None) -> None:
         self._handle: Any = None
@@ -57,6 +58,20 @@ class Nvml:
             return float(self._pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
         except self._pynvml.NVMLError:
             return None
+
+
+def gpu_count() -> int:
+    """How many GPUs a process of ours may use; 0 without a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
 
 
 def percentiles(values: list[float]) -> tuple[float | None, float | None, float | None]:

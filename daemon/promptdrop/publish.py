@@ -46,7 +46,7 @@ class Publication:
     attempt: int
     started: float  # the image's first step of work, monotonic seconds
     window: Window
-    utilization: float | None
+    engine_name: str | None
     error: str | None = None
     _data: bytes | None = field(default=None, init=False)
     _sha256: str = field(default="", init=False)
@@ -154,7 +154,9 @@ class Publication:
             window=self.window,
             device=Device(
                 name=self.engine.device,
-                utilization_percent=self.utilization,
+                engine=self.engine_name,
+                host=self.engine.host,
+                utilization_percent=rendering.utilization_percent if rendering else None,
                 memory_allocated_mib=rendering.memory_allocated_mib if rendering else None,
                 memory_reserved_mib=rendering.memory_reserved_mib if rendering else None,
                 memory_peak_mib=rendering.memory_peak_mib if rendering else None,

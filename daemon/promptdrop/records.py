@@ -94,6 +94,8 @@ class Window(Record):
 
 class Device(Record):
     name: str
+    engine: str | None = Field(description="which of the daemon's engines rendered it")
+    host: str | None = Field(description="where that engine runs")
     utilization_percent: float | None
     memory_allocated_mib: float | None
     memory_reserved_mib: float | None
@@ -187,15 +189,6 @@ class ErrorRecord(Record):
     version: str
 
 
-class StatusEngine(Record):
-    state: Literal["starting", "ready", "replacing", "stopped"]
-    stage: str
-    pid: int | None
-    model: str
-    device: str | None
-    dtype: str | None
-
-
 class StatusImage(Record):
     job: str
     file: str
@@ -204,6 +197,19 @@ class StatusImage(Record):
     step: int
     steps: int
     seconds: float
+
+
+class StatusEngine(Record):
+    name: str
+    state: Literal["starting", "ready", "replacing", "stopped"]
+    stage: str
+    reason: str | None = Field(description="why it cannot work")
+    pid: int | None
+    host: str | None
+    model: str
+    device: str | None
+    dtype: str | None
+    current: StatusImage | None
 
 
 class StatusQueue(Record):
@@ -243,7 +249,8 @@ class Status(Record):
     state: Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
     reason: str | None = Field(default=None, description="why work waits")
     pid: int
-    engine: StatusEngine
+    engine: StatusEngine = Field(description="the first that is warm")
+    engines: list[StatusEngine] = Field(default_factory=list, description="all of them")
     current: StatusImage | None
     watch: str = Field(description="how the inbox is watched: inotify or poll, and why")
     queue: StatusQueue

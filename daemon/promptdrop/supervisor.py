@@ -17,23 +17,26 @@ from typing import Any, Literal
 
 from promptdrop import __version__, clock, config, control, engine, fs, log, names, picture, publish
 from promptdrop.config import Config
-from promptdrop.engine_process import EngineProcess, InHand, Limits
+from promptdrop.engine_link import EngineLink, InHand
 from promptdrop.errors import ConfigError, Problem, RequestError, UsageError
 from promptdrop.intake import Intake, Survey
 from promptdrop.job import EngineInfo, ImageSpec, JobOutcome
 from promptdrop.loop import PUBLISHERS, TROUBLE, Loop, Room, reason_of
 from promptdrop.messages import (
+    Answer,
     Began,
     Cancelled,
     CannotStart,
     Failed,
+    Placed,
     Ready,
     Render,
     Rendered,
     Stage,
     Tokens,
 )
-from promptdrop.metrics import Nvml, RollingWindow
+from promptdrop.metrics import RollingWindow
+from promptdrop.pool import ChildProcesses, Ended, Pool, Slot
 from promptdrop.publish import Publication
 from promptdrop.queue import Queue
 from promptdrop.records import (
@@ -51,10 +54,10 @@ from promptdrop.request_data import MAX_PROBLEMS
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool import DEATHS_FAILED, STATUS, Job, Spool, Unresolved, why_not_moved
 
-DEPTH = 2  # images in the engine: the one being rendered and the next, so the device never waits
 STATUS_SECONDS = 1.0  # shortest time between two writes of status.json
 HEARTBEAT_SECONDS = 10.0  # longest
 PROGRESS_SECONDS = 0.1
+RETRY_SECONDS = 30.0  # until an engine that could not be started, while others work, is tried again
 IDLE_DEATHS = 5  # deaths in a row without an image in hand after which the engine is given up
 OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
@@ -105,20 +108,13 @@ class Supervisor:
         self._recovering = True
         self._left_over: deque[Job] = deque()  # recovered, not accepted yet
 
-        self._engine: EngineProcess | None = None
-        self._info: EngineInfo | None = None
-        self._lives = 0
-        self._idle_deaths = 0
-        self._engine_due = float("inf")  # when a start that failed is tried again
-        self._engine_trouble: str | None = None  # it cannot be started, or SIGKILL does not end it
+        self._pool = Pool(settings, ChildProcesses(settings))
         self._ticket = 0
-        self._tickets: dict[int, Running] = {}  # images in the engine
-        self._measuring: dict[int, Running] = {}  # jobs whose prompts the engine counts
+        self._tickets: dict[int, Running] = {}  # images in the engines
+        self._measuring: dict[int, Running] = {}  # jobs whose prompts an engine counts
         self._unmeasured: list[Running] = []
 
-        self._nvml = Nvml(None)
         self._window = RollingWindow(settings.metrics.window)
-        self._sent = 0  # images given to the engine, for empty_cache_every
         self._published = 0
         self._publishing = 0
 
@@ -173,7 +169,7 @@ class Supervisor:
             log.get().warning("inbox.unusable", reason=f"the inbox {why}")
         self._export_metrics()
         self._write_status(self._shown)
-        self._start_engine()
+        self._hear_engines(time.monotonic())  # starts them
         self._off("clerk", self._recover, self._recovered)
 
     def _export_metrics(self) -> None:
@@ -184,13 +180,12 @@ class Supervisor:
             exporter.start(listen, lambda: self._shown)
 
     def _turn(self) -> None:
-        readers = self._engine.readers() if self._engine else []
-        writers = self._engine.writers() if self._engine else []
-        self._loop.wait(readers, writers, self._next_deadline(time.monotonic()))
+        deadline = self._next_deadline(time.monotonic())
+        self._loop.wait(self._pool.readers(), self._pool.writers(), deadline)
         self._heed_signals()
         self._loop.run_results()
         now = time.monotonic()
-        self._hear_engine(now)
+        self._hear_engines(now)
         if not self._recovering:
             self._accept_left_over(now)
             self._intake.look(now)
@@ -199,15 +194,11 @@ class Supervisor:
         self._report(now)
 
     def _next_deadline(self, now: float) -> float:
-        due = [now + HEARTBEAT_SECONDS]
+        due = [now + HEARTBEAT_SECONDS, self._pool.next_deadline()]
         if not self._recovering:
             due.append(self._intake.next_look())
         if self._notifier.watchdog_seconds:
             due.append(now + self._notifier.watchdog_seconds / 2)
-        if self._engine and not self._engine_trouble:
-            due.append(self._engine.next_deadline(self._limits()))
-        if self._engine is None:
-            due.append(self._engine_due)
         if self._stop_at is not None:
             due.append(self._stop_at)
         if self._running:
@@ -218,11 +209,7 @@ class Supervisor:
 
     def _shutdown(self) -> None:
         self._notifier.stopping()
-        if self._engine:
-            for image in self._engine.in_hand.values():
-                image.pixels.close()
-            if not self._engine.reap():
-                log.get().error("engine.unkillable", pid=self._engine.pid)
+        self._pool.close(is_done=self._drain)
         self._intake.close()
         has_ended = self._loop.close()
         self._put_down_images()
@@ -279,9 +266,9 @@ class Supervisor:
 
     def _recall_prefetched(self) -> None:
         """No image that the engine has not begun shall begin; each comes back as Cancelled."""
-        for ticket, image in self._engine.in_hand.items() if self._engine else ():
-            if image.began is None and self._engine:
-                self._engine.cancel(ticket)
+        for _, link, ticket, image in self._pool.in_hand():
+            if image.began is None:
+                link.cancel(ticket)
 
     def _reload(self) -> None:
         self._notifier.reloading()
@@ -293,7 +280,7 @@ class Supervisor:
         except ConfigError as e:
             log.get().error("config.refused", error=str(e))
         else:
-            self.config = self.spool.config = merged
+            self.config = self.spool.config = self._pool.settings = merged
             self._queue.policy = merged.queue.policy
             log.set_up(merged.log.level, merged.log.format)
             log.get().info("config.reloaded", needs_restart=needs_restart)
@@ -376,9 +363,9 @@ class Supervisor:
             running.job.cancelled = True
             self._queue.drop(running.job)
             self._unmeasured = [other for other in self._unmeasured if other is not running]
-            for ticket, other in self._tickets.items():
-                if other is running and self._engine:
-                    self._engine.cancel(ticket)
+            for _, link, ticket, _ in self._pool.in_hand():
+                if self._tickets[ticket] is running:
+                    link.cancel(ticket)
             self._maybe_finish(running)
 
     def _retry(
@@ -461,10 +448,9 @@ class Supervisor:
 
     def _recall_less_urgent(self, priority: int) -> None:
         """A higher priority goes in front at the next image, also of one that is prefetched."""
-        for ticket, running in self._tickets.items():
-            is_prefetched = self._engine and self._engine.in_hand[ticket].began is None
-            if self._engine and is_prefetched and running.job.priority < priority:
-                self._engine.cancel(ticket)
+        for _, link, ticket, image in self._pool.in_hand():
+            if image.began is None and self._tickets[ticket].job.priority < priority:
+                link.cancel(ticket)
 
     def refuse(self, claimed: Unresolved, error: RequestError) -> None:
         """A claimed file that is no job goes to failed/, with the reason."""
@@ -483,12 +469,12 @@ class Supervisor:
 
     def _measure(self) -> None:
         """Ask how long the prompts are of jobs that are refused when one is too long."""
-        if self._engine and self._engine.is_ready:
+        if link := self._pool.first_warm():
             for running in self._unmeasured:
                 ticket = self._next_ticket()
                 self._measuring[ticket] = running
                 texts = dict.fromkeys(text for _, _, text in _texts(running.job))
-                self._engine.count_tokens(ticket, tuple(texts), time.monotonic())
+                link.count_tokens(ticket, tuple(texts), time.monotonic())
             self._unmeasured = []
 
     def _measured(self, answer: Tokens) -> None:
@@ -565,70 +551,40 @@ class Supervisor:
         )
         self._status_at = 0.0  # whoever waits for this job reads the status
 
-    # --- the engine ---------------------------------------------------------------------------
-
-    def _start_engine(self) -> None:
-        """Out of descriptors, processes or memory: tried again, like trouble with a disk."""
-        try:
-            self._engine = EngineProcess(self.config, time.monotonic())
-        except OSError as e:
-            self._engine_due = time.monotonic() + self.config.watch.rescan_seconds
-            self._engine_trouble = f"the engine process cannot be started: {reason_of(e)}"
-            log.get().error("engine.not_started", reason=self._engine_trouble)
-            return
-        self._engine_due, self._engine_trouble = float("inf"), None
-        self._lives += 1
-        log.get().info("engine.starting", pid=self._engine.pid, life=self._lives)
-
-    def _limits(self) -> Limits:
-        section = self.config.engine
-        return Limits(
-            section.load_timeout_seconds,
-            section.kill_grace_seconds,
-            section.stall_seconds,
-            section.stall_seconds or section.image_timeout_seconds,
-        )
+    # --- the engines --------------------------------------------------------------------------
 
     def _next_ticket(self) -> int:
         self._ticket += 1
         return self._ticket
 
-    def _hear_engine(self, now: float) -> None:
-        if self._engine is None:
-            if now >= self._engine_due and self._stop_at is None:
-                self._start_engine()
-            return
-        self._engine.flush()
-        ended = self._engine.has_ended()  # before reading: what it said last is heard first
-        was_killed = self._engine.killed
-        for answer in self._engine.answers(now):
-            self._heed(self._engine, answer, now)
-        if ended:
-            self._bury_engine(self._engine, now)
-            return
-        if reason := None if self._engine.killed else self._engine.overdue(now, self._limits()):
-            self._engine.kill(reason, now, timed_out=True)
-        if self._engine.killed and not was_killed:
-            log.get().error("engine.killed", pid=self._engine.pid, reason=self._engine.killed)
-        if self._engine.outlives_kill(now) and not self._engine_trouble:
-            self._engine_trouble = f"the engine process {self._engine.pid} was killed and does not end: a driver or disk holds it"
-            log.get().error("engine.unkillable", pid=self._engine.pid, reason=self._engine_trouble)
+    def _hear_engines(self, now: float) -> None:
+        for slot, link, news in self._pool.hear(now, may_start=self._may_start_engines()):
+            if isinstance(news, Ended):
+                self._bury(slot, link)
+            else:
+                self._heed(slot, link, news, now)
 
-    def _heed(self, alive: EngineProcess, answer: object, now: float) -> None:
+    def _may_start_engines(self) -> bool:
+        return self.exit_status is None and self._stop_at is None
+
+    def _heed(self, slot: Slot, link: EngineLink, answer: Answer, now: float) -> None:
         if isinstance(answer, Stage):
-            log.get().info("engine.stage", stage=answer.text)
+            log.get().info("engine.stage", engine=slot.name, stage=answer.text)
+        elif isinstance(answer, Placed):
+            log.get().info("engine.placed", engine=slot.name, host=answer.host, pid=answer.pid)
         elif isinstance(answer, Ready):
-            self._engine_ready(alive, answer.info)
+            self._engine_ready(slot, link, answer.info)
         elif isinstance(answer, CannotStart):
-            self._end(answer.exit_status, answer.error)  # at once, however long it takes to die
+            self._cannot_start(slot, answer.error, answer.exit_status)
         elif isinstance(answer, Tokens):
             self._measured(answer)
         elif isinstance(answer, Began):
-            self._begin_attempt(self._tickets[answer.ticket].job, alive.in_hand[answer.ticket].spec)
+            self._begin_attempt(self._tickets[answer.ticket].job, link.in_hand[answer.ticket].spec)
         elif isinstance(answer, Rendered):
-            self._image_rendered(self._tickets.pop(answer.ticket), alive.take(answer), answer, now)
+            running, image = self._tickets.pop(answer.ticket), link.take(answer)
+            self._image_rendered(slot, running, image, answer, now)
         elif isinstance(answer, (Failed, Cancelled)):
-            running, image = self._tickets.pop(answer.ticket), alive.take(answer)
+            running, image = self._tickets.pop(answer.ticket), link.take(answer)
             image.pixels.close()
             running.busy -= 1
             if isinstance(answer, Failed):
@@ -636,74 +592,90 @@ class Supervisor:
             else:
                 self._put_back(running, image.spec)
 
-    def _engine_ready(self, alive: EngineProcess, info: EngineInfo) -> None:
-        self._info = info
-        self._nvml = Nvml(info.device_index)
+    def _engine_ready(self, slot: Slot, link: EngineLink, info: EngineInfo) -> None:
+        slot.info = info
         log.get().info(
             "engine.ready",
+            engine=slot.name,
             model=info.model,
+            host=link.host,
             device=info.device,
             dtype=info.dtype,
-            seconds=round(time.monotonic() - alive.started, 1),
+            seconds=round(time.monotonic() - link.started, 1),
         )
         self._notifier.ready()
         self._measure()
 
-    def _bury_engine(self, dead: EngineProcess, now: float) -> None:
-        """The engine process is dead: charge whom it had in hand, and start another."""
-        dead.reap()
-        self._engine = self._engine_trouble = None
+    def _cannot_start(self, slot: Slot, reason: str, exit_status: int) -> None:
+        """The daemon ends, at once, however long the engine takes to die; unless others can work."""
+        slot.rest(reason, time.monotonic() + RETRY_SECONDS)
+        if self._pool.is_hopeless():
+            self._end(exit_status, reason)
+        else:
+            log.get().error(
+                "engine.not_started", engine=slot.name, reason=reason, retry_seconds=RETRY_SECONDS
+            )
+
+    def _bury(self, slot: Slot, dead: EngineLink) -> None:
+        """An engine is dead: charge whom it had in hand. Another takes its place."""
         how = dead.how_it_ended()
-        log.get().error("engine.died", pid=dead.pid, how=how, in_hand=len(dead.in_hand))
+        event = "engine.lost" if dead.is_lost else "engine.died"
+        log.get().error(event, engine=slot.name, pid=dead.pid, how=how, in_hand=len(dead.in_hand))
         error = dead.killed or f"the engine died: {how}"
-        if not dead.is_ready and self.exit_status is None:
-            self._end(1, f"while {dead.stage}: {error}")
+        if (
+            not dead.is_ready
+            and not dead.is_lost
+            and not slot.trouble
+            and self._may_start_engines()
+        ):
+            self._cannot_start(slot, f"while {dead.stage}: {error}", 1)
         began = any(image.began is not None for image in dead.in_hand.values())
         for ticket, image in dead.in_hand.items():
             running = self._tickets.pop(ticket)
             image.pixels.close()
             running.busy -= 1
-            if image.began is None:
-                self._put_back(running, image.spec)
+            if image.began is None or dead.is_lost:
+                self._put_back(running, image.spec, behind=image.began is not None)
             else:
                 self._image_failed(running, image.spec, error, dead.timed_out)
-        self._unmeasured += self._measuring.values()
-        self._measuring = {}
-        self._idle_deaths = 0 if began else self._idle_deaths + 1
-        if self.exit_status is None and self._idle_deaths >= IDLE_DEATHS:
-            self._end(
-                1, f"the engine died {IDLE_DEATHS} times in a row without an image in hand: {how}"
-            )
-        if self.exit_status is None and self._stop_at is None:
-            self._start_engine()
+        asked = [ticket for ticket in dead.questions if ticket in self._measuring]
+        self._unmeasured += [self._measuring.pop(ticket) for ticket in asked]
+        self._measure()
+        slot.idle_deaths = 0 if began or dead.is_lost else slot.idle_deaths + 1
+        if slot.idle_deaths >= IDLE_DEATHS and self.exit_status is None:
+            slot.idle_deaths = 0
+            reason = f"the engine died {IDLE_DEATHS} times in a row without an image in hand: {how}"
+            self._cannot_start(slot, reason, 1)
 
     def _feed(self, now: float) -> None:
-        """Keep the engine in work."""
-        alive = self._engine
-        if alive is None or not alive.is_ready or alive.killed or self._is_held():
+        """Keep the engines in work."""
+        if self._is_held():
             return
-        while len(alive.in_hand) < DEPTH and self._publishing < PUBLISHERS:
+        publishers = max(PUBLISHERS, 2 * len(self._pool.slots))
+        while self._publishing < publishers and (slot := self._pool.has_room()):
             taken = self._queue.take()
             if taken is None:
+                self._pool.share()
                 return
             job, image = taken
             try:
                 self.spool.take(job)
-                self._send(alive, self._running[job.id], image, now)
+                self._send(slot, self._running[job.id], image, now)
             except OSError as e:
                 self._queue.put_back(job, image)
                 self._trouble = reason_of(e)
                 log.get().warning("disk.trouble", reason=self._trouble)
                 return
 
-    def _send(self, alive: EngineProcess, running: Running, image: int, now: float) -> None:
+    def _send(self, slot: Slot, running: Running, image: int, now: float) -> None:
         """Raises OSError: out of descriptors or memory."""
+        assert slot.engine
         job, ticket = running.job, self._next_ticket()
-        empty_cache = (self._sent + 1) % self.config.engine.empty_cache_every == 0
+        empty_cache = (slot.sent + 1) % self.config.engine.empty_cache_every == 0
         spec = job.specs[image - 1]
-        alive.render(ticket, Render(ticket, spec, job.settings.prompt, empty_cache), now)
+        slot.engine.render(ticket, Render(ticket, spec, job.settings.prompt, empty_cache), now)
         running.busy += 1
-        self._sent += 1
+        slot.sent += 1
         self._tickets[ticket] = running
 
     def _is_held(self) -> bool:
@@ -714,23 +686,23 @@ class Supervisor:
     # --- images -------------------------------------------------------------------------------
 
     def _image_rendered(
-        self, running: Running, image: InHand, answer: Rendered, now: float
+        self, slot: Slot, running: Running, image: InHand, answer: Rendered, now: float
     ) -> None:
-        assert self._info is not None
+        assert slot.info
         assert image.began is not None
-        self._idle_deaths = 0
-        utilization = self._nvml.utilization_percent()
+        slot.idle_deaths = 0
+        utilization = answer.rendering.utilization_percent
         self._window.add(now, answer.rendering.latency_ms.render, utilization)
         publication = Publication(
             running.job,
             image.spec,
             image.pixels,
             answer.rendering,
-            self._info,
+            slot.info,
             running.job.state(image.spec.image).attempts + 1,
             image.began,
             self._window.summary(),
-            utilization,
+            slot.name,
         )
         self._publish(running, publication)
 
@@ -749,14 +721,17 @@ class Supervisor:
         )
         if not last or running.job.cancelled:
             self._put_back(running, spec, behind=True)  # what may be poison does not come next
-        elif timed_out and job.settings.on_timeout == "placeholder" and self._info:
+        elif timed_out and job.settings.on_timeout == "placeholder" and (info := self._any_info()):
             running.busy += 1
-            self._publish(running, self._placeholder(job, spec, self._info, error))
+            self._publish(running, self._placeholder(job, spec, info, error))
         else:
             running.busy += 1
             text = f"{error} (attempt {state.attempts} of {job.settings.max_attempts})"
             work = partial(self.spool.fail_image, job, spec.image, text)
             self._off("clerk", work, partial(self._image_given_up, running))
+
+    def _any_info(self) -> EngineInfo | None:
+        return next((slot.info for slot in self._pool.slots if slot.info), None)
 
     def _placeholder(self, job: Job, spec: ImageSpec, info: EngineInfo, error: str) -> Publication:
         pixels = picture.placeholder(spec.width, spec.height, error)
@@ -821,7 +796,7 @@ class Supervisor:
         if self.exit_status is not None:
             return
         if self._stop_at is not None:
-            in_hand = self._engine is not None and bool(self._engine.in_hand)
+            in_hand = bool(self._tickets)
             saving = self._publishing > 0 and not self._loop.trouble
             if now >= self._stop_at or not (in_hand or saving):
                 self._end(0)
@@ -831,12 +806,12 @@ class Supervisor:
     def _maybe_drained(self) -> None:
         if reason := self._why_held():
             saving = self._publishing > 0 and not self._loop.trouble
-            if (self._engine_trouble or not self._tickets) and not saving:
+            if (self._pool.trouble or not self._tickets) and not saving:
                 self._end(1, f"cannot drain: {reason}")
         elif not (
             self._recovering or self._left_over or self._running or self._refusing or self._obeying
         ):
-            ready = self._engine is not None and self._engine.is_ready
+            ready = self._pool.first_warm() is not None
             if self._intake.is_quiet() and ready:
                 self._end(0)
             elif self._intake.obstacle and ready and self._intake.is_idle():
@@ -846,7 +821,7 @@ class Supervisor:
         """Why work does not go on by itself."""
         return (
             self._paused
-            or self._engine_trouble
+            or self._pool.trouble
             or self._trouble
             or next(iter(self._loop.trouble.values()), None)
         )
@@ -858,7 +833,7 @@ class Supervisor:
     # --- reporting ----------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        if self._engine is None or not self._engine.outlives_kill(now):
+        if not self._pool.outlive_kill:
             self._notifier.ping(now)  # else systemd may do what we cannot
         if self._on_change and now >= self._progress_at + PROGRESS_SECONDS:
             self._progress_at = now
@@ -867,10 +842,10 @@ class Supervisor:
         if now < self._status_at + STATUS_SECONDS:
             return
         last = self.finished[-1].id if self.finished else None
-        stage = self._engine.stage if self._engine else None
+        stages = tuple(slot.engine.stage for slot in self._pool.slots if slot.engine)
         waiting = tuple(islice(self._intake.waiting.items(), LISTED))
         jobs = len(self._running)
-        key = (self._state(), self._reason(), self._published, jobs, last, stage, waiting)
+        key = (self._state(), self._reason(), self._published, jobs, last, stages, waiting)
         is_old = now >= self._status_at + HEARTBEAT_SECONDS
         if key == self._status_key and not self._tickets and not is_old:
             return
@@ -911,23 +886,26 @@ class Supervisor:
             return "stopping"
         if self._paused:
             return "paused"
-        if self._engine_trouble or self._trouble or self._loop.trouble:
+        if self._pool.trouble or self._trouble or self._loop.trouble:
             return "waiting"
-        if self._engine is None or not self._engine.is_ready:
+        if not self._pool.first_warm():
             return "starting"
         return "rendering" if self._tickets else "ready"
 
     def _status(self, state: State) -> Status:
         window = self._window.summary()
         left = len(self._queue) + len(self._tickets)
-        rate = window.images_per_second or (1e3 / window.p50_ms if window.p50_ms else None)
+        warm = sum(slot.warm is not None for slot in self._pool.slots)
+        rate = window.images_per_second or (warm * 1e3 / window.p50_ms if window.p50_ms else None)
+        engines = [self._status_engine(slot) for slot in self._pool.slots or [Slot(1)]]
         waiting = islice(self._intake.waiting.items(), LISTED)
         return Status(
             state=state,
             reason=self._reason(),
             pid=os.getpid(),
-            engine=self._status_engine(),
-            current=self._status_image(),
+            engine=next((e for e in engines if e.state == "ready"), engines[0]),
+            engines=engines,
+            current=next((e.current for e in engines if e.current), None),
             watch=self._intake.watch,
             queue=StatusQueue(jobs=len(self._running), images=left, publishing=self._publishing),
             jobs=[_status_job(running) for running in islice(self._running.values(), LISTED)],
@@ -941,25 +919,30 @@ class Supervisor:
             version=f"promptdrop {__version__}",
         )
 
-    def _status_engine(self) -> StatusEngine:
-        alive, info = self._engine, self._info
-        if alive is None:
-            state: Literal["starting", "ready", "replacing", "stopped"] = "stopped"
-        elif alive.is_ready:
+    def _status_engine(self, slot: Slot) -> StatusEngine:
+        link, info = slot.engine, slot.info
+        state: Literal["starting", "ready", "replacing", "stopped"]
+        if link is None:
+            state = "stopped"
+        elif link.is_ready:
             state = "ready"
         else:
-            state = "starting" if self._lives == 1 else "replacing"
+            state = "starting" if slot.lives == 1 else "replacing"
         return StatusEngine(
+            name=slot.name,
             state=state,
-            stage=state if alive is None or alive.is_ready else alive.stage,
-            pid=alive.pid if alive else None,
+            stage=state if link is None or link.is_ready else link.stage,
+            reason=slot.trouble,
+            pid=link.pid if link else None,
+            host=link.host if link else None,
             model=info.model if info else self.config.model.id,
             device=info.device if info else None,
             dtype=info.dtype if info else None,
+            current=self._status_image(link) if link else None,
         )
 
-    def _status_image(self) -> StatusImage | None:
-        for ticket, image in list(self._engine.in_hand.items()) if self._engine else ():
+    def _status_image(self, link: EngineLink) -> StatusImage | None:
+        for ticket, image in link.in_hand.items():
             if image.began is not None and ticket in self._tickets:
                 job = self._tickets[ticket].job
                 return StatusImage(

@@ -128,19 +128,12 @@ def finding(grade: str, what: str, text: str) -> None:
 
 def status(document: dict[str, Any]) -> None:
     """`promptdrop status`: the daemon's own document, for people."""
-    engine, queue, window = document["engine"], document["queue"], document["window"]
+    queue, window = document["queue"], document["window"]
     rows = [
         ("state", document["state"] + (f": {document['reason']}" if document["reason"] else ""))
     ]
-    device = f" on {engine['device']}, {engine['dtype']}" if engine["device"] else ""
-    rows.append(("engine", f"{engine['stage']}, {engine['model']}{device}"))
-    if current := document["current"]:
-        rows.append(
-            (
-                "rendering",
-                f"{current['file']} {current['image']}/{current['images']}, step {current['step']}/{current['steps']}, {current['seconds']:.1f} s",
-            )
-        )
+    for engine in document["engines"]:
+        rows += _engine_rows(engine, several=len(document["engines"]) > 1)
     rows.append(
         (
             "queue",
@@ -170,6 +163,18 @@ def status(document: dict[str, Any]) -> None:
     else:
         for name, text in rows:
             say(f"{name}\t{text}")
+
+
+def _engine_rows(engine: dict[str, Any], several: bool) -> Iterator[tuple[str, str]]:
+    name = engine["name"] if several else "engine"
+    device = f" on {engine['device']}, {engine['dtype']}" if engine["device"] else ""
+    host = f", {engine['host']}" if several and engine["host"] else ""
+    reason = f": {engine['reason']}" if engine["reason"] else ""
+    yield name, f"{engine['stage']}, {engine['model']}{device}{host}{reason}"
+    if current := engine["current"]:
+        place = f"{current['file']} {current['image']}/{current['images']}"
+        step = f"step {current['step']}/{current['steps']}, {current['seconds']:.1f} s"
+        yield "rendering", f"{place}, {step}"
 
 
 def duration(seconds: float) -> str:

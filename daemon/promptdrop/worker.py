@@ -11,14 +11,16 @@ import gc
 import mmap
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from queue import SimpleQueue
 from typing import NoReturn
 
 from promptdrop import engine, log
@@ -47,19 +49,36 @@ from promptdrop.messages import (
     Stop,
     Tokens,
 )
+from promptdrop.metrics import Nvml
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _STAGE_SECONDS = 1.0  # warm-up reports its steps at most this often
 
 
-class Inbound:
-    """What the daemon asks for, read by a thread so that a Cancel overtakes the render in hand."""
+class Line:
+    """The engine's end of the pipe. Read by a thread, so that a Cancel overtakes the render in hand."""
 
     def __init__(self, connection: Connection) -> None:
-        self.requests: SimpleQueue[tuple[Render, int] | CountTokens | Stop] = SimpleQueue()
-        self._cancelled: set[int] = set()
         self._connection = connection
+        self._waiting: deque[tuple[Render, int] | CountTokens | Stop] = deque()
+        self._cancelled: set[int] = set()  # images that were begun
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+
+    def listen(self) -> None:
+        """Begin to read requests."""
         threading.Thread(target=self._read, name="inbound", daemon=True).start()
+
+    def send(self, answer: Answer) -> None:
+        """From any thread."""
+        with self._sending:
+            self._connection.send(answer)
+
+    def next(self) -> tuple[Render, int] | CountTokens | Stop:
+        """Wait for the next request; a Render with the descriptor of its memory."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            return self._waiting.popleft()
 
     def is_cancelled(self, ticket: int) -> bool:
         """Whether the daemon does not want this image any more."""
@@ -70,13 +89,29 @@ class Inbound:
             while True:
                 message = self._connection.recv()
                 if isinstance(message, Cancel):
-                    self._cancelled.add(message.ticket)
-                elif isinstance(message, Render):
-                    self.requests.put((message, recv_handle(self._connection)))
-                else:
-                    self.requests.put(message)
+                    self._cancel(message.ticket)
+                    continue
+                request = message
+                if isinstance(message, Render):
+                    request = message, recv_handle(self._connection)
+                with self._changed:
+                    self._waiting.append(request)
+                    self._changed.notify()
         except (EOFError, OSError):
             os._exit(0)  # the daemon is gone; nobody wants what is being rendered
+
+    def _cancel(self, ticket: int) -> None:
+        """What has not begun is given back now, however long the image in hand takes."""
+        with self._changed:
+            for request in self._waiting:
+                if isinstance(request, tuple) and request[0].ticket == ticket:
+                    self._waiting.remove(request)
+                    os.close(request[1])
+                    break
+            else:
+                self._cancelled.add(ticket)
+                return
+        self.send(Cancelled(ticket))
 
 
 def main(fd: int) -> None:
@@ -89,9 +124,10 @@ def main(fd: int) -> None:
     connection = Connection(fd)
     config: Config = connection.recv()
     log.set_up(config.log.level, config.log.format)
-    inbound = Inbound(connection)
-    warm = _start(config, connection.send)
-    _serve(warm, inbound, connection.send)
+    line = Line(connection)
+    line.listen()
+    warm = _start(config, line.send)
+    _serve(warm, Nvml(warm.info.device_index), line)
 
 
 def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
@@ -106,6 +142,7 @@ def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
         sys.exit(1)
     gc.collect()
     gc.freeze()  # what is loaded stays: later collections need not look at a million objects
+    loaded.info = replace(loaded.info, host=socket.gethostname())
     send(Ready(loaded.info))
     return loaded
 
@@ -122,25 +159,23 @@ def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
     return report
 
 
-def _serve(warm: Engine, inbound: Inbound, send: Callable[[Answer], None]) -> None:
-    while not isinstance(request := inbound.requests.get(), Stop):
+def _serve(warm: Engine, nvml: Nvml, line: Line) -> None:
+    while not isinstance(request := line.next(), Stop):
         if isinstance(request, CountTokens):
-            send(Tokens(request.ticket, tuple(warm.count_tokens(list(request.prompts)))))
+            line.send(Tokens(request.ticket, tuple(warm.count_tokens(list(request.prompts)))))
             continue
         render, memory = request
         try:
-            _render(warm, render, memory, inbound, send)
+            _render(warm, nvml, render, memory, line)
         finally:
             os.close(memory)
         if render.empty_cache:
             warm.empty_cache()
 
 
-def _render(
-    warm: Engine, render: Render, memory: int, inbound: Inbound, send: Callable[[Answer], None]
-) -> None:
-    ticket, spec = render.ticket, render.spec
-    if inbound.is_cancelled(ticket):
+def _render(warm: Engine, nvml: Nvml, render: Render, memory: int, line: Line) -> None:
+    ticket, spec, send = render.ticket, render.spec, line.send
+    if line.is_cancelled(ticket):
         send(Cancelled(ticket))
         return
     send(Began(ticket))
@@ -148,7 +183,7 @@ def _render(
 
     def on_step(step: int, steps: int) -> None:
         send(Step(ticket, step, steps))
-        if inbound.is_cancelled(ticket):
+        if line.is_cancelled(ticket):
             raise ImageCancelled
         if time.monotonic() > deadline:  # an alarm that a destructor or bare except swallowed
             raise ImageTimeout
@@ -173,6 +208,7 @@ def _render(
     except EngineError as e:
         send(Failed(ticket, str(e)))
     else:
+        rendering = replace(rendering, utilization_percent=nvml.utilization_percent())
         send(Rendered(ticket, rendering))
 
 
