@@ -102,10 +102,13 @@ def test_one_engine_that_cannot_load_leaves_the_others_at_work(
     daemon.until_log("engine.not_started")
     daemon.drop("a.txt", "a cat\n")
     job = daemon.job("a")
-    reasons = [engine["reason"] for engine in daemon.status()["engines"]]
+    status = daemon.until_status("a reason", lambda s: any(e["reason"] for e in s["engines"]))
 
     assert job["outcome"] == "done"
-    assert sorted(map(str, reasons)) == ["None", "scripted by !load-raise"]
+    assert sorted(str(engine["reason"]) for engine in status["engines"]) == [
+        "None",
+        "scripted by !load-raise",
+    ]
     assert daemon.stop() == 0
 
 

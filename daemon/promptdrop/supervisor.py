@@ -842,7 +842,7 @@ class Supervisor:
         if now < self._status_at + STATUS_SECONDS:
             return
         last = self.finished[-1].id if self.finished else None
-        stages = tuple(slot.engine.stage for slot in self._pool.slots if slot.engine)
+        stages = [(slot.trouble, slot.engine and slot.engine.stage) for slot in self._pool.slots]
         waiting = tuple(islice(self._intake.waiting.items(), LISTED))
         jobs = len(self._running)
         key = (self._state(), self._reason(), self._published, jobs, last, stages, waiting)
