@@ -150,10 +150,10 @@ def _scripted(text: str) -> tuple[str, list[str]]:
         return "", words
     fault, arguments = words[0][1:], words[1:]
     if fault.startswith("once-"):
-        first = Path(arguments[0])
-        if first.exists():
+        try:
+            Path(arguments[0]).touch(exist_ok=False)
+        except FileExistsError:
             return "", arguments[1:]
-        first.touch()
         return fault.removeprefix("once-"), arguments[1:]
     return fault, arguments
 
