@@ -677,7 +677,6 @@ def test_another_file_system_below_the_inbox_is_not_entered(daemon: Daemon) -> N
         ({"engine": {"max_atempts": 2}}, "did you mean 'max_attempts'"),
         ({"whatch": {}}, "did you mean 'watch'"),
         ({"model": {"id": "Tongyi-MAI/Z-Image-Turbo-none"}}, "promptdrop model fetch Tongyi-MAI/Z-Image-Turbo-none"),
-        ({"engine": {"backend": "ray"}}, "not available yet"),
         ({"engine": {"workers": 2}, "model": {"device": "cuda:1"}}, "is one device"),
         ({"engine": {"compile": True}}, "compile"),
         ({"engine": {"quantization": "fp8"}}, "not available yet"),

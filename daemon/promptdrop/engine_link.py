@@ -66,6 +66,7 @@ class Life(Protocol):
     """What is at the other end of a link: a process of this machine, or a relay to another's."""
 
     socket: socket.socket  # not blocking
+    is_lost: bool  # its end without a word of its own is no image's fault
 
     def ends(self) -> list[int]:
         """Descriptors that can be read once it has ended; none: the socket's end is its end."""
@@ -132,7 +133,7 @@ class EngineLink:
     @property
     def is_lost(self) -> bool:
         """Whether its host or the way there ended, which is no image's fault."""
-        return self.gone is not None and self.gone.is_lost
+        return self.gone.is_lost if self.gone else self.life.is_lost
 
     def render(self, ticket: int, render: Render, now: float) -> None:
         """Send one image with fresh memory for its pixels. A dead engine is noticed by `has_ended`.

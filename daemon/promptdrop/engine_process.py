@@ -14,6 +14,8 @@ from promptdrop.engine_link import EngineLink
 class ChildProcess:
     """A Life: a child in a process group of its own, to be killed as one."""
 
+    is_lost = False
+
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         """Called in a thread that lasts as long as the child may: PR_SET_PDEATHSIG follows it.
 

@@ -6,7 +6,7 @@ file descriptor: the memory the pixels are written to, uint8 [height, width, 3].
 
 from dataclasses import dataclass
 
-from promptdrop.config import Prompt
+from promptdrop.config import Config, Prompt
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
 
 # daemon -> engine
@@ -145,3 +145,44 @@ Answer = (
     | Cancelled
     | Tokens
 )
+
+
+# daemon -> gateway to a Ray cluster, one packet each
+
+PACKET = 1 << 17  # bytes, the longest
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Bring up an engine at the other end of the descriptor that comes with this."""
+
+    actor: str  # its name in the cluster: another daemon life finds it there
+    settings: Config
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL an engine."""
+
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give the devices back: end every engine that was opened, then this process."""
+
+
+# gateway -> daemon
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The cluster is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why it is not there, or why it is lost."""
+
+    reason: str

@@ -56,7 +56,8 @@ class Ended:
 class Backend(Protocol):
     """Where engines run."""
 
-    trouble: str | None  # why none can be begun now
+    may_begin: bool  # an engine, now
+    trouble: str | None  # why not, if it should be so
 
     def wanted(self, slots: list[Slot]) -> int:
         """How many slots there shall be; never fewer than there are."""
@@ -83,6 +84,7 @@ class Backend(Protocol):
 class ChildProcesses:
     """A Backend: child processes of the daemon, one for each device."""
 
+    may_begin = True
     trouble: str | None = None
 
     def __init__(self, settings: Config) -> None:
@@ -193,7 +195,7 @@ class Pool:
         for slot in self.slots:
             if slot.engine:
                 yield from self._hear(slot, slot.engine, now)
-            elif may_start and now >= slot.due and not self._backend.trouble:
+            elif may_start and now >= slot.due and self._backend.may_begin:
                 self._start(slot, now)
 
     def _hear(

@@ -5,6 +5,7 @@ Everything here runs on the loop, decides from memory, and never imports torch.
 
 import gc
 import os
+import secrets
 import signal
 import time
 from collections import deque
@@ -36,7 +37,7 @@ from promptdrop.messages import (
     Tokens,
 )
 from promptdrop.metrics import RollingWindow
-from promptdrop.pool import ChildProcesses, Ended, Pool, Slot
+from promptdrop.pool import Backend, ChildProcesses, Ended, Pool, Slot
 from promptdrop.publish import Publication
 from promptdrop.queue import Queue
 from promptdrop.records import (
@@ -108,8 +109,8 @@ class Supervisor:
         self._recovering = True
         self._left_over: deque[Job] = deque()  # recovered, not accepted yet
 
-        self._pool = Pool(settings, ChildProcesses(settings))
-        self._ticket = 0
+        self._pool = Pool(settings, _backend(settings))
+        self._ticket = secrets.randbits(40)  # engines that outlive us know those of our last life
         self._tickets: dict[int, Running] = {}  # images in the engines
         self._measuring: dict[int, Running] = {}  # jobs whose prompts an engine counts
         self._unmeasured: list[Running] = []
@@ -139,7 +140,8 @@ class Supervisor:
         Raises ConfigError, ModelError, SpoolBusy: it cannot start.
         """
         config.refuse_what_is_not_ready(self.config)
-        engine.require(self.config)
+        if self.config.engine.backend == "process":
+            engine.require(self.config)
         self.spool.require_mount()
         self.spool.prepare()
         self.spool.lock()
@@ -955,6 +957,14 @@ class Supervisor:
                     seconds=round(time.monotonic() - image.began, 1),
                 )
         return None
+
+
+def _backend(settings: Config) -> Backend:
+    if settings.engine.backend == "process":
+        return ChildProcesses(settings)
+    from promptdrop.cluster import RayCluster
+
+    return RayCluster(settings)
 
 
 def one_line(status: Status) -> str:

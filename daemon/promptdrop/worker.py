@@ -116,7 +116,7 @@ class Line:
 
 def main(fd: int) -> None:
     """Entry point of the engine process. Any escaping exception ends it."""
-    _die_with_parent()
+    die_with_parent()
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon decides when we stop
@@ -226,7 +226,7 @@ def _raise_timeout(number: int, frame: object) -> NoReturn:
     raise ImageTimeout
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """SIGKILL us when the daemon's main thread ends, even while a C call holds the GIL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() == 1:

@@ -1,0 +1,179 @@
+"""Engines on the hosts of a Ray cluster: `engine.backend: ray`. The daemon itself imports no ray."""
+
+import hashlib
+import pickle
+import socket
+import subprocess
+import sys
+import time
+
+from promptdrop import log
+from promptdrop.config import Config
+from promptdrop.engine_link import EngineLink
+from promptdrop.messages import PACKET, Connected, Kill, Open, Release, Trouble
+from promptdrop.pool import Slot
+
+RELEASE_SECONDS = 10.0  # for the gateway to give the devices back
+
+
+class RemoteLife:
+    """A Life: an engine on another host. Its end is the end of the socket, whoever ends it."""
+
+    is_lost = True  # unless the relay says that the engine alone has ended
+
+    def __init__(self, link: socket.socket, cluster: "RayCluster", actor: str) -> None:
+        self.socket = link
+        self.socket.setblocking(False)
+        self._cluster, self._actor = cluster, actor
+
+    def ends(self) -> list[int]:
+        return []
+
+    def has_ended(self) -> bool:
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def how_it_ended(self) -> str:
+        return "the way into the Ray cluster is lost"
+
+    def kill(self) -> None:
+        try:
+            self._cluster.tell(Kill(self._actor))
+        except OSError:
+            pass  # a gateway that is full or gone; losing it ends this too
+
+    def reap(self, seconds: float) -> bool:
+        """Only let go of it: the engine stays warm for the daemon's next life."""
+        self.socket.close()
+        return True
+
+
+class RayCluster:
+    """A Backend. Owns the gateway process, and begins it anew when the cluster was lost."""
+
+    def __init__(self, settings: Config) -> None:
+        self._workers = settings.engine.workers
+        self._address = settings.ray.address
+        self._retry_seconds = settings.watch.rescan_seconds
+        self._gpus = 0.0 if settings.model.device == "cpu" else 1.0
+        here = f"{socket.gethostname()}:{settings.spool}"  # a daemon finds its engines again
+        self._prefix = hashlib.sha256(here.encode()).hexdigest()[:8]
+        self.may_begin = False  # not before the gateway is connected
+        self.trouble: str | None = None
+        self._reason: str | None = None  # what the gateway last said
+        self._gateway: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._begin_at = 0.0
+
+    def wanted(self, slots: list[Slot]) -> int:
+        """`auto`: one more than have found a host, to wait for the next one."""
+        if self._workers != "auto":
+            return self._workers
+        return sum(1 for slot in slots if slot.engine and slot.engine.host) + 1
+
+    def begin(self, slot: Slot, settings: Config) -> EngineLink:
+        ours, theirs = socket.socketpair()
+        actor = f"{self._prefix}-{slot.name}"
+        if settings.model.device != "cpu":  # Ray shows each engine the device that it is to use
+            model = settings.model.model_copy(update={"device": "cuda"})
+            settings = settings.model_copy(update={"model": model})
+        with theirs:
+            self.tell(Open(actor, settings, self._gpus), theirs.fileno())
+        now = time.monotonic()
+        return EngineLink(RemoteLife(ours, self, actor), started=now, loads_since=None)
+
+    def is_hopeless(self, slots: list[Slot]) -> bool:
+        """Hosts come and go: never."""
+        return False
+
+    def readers(self) -> list[int]:
+        return [self._control.fileno()] if self._control else []
+
+    def hear(self, now: float) -> None:
+        if self._gateway is None:
+            if now >= self._begin_at:
+                self._begin(now)
+            return
+        if self._control is None:
+            return
+        try:
+            while data := self._control.recv(PACKET):
+                self._heed(pickle.loads(data))
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # reset by its end
+        self._lose(now)
+
+    def next_deadline(self) -> float:
+        return self._begin_at if self._gateway is None else float("inf")
+
+    def tell(self, message: object, *descriptors: int) -> None:
+        """Send a message to the gateway. Raises OSError: it does not take it."""
+        if self._control:
+            socket.send_fds(self._control, [pickle.dumps(message)], descriptors)
+
+    def close(self, is_done: bool) -> None:
+        """Done for good: the devices are given back. Else engines stay warm."""
+        if self._gateway and self._control:
+            if is_done and self.may_begin:
+                try:
+                    self.tell(Release())
+                    self._gateway.wait(RELEASE_SECONDS)
+                except (OSError, subprocess.TimeoutExpired):
+                    log.get().error("cluster.not_released", reason="the gateway did not answer")
+            self._gateway.kill()
+            self._gateway.wait()
+            self._control.close()
+
+    def _begin(self, now: float) -> None:
+        """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._gateway = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "promptdrop.ray_gateway",
+                        str(theirs.fileno()),
+                        self._address,
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                    start_new_session=True,
+                )
+        except OSError as e:
+            ours.close()
+            self.trouble = f"the way into the Ray cluster cannot be opened: {e.strerror}"
+            self._begin_at = now + self._retry_seconds
+            return
+        ours.setblocking(False)
+        self._control = ours
+
+    def _heed(self, message: object) -> None:
+        if isinstance(message, Connected):
+            self.may_begin, self.trouble, self._reason = True, None, None
+            log.get().info("cluster.connected", address=self._address)
+        elif isinstance(message, Trouble):
+            self._reason = message.reason
+
+    def _lose(self, now: float) -> None:
+        assert self._gateway
+        assert self._control
+        self._gateway.kill()
+        self._gateway.wait()
+        self._control.close()
+        self._gateway = self._control = None
+        self.may_begin, self._begin_at = False, now + self._retry_seconds
+        told = self.trouble
+        self.trouble = f"the Ray cluster at {self._address} cannot be reached"
+        if self._reason:
+            self.trouble += f": {self._reason}"
+        if self.trouble != told:
+            log.get().error("cluster.lost", reason=self.trouble)

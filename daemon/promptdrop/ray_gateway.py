@@ -1,0 +1,230 @@
+"""The daemon's way into a Ray cluster: a process of its own, and the only one that imports ray.
+
+Ray ends a driver whose cluster is lost; here that costs nothing but this process. Started by the
+daemon as `python -m promptdrop.ray_gateway FD ADDRESS`; FD is a socket of packets: what to open and
+what to kill. Each engine's link is a socket on which this end speaks as an engine process does.
+"""
+
+import logging
+import mmap
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import Any
+
+from promptdrop import __version__
+from promptdrop.messages import (
+    PACKET,
+    Answer,
+    Cancelled,
+    CannotStart,
+    Connected,
+    Failed,
+    Gone,
+    Kill,
+    Open,
+    Placed,
+    Release,
+    Render,
+    Rendered,
+    Stage,
+    Stop,
+    Trouble,
+)
+from promptdrop.ray_host import EngineHost, Host
+from promptdrop.worker import die_with_parent
+
+NAMESPACE = "promptdrop"
+LISTEN_SECONDS = 10.0  # of one question; no answer at all after twice that: the host is lost
+PLACE_SECONDS = 2.0  # between two looks whether a host was found
+KILL_SECONDS = 5.0  # until a host that does not kill its engine is killed itself
+
+
+def main(fd: int, address: str) -> None:
+    """Entry point of the gateway process."""
+    die_with_parent()
+    control = socket.socket(fileno=fd)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except (RayError, RuntimeError, OSError, ValueError) as e:
+        control.send(pickle.dumps(Trouble(reason_of(e))))
+        sys.exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ray.init has set its own
+        signal.signal(number, signal.SIG_IGN)
+    control.send(pickle.dumps(Connected()))
+    relays: dict[str, Relay] = {}
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, PACKET, 1)
+        if not data:
+            os._exit(0)  # the daemon is gone; its engines stay warm
+        message = pickle.loads(data)
+        if isinstance(message, Open):
+            relays[message.actor] = Relay(message, socket.socket(fileno=descriptors[0]))
+        elif isinstance(message, Kill) and (relay := relays.get(message.actor)):
+            relay.kill()
+        elif isinstance(message, Release):
+            for relay in relays.values():
+                relay.release()
+            os._exit(0)
+
+
+class Relay:
+    """One engine's link, carried over the cluster. Ends when either end does."""
+
+    def __init__(self, opened: Open, link: socket.socket) -> None:
+        self._opened = opened
+        self._link = link
+        self._connection = Connection(link.fileno())
+        self._sending = threading.Lock()
+        self._is_closed = False  # the daemon wants to hear no more
+        self._memories: dict[int, tuple[int, int]] = {}  # by ticket: descriptor, bytes
+        self._actor: Any = None
+        self._listener: int | None = None
+        threading.Thread(target=self._run, name=opened.actor, daemon=True).start()
+
+    def kill(self) -> None:
+        """SIGKILL the engine, and its host's actor if that does not."""
+        threading.Thread(target=self._kill, daemon=True).start()
+
+    def release(self) -> None:
+        """End the engine and its actor."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.kill(self._actor or ray.get_actor(self._opened.actor))
+        except (RayError, ValueError):
+            pass  # it is not there
+
+    def _kill(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            if self._listener is not None:
+                ray.get(self._actor.kill.remote(self._listener), timeout=KILL_SECONDS)
+        except RayError:
+            self.release()
+
+    def _run(self) -> None:
+        from ray.exceptions import RayError
+
+        inbound = threading.Thread(target=self._pass_on, name="inbound", daemon=True)
+        try:
+            if host := self._place():
+                self._relay(host, inbound)
+        except (RayError, OSError, ValueError) as e:  # ValueError: a name that has just died
+            self._send(Gone(reason_of(e), is_lost=True))
+        self._listener = None
+        self._link.shutdown(socket.SHUT_RDWR)
+        if inbound.ident:
+            inbound.join()
+        for ticket in list(self._memories):
+            self._forget(ticket)
+        self._connection.close()
+        self._link.detach()
+
+    def _place(self) -> Host | None:
+        """Wait until the cluster has found a host for the actor, or found the actor itself."""
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        gpus = self._opened.gpus
+        actor: Any = ray.remote(EngineHost)
+        self._actor = actor.options(
+            name=self._opened.actor,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=0,
+            max_concurrency=16,
+            num_gpus=gpus,
+            num_cpus=0 if gpus else 1,
+            scheduling_strategy="SPREAD",
+        ).remote()
+        hello = self._actor.hello.remote()
+        while not self._is_closed:
+            try:
+                host: Host = ray.get(hello, timeout=PLACE_SECONDS)
+                return host
+            except GetTimeoutError:
+                self._send(Stage(f"waiting for a host with a free {'GPU' if gpus else 'core'}"))
+        ray.kill(self._actor)  # nobody waits for it any more
+        return None
+
+    def _relay(self, host: Host, inbound: threading.Thread) -> None:
+        import ray
+
+        self._send(Placed(host.name, host.pid))
+        if host.version != __version__:
+            self.release()  # its code is loaded: a new installation needs a new process
+            theirs, ours = host.version, __version__
+            reason = f"runs promptdrop {theirs}, this daemon {ours}; install the same version there"
+            self._send(CannotStart(f"{host.name} {reason}", 1))
+            return
+        self._listener = ray.get(self._actor.attach.remote(self._opened.settings))
+        inbound.start()
+        while not self._is_closed:
+            heard = self._actor.listen.remote(self._listener, LISTEN_SECONDS)
+            for answer, pixels in ray.get(heard, timeout=2 * LISTEN_SECONDS):
+                if isinstance(answer, CannotStart):
+                    answer = CannotStart(f"{host.name}: {answer.error}", answer.exit_status)
+                elif isinstance(answer, (Rendered, Failed, Cancelled)):
+                    self._forget(answer.ticket, pixels)
+                self._send(answer)
+                if isinstance(answer, Gone):
+                    return
+
+    def _pass_on(self) -> None:
+        """The daemon's requests, one after another: their order is kept."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            while not isinstance(request := self._connection.recv(), Stop):
+                if isinstance(request, Render):
+                    memory = recv_handle(self._connection)
+                    size = request.spec.height * request.spec.width * 3
+                    self._memories[request.ticket] = memory, size
+                ray.get(self._actor.tell.remote(self._listener, request))
+        except (EOFError, OSError):
+            self._is_closed = True
+        except RayError:
+            pass  # the other thread learns it too, and says so
+
+    def _forget(self, ticket: int, pixels: bytes | None = None) -> None:
+        """An image has ended: what was rendered goes into its memory."""
+        memory, size = self._memories.pop(ticket)
+        if pixels is not None:
+            with mmap.mmap(memory, size) as ours:
+                ours[:] = pixels
+        os.close(memory)
+
+    def _send(self, answer: Answer) -> None:
+        try:
+            with self._sending:
+                self._connection.send(answer)
+        except OSError:
+            self._is_closed = True
+
+
+def reason_of(error: Exception) -> str:
+    """The one line of Ray's many that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "Error: " in lines[-1]:  # a traceback's end
+        return lines[-1]
+    return lines[0] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

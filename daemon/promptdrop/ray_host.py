@@ -1,0 +1,199 @@
+"""What runs on a host of the cluster: one engine process, and what it says until it is asked.
+
+A Ray actor, of Ray's Python process on that host. It imports no torch and never hangs: the engine is
+the same child process as on a single machine, killed from here as it is there. It outlives the
+daemon, so that a new one finds the engine warm.
+"""
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from promptdrop import __version__, engine_process
+from promptdrop.config import Config
+from promptdrop.engine_link import EngineLink
+from promptdrop.messages import (
+    Answer,
+    Cancel,
+    Cancelled,
+    CountTokens,
+    Failed,
+    Gone,
+    Ready,
+    Render,
+    Rendered,
+    Request,
+    Stage,
+    Step,
+)
+
+STEP_SECONDS = 0.5  # steps wait so long for company: each journey costs the daemon a millisecond
+
+Said = tuple[Answer, bytes | None]  # of Rendered, the pixels: uint8 [height, width, 3]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Who answers."""
+
+    name: str
+    pid: int
+    version: str
+    python: str
+
+
+class EngineHost:
+    """One engine at a time. Its methods are called from the cluster, several at once."""
+
+    def __init__(self) -> None:
+        self._said: deque[Said] = deque()
+        self._wanted: deque[Config | Request] = deque()  # for the keeper
+        self._listener = (
+            0  # whoever attached last; others are told that they are not heard any more
+        )
+        self._settings: Config | None = None  # of the engine that runs
+        self._link: EngineLink | None = None
+        self._stale: set[int] = set()  # tickets of a daemon that is gone
+        self._changed = threading.Condition()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Children die with the thread that forked them (PR_SET_PDEATHSIG): one that lasts.
+        threading.Thread(target=self._keep, name="keeper", daemon=True).start()
+
+    def hello(self) -> Host:
+        """Answered once the actor has found a host."""
+        python = ".".join(map(str, sys.version_info[:2]))
+        return Host(socket.gethostname(), os.getpid(), __version__, python)
+
+    def attach(self, settings: Config) -> int:
+        """Make this caller the one that is heard; returns its number. The engine is started, or,
+        where one runs with these very settings, found as it is: nothing of its work is anybody's."""
+        settings = settings.model_copy(update={"root": _cache_folder()})
+        with self._changed:
+            self._listener += 1
+            self._said.clear()
+            if (link := self._link) and self._settings == settings and not link.killed:
+                self._stale |= link.in_hand.keys()
+                self._wanted.extend(Cancel(ticket) for ticket in link.in_hand)
+                self._say(Ready(link.info) if link.info else Stage(link.stage))
+            else:
+                if link:
+                    link.kill("other settings", time.monotonic())
+                self._wanted.append(settings)
+            self._wake()
+            return self._listener
+
+    def tell(self, listener: int, request: Request) -> None:
+        """Pass a request on to the engine."""
+        with self._changed:
+            if listener == self._listener:
+                self._wanted.append(request)
+                self._wake()
+
+    def listen(self, listener: int, seconds: float) -> list[Said]:
+        """What the engine said since the last call; waits so long for something."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while (left := deadline - time.monotonic()) > 0:
+                self._changed.wait_for(lambda: self._is_urgent(listener), min(left, STEP_SECONDS))
+                if self._said or listener != self._listener:
+                    break
+            if listener != self._listener:
+                return [(Gone("another daemon has taken this engine over", is_lost=True), None)]
+            said = list(self._said)
+            self._said.clear()
+            return said
+
+    def kill(self, listener: int) -> None:
+        """SIGKILL the engine process. What it said and its end are heard as ever."""
+        with self._changed:
+            if listener == self._listener and self._link:
+                self._link.kill("as asked", time.monotonic())
+
+    def _is_urgent(self, listener: int) -> bool:
+        is_heard = listener == self._listener
+        return not is_heard or any(not isinstance(said, (Step, Stage)) for said, _ in self._said)
+
+    def _say(self, answer: Answer, pixels: bytes | None = None) -> None:
+        """With the lock."""
+        self._said.append((answer, pixels))
+        self._changed.notify_all()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # it is awake
+
+    def _keep(self) -> None:
+        """The keeper's thread: start the engine, pass on what is wanted, hear what it says."""
+        while True:
+            waiting = select.poll()
+            waiting.register(self._wake_read, select.POLLIN)
+            if link := self._link:
+                for descriptor in link.readers():
+                    writes = select.POLLOUT if descriptor in link.writers() else 0
+                    waiting.register(descriptor, select.POLLIN | writes)
+            waiting.poll()
+            try:
+                os.read(self._wake_read, 4096)
+            except BlockingIOError:
+                pass  # it was the engine
+            with self._changed:
+                self._hear()
+                self._do_what_is_wanted()
+
+    def _hear(self) -> None:
+        if (link := self._link) is None:
+            return
+        now = time.monotonic()
+        link.flush()
+        ended = link.has_ended()
+        for answer in link.answers(now):
+            ticket, pixels = getattr(answer, "ticket", None), None
+            if isinstance(answer, (Rendered, Failed, Cancelled)):
+                with link.take(answer).pixels as memory:
+                    pixels = memory[:] if isinstance(answer, Rendered) else None
+            if ticket not in self._stale:
+                self._say(answer, pixels)
+            elif pixels is not None or isinstance(answer, (Failed, Cancelled)):
+                self._stale.discard(ticket)
+        if ended:
+            link.reap()
+            for image in link.in_hand.values():
+                image.pixels.close()
+            self._link, self._settings = None, None
+            self._stale.clear()
+            self._say(Gone(link.how_it_ended(), is_lost=False))
+
+    def _do_what_is_wanted(self) -> None:
+        now = time.monotonic()
+        while self._wanted:
+            wanted = self._wanted[0]
+            if isinstance(wanted, Config):
+                if self._link:
+                    return  # not until the one that was killed is dead
+                try:
+                    self._link, self._settings = engine_process.start(wanted), wanted
+                except OSError as e:
+                    self._say(Gone(f"the engine process cannot be started: {e}", is_lost=True))
+            elif self._link is None:
+                pass  # it died; its Gone says so
+            elif isinstance(wanted, Render):
+                self._link.render(wanted.ticket, wanted, now)
+            elif isinstance(wanted, CountTokens):
+                self._link.count_tokens(wanted.ticket, wanted.prompts, now)
+            elif isinstance(wanted, Cancel):
+                self._link.cancel(wanted.ticket)
+            self._wanted.popleft()
+
+
+def _cache_folder() -> Path:
+    """Where compiled code is kept on this host, in place of the spool, which is elsewhere."""
+    ours = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]  # systemd's CacheDirectory=
+    return Path(ours or Path.home() / ".cache" / "promptdrop")
