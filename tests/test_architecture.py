@@ -22,7 +22,7 @@ FLOORS = [
     ["engine_process", "intake", "script", "engines.zimage"],
     ["ray_host", "pool"],
     ["ray_gateway"],
-    ["cluster"],
+    ["cluster", "ray_view"],
     ["supervisor"],
     ["generate"],
     ["cli"],

@@ -190,6 +190,23 @@ def _parser() -> argparse.ArgumentParser:
         "promptdrop doctor --config config.yaml",
     )
 
+    cluster = commands.add_parser(
+        "cluster", help="the hosts of engine.backend: ray, and what they do", allow_abbrev=False
+    )
+    actions = cluster.add_subparsers(metavar="ACTION", required=True)
+    for name, command, text in (
+        ("status", _cluster_status, "show hosts, GPUs, engines and what each renders"),
+        ("release", _cluster_release, "end the engines that a stopped daemon left warm"),
+    ):
+        action = actions.add_parser(
+            name,
+            help=text,
+            epilog=f"example:\n  promptdrop cluster {name}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        action.add_argument("--config", type=Path, metavar="FILE")
+        action.set_defaults(command=command)
+
     model = commands.add_parser(
         "model",
         help="write the demonstration model, fetch weights, say where they are",
@@ -498,6 +515,46 @@ def _status(arguments: argparse.Namespace) -> int:
         if not arguments.watch:
             return 0
         time.sleep(1)
+
+
+def _cluster_config(arguments: argparse.Namespace) -> "Config":
+    """Raises ConfigError: no cluster is configured, or ray is missing."""
+    from promptdrop.cluster import require_ray
+    from promptdrop.errors import ConfigError
+
+    settings = _config(arguments)
+    if settings.engine.backend != "ray":
+        raise ConfigError("engine.backend: process: no cluster is configured; expected ray")
+    require_ray()
+    return settings
+
+
+def _cluster_status(arguments: argparse.Namespace) -> None:
+    from promptdrop import client, terminal
+    from promptdrop.spool import Spool
+
+    settings = _cluster_config(arguments)
+    from promptdrop import ray_view  # imports ray
+
+    nodes = ray_view.nodes(settings.ray.address)
+    document = client.read_status(Spool(settings))
+    terminal.cluster(nodes, document["engines"] if document else [])
+    if document is None:
+        terminal.complain("no daemon runs on this spool")
+
+
+def _cluster_release(arguments: argparse.Namespace) -> None:
+    from promptdrop import terminal
+    from promptdrop.cluster import actor_prefix
+    from promptdrop.spool import Spool
+
+    settings = _cluster_config(arguments)
+    if (pid := Spool(settings).daemon_pid()) is not None:
+        raise UsageError(f"a daemon runs on this spool (pid {pid}) and uses its engines; stop it")
+    from promptdrop import ray_view  # imports ray
+
+    count = ray_view.release(settings.ray.address, actor_prefix(settings))
+    terminal.say(f"{count} engines released")
 
 
 def _retry(arguments: argparse.Namespace) -> None:

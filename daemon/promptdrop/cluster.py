@@ -6,14 +6,28 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 from promptdrop import log
 from promptdrop.config import Config
 from promptdrop.engine_link import EngineLink
+from promptdrop.errors import ConfigError
 from promptdrop.messages import PACKET, Connected, Kill, Open, Release, Trouble
 from promptdrop.pool import Slot
 
 RELEASE_SECONDS = 10.0  # for the gateway to give the devices back
+
+
+def require_ray() -> None:
+    """Raise ConfigError where ray is not installed."""
+    if find_spec("ray") is None:
+        raise ConfigError("engine.backend: ray: ray is not installed; pip install promptdrop[ray]")
+
+
+def actor_prefix(settings: Config) -> str:
+    """What the names of a daemon's actors begin with: its next life finds them by that."""
+    here = f"{socket.gethostname()}:{settings.spool}"
+    return hashlib.sha256(here.encode()).hexdigest()[:8]
 
 
 class RemoteLife:
@@ -56,12 +70,13 @@ class RayCluster:
     """A Backend. Owns the gateway process, and begins it anew when the cluster was lost."""
 
     def __init__(self, settings: Config) -> None:
+        """Raises ConfigError: ray is not installed."""
+        require_ray()
         self._workers = settings.engine.workers
         self._address = settings.ray.address
         self._retry_seconds = settings.watch.rescan_seconds
         self._gpus = 0.0 if settings.model.device == "cpu" else 1.0
-        here = f"{socket.gethostname()}:{settings.spool}"  # a daemon finds its engines again
-        self._prefix = hashlib.sha256(here.encode()).hexdigest()[:8]
+        self._prefix = actor_prefix(settings)
         self.may_begin = False  # not before the gateway is connected
         self.trouble: str | None = None
         self._reason: str | None = None  # what the gateway last said

@@ -1,4 +1,4 @@
-"""The daemon's way into a Ray cluster: a process of its own, and the only one that imports ray.
+"""The daemon's way into a Ray cluster: a process of its own.
 
 Ray ends a driver whose cluster is lost; here that costs nothing but this process. Started by the
 daemon as `python -m promptdrop.ray_gateway FD ADDRESS`; FD is a socket of packets: what to open and
@@ -16,6 +16,11 @@ import threading
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at import
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
 
 from promptdrop import __version__
 from promptdrop.messages import (
@@ -49,14 +54,8 @@ def main(fd: int, address: str) -> None:
     """Entry point of the gateway process."""
     die_with_parent()
     control = socket.socket(fileno=fd)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray.exceptions import RayError
-
     try:
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
-        )
+        connect(address)
     except (RayError, RuntimeError, OSError, ValueError) as e:
         control.send(pickle.dumps(Trouble(reason_of(e))))
         sys.exit(1)
@@ -79,6 +78,11 @@ def main(fd: int, address: str) -> None:
             os._exit(0)
 
 
+def connect(address: str) -> None:
+    """Become a driver of the cluster. Raises RayError, RuntimeError, OSError, ValueError."""
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+
+
 class Relay:
     """One engine's link, carried over the cluster. Ends when either end does."""
 
@@ -99,18 +103,12 @@ class Relay:
 
     def release(self) -> None:
         """End the engine and its actor."""
-        import ray
-        from ray.exceptions import RayError
-
         try:
             ray.kill(self._actor or ray.get_actor(self._opened.actor))
         except (RayError, ValueError):
             pass  # it is not there
 
     def _kill(self) -> None:
-        import ray
-        from ray.exceptions import RayError
-
         try:
             if self._listener is not None:
                 ray.get(self._actor.kill.remote(self._listener), timeout=KILL_SECONDS)
@@ -118,8 +116,6 @@ class Relay:
             self.release()
 
     def _run(self) -> None:
-        from ray.exceptions import RayError
-
         inbound = threading.Thread(target=self._pass_on, name="inbound", daemon=True)
         try:
             if host := self._place():
@@ -137,9 +133,6 @@ class Relay:
 
     def _place(self) -> Host | None:
         """Wait until the cluster has found a host for the actor, or found the actor itself."""
-        import ray
-        from ray.exceptions import GetTimeoutError
-
         gpus = self._opened.gpus
         actor: Any = ray.remote(EngineHost)
         self._actor = actor.options(
@@ -163,8 +156,6 @@ class Relay:
         return None
 
     def _relay(self, host: Host, inbound: threading.Thread) -> None:
-        import ray
-
         self._send(Placed(host.name, host.pid))
         if host.version != __version__:
             self.release()  # its code is loaded: a new installation needs a new process
@@ -187,9 +178,6 @@ class Relay:
 
     def _pass_on(self) -> None:
         """The daemon's requests, one after another: their order is kept."""
-        import ray
-        from ray.exceptions import RayError
-
         try:
             while not isinstance(request := self._connection.recv(), Stop):
                 if isinstance(request, Render):

@@ -177,6 +177,21 @@ def _engine_rows(engine: dict[str, Any], several: bool) -> Iterator[tuple[str, s
         yield "rendering", f"{place}, {step}"
 
 
+def cluster(nodes: Sequence[Any], engines: Sequence[dict[str, Any]]) -> None:
+    """`promptdrop cluster status`: the hosts, then the engines and what each renders."""
+    rows = []
+    for node in nodes:
+        state = "alive" if node.alive else "dead"
+        rows.append((node.name, node.address, state, str(node.gpus), str(node.cores)))
+    table(("host", "address", "state", "GPUs", "cores"), rows)
+    rows = []
+    for engine in engines:
+        current, stage = engine["current"], engine["reason"] or engine["stage"]
+        image = f"{current['file']} {current['image']}/{current['images']}" if current else ""
+        rows.append((engine["name"], engine["host"] or "", engine["device"] or "", stage, image))
+    table(("engine", "host", "device", "state", "rendering"), rows)
+
+
 def duration(seconds: float) -> str:
     """`45 s`, `3 min`, `2 h 10 min`."""
     minutes = round(seconds / 60)

@@ -1,0 +1,70 @@
+"""What `promptdrop cluster` asks a Ray cluster itself. In the command's own process; imports ray."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util import list_named_actors
+
+from promptdrop.errors import PromptdropError
+from promptdrop.ray_gateway import connect, reason_of
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A host of the cluster, alive or dead."""
+
+    name: str
+    address: str
+    alive: bool
+    gpus: int
+    cores: int
+
+
+def nodes(address: str) -> list[Node]:
+    """Every host the cluster knows, living ones first.
+
+    Raises PromptdropError: it cannot be reached.
+    """
+    with _connected(address):
+        found = [_node(node) for node in ray.nodes()]  # type: ignore[no-untyped-call]  # ray's
+    return sorted(found, key=lambda node: (not node.alive, node.name, node.address))
+
+
+def release(address: str, prefix: str) -> int:
+    """End the engines that a daemon left warm; returns how many there were.
+
+    Raises PromptdropError: the cluster cannot be reached.
+    """
+    with _connected(address):
+        named = [name for name in list_named_actors() if name.startswith(prefix)]
+        for name in named:
+            ray.kill(ray.get_actor(name))
+    return len(named)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    try:
+        connect(address)
+        yield
+    except (RayError, RuntimeError, OSError, ValueError) as e:
+        raise PromptdropError(
+            f"the Ray cluster at {address} cannot be reached: {reason_of(e)}"
+        ) from e
+    finally:
+        ray.shutdown()
+
+
+def _node(node: dict[str, Any]) -> Node:
+    resources = node["Resources"]
+    return Node(
+        node["NodeManagerHostname"],
+        node["NodeManagerAddress"],
+        node["Alive"],
+        int(resources.get("GPU", 0)),
+        int(resources.get("CPU", 0)),
+    )

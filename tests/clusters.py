@@ -1,0 +1,113 @@
+"""A real Ray cluster on this machine: a head without cores, hosts that come and go."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import until
+
+RAY = Path(sys.executable).with_name("ray")
+# A host that is gone is known to be gone in seconds, not in minutes.
+HASTE = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+}
+STORE = "--object-store-memory=80000000"
+
+
+@dataclass
+class Host:
+    """`ray start --block` in a session of its own."""
+
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """SIGKILL; Ray's processes die with it (PR_SET_PDEATHSIG)."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Cluster:
+    """Its folder holds Ray's sockets and logs; the path is short, for sockets allow 107 bytes."""
+
+    folder: Path
+    port: int
+    hosts: list[Host] = field(default_factory=list)
+    head: Host | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    node_ip: str = "127.0.0.1"
+
+    @property
+    def address(self) -> str:
+        return f"{self.node_ip}:{self.port}"
+
+    def start_head(self, prefix: tuple[str, ...] = ()) -> None:
+        """Start the head, without cores of its own."""
+        self.head = self._start(
+            "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false",
+            f"--node-ip-address={self.node_ip}", prefix=prefix,
+        )  # fmt: skip
+
+    def add_host(
+        self, cores: int = 1, prefix: tuple[str, ...] = (), ip: str = "127.0.0.1", **env: str
+    ) -> Host:
+        """A host for so many engines."""
+        host = self._start(
+            f"--address={self.address}", f"--num-cpus={cores}", f"--node-ip-address={ip}",
+            prefix=prefix, **env,
+        )  # fmt: skip
+        self.hosts.append(host)
+        return host
+
+    def close(self) -> None:
+        """Nothing stays."""
+        for host in [*self.hosts, *([self.head] if self.head else [])]:
+            host.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, *arguments: str, prefix: tuple[str, ...] = (), **env: str) -> Host:
+        log_file = self.folder / f"ray-{len(self.hosts)}.log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [*prefix, str(RAY), "start", "--block", "--num-gpus=0", STORE, *arguments],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, **HASTE, "RAY_TMPDIR": str(self.folder), **self.environment, **env},
+            )  # fmt: skip
+        # One after another: hosts of one machine that start at once choose the same sockets.
+        until(lambda: b"Ray runtime started" in log_file.read_bytes(), "a host of the cluster")
+        return Host(process)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(**environment: str) -> Iterator[Cluster]:
+    """A cluster with a head and no hosts."""
+    cluster = Cluster(
+        Path(tempfile.mkdtemp(prefix="pd-ray-")), free_port(), environment=environment
+    )
+    try:
+        cluster.start_head()
+        yield cluster
+    finally:
+        cluster.close()

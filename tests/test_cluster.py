@@ -1,0 +1,288 @@
+"""`engine.backend: ray`: engines on the hosts of a real cluster, under the one supervision."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import clusters
+from clusters import Cluster
+from harness import Daemon, until
+
+pytest.importorskip("ray", reason="ray is not installed: pip install promptdrop[ray]")
+pytestmark = pytest.mark.timeout(300)
+
+PACKAGE = Path(__file__).parent.parent / "daemon" / "promptdrop"
+MakeDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head; hosts are the test's."""
+    with clusters.running() as cluster:
+        yield cluster
+
+
+def settings(cluster: Cluster, **engine: Any) -> dict[str, Any]:
+    """A daemon's settings for this cluster, with engines that need no GPU."""
+    return {
+        "model": {"device": "cpu"},
+        "engine": {"backend": "ray", "workers": 2, **engine},
+        "ray": {"address": cluster.address},
+    }
+
+
+def prompts(*texts: str) -> str:
+    """A JSONL job, one image a text."""
+    return "\n".join(json.dumps({"prompt": text}) for text in texts)
+
+
+def attempts(daemon: Daemon, folder: str) -> list[int]:
+    """How often each image was tried."""
+    return [sidecar["job"]["attempt"] for sidecar in daemon.sidecars(folder)]
+
+
+def each_once(daemon: Daemon, folder: str, images: int) -> None:
+    """Every image is in the outbox and was published once, ever."""
+    job = daemon.job(folder)
+    assert [image["outcome"] for image in job["images"]] == ["rendered"] * images
+    numbers = sorted(image for file, image in daemon.published() if file.startswith(f"{folder}/"))
+    assert numbers == list(range(1, images + 1))
+
+
+def engines(daemon: Daemon) -> list[dict[str, Any]]:
+    """Of the status, once both have a host."""
+    return list(
+        daemon.until_status(
+            "two warm engines", lambda s: [e["state"] for e in s["engines"]] == ["ready"] * 2
+        )["engines"]
+    )
+
+
+def engine_processes(cluster: Cluster) -> list[psutil.Process]:
+    """The engine processes on the cluster's hosts, whose actors' environment names its folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "promptdrop.worker" in process.cmdline() and str(cluster.folder) in (
+                process.environ().get("RAY_TMPDIR", "")
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_two_hosts_render_at_once_and_a_drain_gives_them_back(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """Each image names its engine and host; the daemon that is done leaves no engine behind."""
+    cluster.add_host()
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+    daemon.drop("a.jsonl", prompts(*["!slow 0.2 a cat"] * 8))
+    done = daemon.drain()
+    who = [sidecar["device"]["engine"] for sidecar in daemon.sidecars("a")]
+
+    assert done.returncode == 0, done.stderr
+    each_once(daemon, "a", 8)
+    assert set(who) == {"engine-1", "engine-2"}
+    assert all(sidecar["device"]["host"] for sidecar in daemon.sidecars("a"))
+    until(lambda: not engine_processes(cluster), "the end of all engines")
+
+
+def test_the_same_pixels_as_on_one_machine(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """The transport changes nothing: same prompt, seed and engine, same bytes."""
+    cluster.add_host()
+    text = json.dumps({"prompt": "a cat", "seed": 7})
+    remote, local = make_daemon(settings(cluster, workers=1)), make_daemon(home="local")
+    for daemon in (remote, local):
+        daemon.drop("a.json", text)
+        assert daemon.drain().returncode == 0
+    (one,), (other,) = remote.sidecars("a"), local.sidecars("a")
+
+    assert one["image"]["sha256"] == other["image"]["sha256"]
+
+
+@pytest.mark.parametrize("fault", ["segfault", "crash", "unknown", "hang-gil", "stop", "garbage"])
+def test_a_sick_engine_costs_its_image_and_no_other(
+    cluster: Cluster, make_daemon: MakeDaemon, fault: str
+) -> None:
+    """The same charging rule as on one machine: max_attempts engines, then that image alone fails."""
+    cluster.add_host()
+    cluster.add_host()
+    bounds = {"image_timeout_seconds": 1, "kill_grace_seconds": 0.5, "max_attempts": 2}
+    daemon = make_daemon(settings(cluster, **bounds))
+    daemon.drop("a.jsonl", prompts(f"!{fault}", *["a cat"] * 5))
+    done = daemon.drain()
+    job = daemon.job("a")
+
+    assert done.returncode == 0, done.stderr
+    assert [image["outcome"] for image in job["images"]] == ["failed", *["rendered"] * 5]
+    assert "attempt 2 of 2" in job["images"][0]["error"]
+    assert attempts(daemon, "a") == [1] * 5
+    assert daemon.log("engine.lost") == []
+
+
+def test_a_host_that_is_lost_charges_nobody_and_another_takes_over(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """SIGKILL of a whole host in the middle, a new one added: every image once, first attempt."""
+    first = cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers="auto"))
+    daemon.start().until_ready()
+    daemon.drop("a.jsonl", prompts(*["!slow 0.1 a cat"] * 12))
+    until(lambda: len(daemon.published()) >= 2, "two images")
+    first.kill()
+    daemon.until_log("engine.lost")
+    cluster.add_host()
+    each_once(daemon, "a", 12)
+
+    assert attempts(daemon, "a") == [1] * 12
+    assert daemon.log("image.failed") == []
+    assert daemon.stop() == 0
+
+
+def test_engines_stay_warm_when_the_daemon_is_killed(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """A new daemon finds the same engine processes, and what was in hand is rendered once more."""
+    cluster.add_host()
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+    daemon.start()
+    engines(daemon)
+    before = {process.pid for process in engine_processes(cluster)}
+    daemon.drop("a.jsonl", prompts(*["!slow 0.2 a cat"] * 6))
+    daemon.until_begun()
+    assert daemon.process
+    daemon.process.kill()
+    daemon.process.wait()
+    daemon.start()
+    each_once(daemon, "a", 6)
+    after = {process.pid for process in engine_processes(cluster)}
+
+    assert len(before) == 2
+    assert after == before
+    assert daemon.stop() == 0
+    assert {
+        process.pid for process in engine_processes(cluster)
+    } == before  # a stop keeps them, too
+
+
+def test_a_daemon_without_its_cluster_goes_on_accepting(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """The head and all hosts are killed: drops are claimed, status says why; with them it goes on."""
+    host = cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1))
+    daemon.start().until_ready()
+    daemon.drop("a.jsonl", prompts(*["!slow 0.2 a cat"] * 6))
+    until(daemon.published, "the first image")
+    assert cluster.head
+    cluster.head.kill()
+    host.kill()
+    status = daemon.until_status("no cluster", lambda s: "Ray cluster" in str(s["reason"]))
+    daemon.drop("b.txt", "a dog\n")
+    daemon.until_log("job.claimed", times=2)
+    cluster.start_head()
+    cluster.add_host()
+    each_once(daemon, "a", 6)
+    each_once(daemon, "b", 1)
+
+    assert status["state"] == "waiting"
+    assert cluster.address in status["reason"]
+    assert attempts(daemon, "a") == [1] * 6
+    assert daemon.stop() == 0
+
+
+def test_a_start_without_a_cluster_waits_for_it(make_daemon: MakeDaemon) -> None:
+    """Nothing answers there: the daemon runs, claims, says so; a drain exits 1 with that."""
+    address = f"127.0.0.1:{clusters.free_port()}"
+    changes = {"model": {"device": "cpu"}, "engine": {"backend": "ray"}}
+    daemon = make_daemon({**changes, "ray": {"address": address}})
+    daemon.drop("a.txt", "a cat\n")
+    daemon.start()
+    status = daemon.until_status("no cluster", lambda s: address in str(s["reason"]))
+    daemon.until_log("job.claimed")
+
+    assert status["state"] == "waiting"
+    assert daemon.stop() == 0
+    assert f"cannot drain: the Ray cluster at {address} cannot be reached" in daemon.drain().stderr
+
+
+def test_a_host_of_another_version_is_refused_by_name(
+    cluster: Cluster, make_daemon: MakeDaemon, tmp_path: Path
+) -> None:
+    """It renders nothing; the daemon says which host has which version, and others go on."""
+    other = tmp_path / "other"
+    shutil.copytree(PACKAGE, other / "promptdrop")
+    init = other / "promptdrop" / "__init__.py"
+    init.write_text(init.read_text().replace('"0.1.0"', '"0.0.9"'))
+    cluster.add_host(PYTHONPATH=str(other))
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+    daemon.start()
+    refused = daemon.until_log("engine.not_started")
+    daemon.drop("a.jsonl", prompts(*["a cat"] * 4))
+    each_once(daemon, "a", 4)
+
+    assert "runs promptdrop 0.0.9, this daemon 0.1.0" in refused["reason"]
+    assert daemon.stop() == 0
+
+
+def test_a_host_without_the_model_is_named_and_others_go_on(
+    cluster: Cluster, make_daemon: MakeDaemon, model: Path, tmp_path: Path
+) -> None:
+    """Workers need the model's files and no share; who has none says which command fetches them."""
+    there = tmp_path / "with" / "models" / "demo--zimage" / "snapshots" / "master"
+    there.parent.mkdir(parents=True)
+    there.symlink_to(model)
+    cluster.add_host(MODELSCOPE_CACHE=str(tmp_path / "with"))
+    cluster.add_host(MODELSCOPE_CACHE=str(tmp_path / "without"))
+    daemon = make_daemon(settings(cluster, compile="off"))
+    daemon.write_config({"model": {"id": "demo/zimage"}, "defaults": {"width": 128, "height": 128}})
+    daemon.start()
+    refused = daemon.until_log("engine.not_started")
+    daemon.drop("a.txt", "a red circle\n")
+    each_once(daemon, "a", 1)
+
+    assert "promptdrop model fetch demo/zimage" in refused["reason"]
+    assert daemon.stop() == 0
+
+
+def test_the_daemon_imports_no_ray() -> None:
+    """Only the gateway does: the single-machine path has nothing to do with it."""
+    code = (
+        "import sys, promptdrop.cli, promptdrop.supervisor, promptdrop.cluster, promptdrop.worker;"
+        "import promptdrop.ray_host; print('ray' in sys.modules)"
+    )
+
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_status_shows_the_cluster(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """`cluster status`: hosts, their GPUs and cores, engines and what each renders."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1))
+    daemon.start().until_ready()
+    daemon.drop("a.txt", "!slow 1 a cat\n")
+    daemon.until_begun()
+    until(lambda: daemon.status()["current"], "a status with the image")
+    done = daemon.run("cluster", "status")
+    os.kill(engine_processes(cluster)[0].pid, signal.SIGKILL)
+
+    assert done.returncode == 0, done.stderr
+    assert "alive" in done.stdout
+    assert "engine-1" in done.stdout
+    assert "a.txt 1/1" in done.stdout
+    assert daemon.job("a")["outcome"] == "done"
+    assert daemon.stop() == 0
