@@ -17,6 +17,7 @@ from harness import Daemon
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Prompt
+from promptdrop.engine import render_one
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.job import ImageSpec
 
@@ -107,7 +108,7 @@ def test_truncation_keeps_the_end_it_names(overflow: str, kept: Scene) -> None:
     prompt = Prompt.model_validate({"max_tokens": 21, "overflow": overflow})
     buffer = bytearray(128 * 128 * 3)
     spec = SPEC._replace(prompt=text)
-    rendering = engine.render(spec, prompt, lambda step, steps: None, memoryview(buffer))
+    rendering = render_one(engine, spec, prompt, lambda step, steps: None, memoryview(buffer))
     seen = look(np.frombuffer(buffer, np.uint8).reshape(128, 128, 3))
 
     assert rendering.truncated

@@ -26,7 +26,9 @@ def configured(revision: str | None = None) -> Config:
 def rendered(spec: ImageSpec, prompt: Prompt | None = None) -> tuple[Rendering, bytes]:
     loaded = engine.load(configured(), lambda stage: None)
     pixels = bytearray(spec.width * spec.height * 3)
-    rendering = loaded.render(spec, prompt or Prompt(), lambda *step: None, memoryview(pixels))
+    rendering = engine.render_one(
+        loaded, spec, prompt or Prompt(), lambda *step: None, memoryview(pixels)
+    )
     return rendering, bytes(pixels)
 
 
@@ -46,7 +48,7 @@ def test_every_step_is_reported() -> None:
     loaded = engine.load(configured(), lambda stage: None)
     steps: list[tuple[int, int]] = []
     pixels = memoryview(bytearray(SPEC.width * SPEC.height * 3))
-    loaded.render(SPEC, Prompt(), lambda step, of: steps.append((step, of)), pixels)
+    loaded.render([SPEC], Prompt(), lambda step, of: steps.append((step, of)), [pixels])
     signs: list[None] = []
     loaded.warm_up(lambda: signs.append(None))
 

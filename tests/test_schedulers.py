@@ -23,6 +23,7 @@ from harness import Daemon
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Prompt
+from promptdrop.engine import render_one
 from promptdrop.engines.schedulers import scheduler_for
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.errors import ImageCancelled, ImageTimeout, ModelError
@@ -60,7 +61,7 @@ def rendered(
 ) -> tuple[Rendering, Pixels]:
     """One image."""
     buffer = bytearray(spec.height * spec.width * 3)
-    rendering = engine.render(spec, Prompt(), on_step, memoryview(buffer))
+    rendering = render_one(engine, spec, Prompt(), on_step, memoryview(buffer))
     return rendering, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3)
 
 

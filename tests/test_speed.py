@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Config, Prompt
+from promptdrop.engine import render_one
 from promptdrop.engines.speed import (
     CACHE_VARIABLES,
     FastForward,
-    RealRotaryAttention,
-    blocks,
     discard_cache,
+    together,
     use_cache,
 )
 from promptdrop.engines.zimage import ZImageEngine
@@ -47,7 +47,7 @@ def configured(root: Path, compile_: str) -> Config:
         {
             "root": str(root),
             "model": {"path": str(weights.DEMO), "device": "cpu"},
-            "engine": {"compile": compile_, "warmup": ["64x96"]},
+            "engine": {"compile": compile_, "warmup": ["64x96"], "batch": 3},
             "prompt": {"max_tokens": 96},
         }
     )
@@ -55,30 +55,32 @@ def configured(root: Path, compile_: str) -> Config:
 
 def rendered(engine: ZImageEngine, spec: ImageSpec) -> tuple[Rendering, Pixels]:
     buffer = bytearray(spec.height * spec.width * 3)
-    rendering = engine.render(spec, Prompt(), lambda step, steps: None, memoryview(buffer))
+    rendering = render_one(engine, spec, Prompt(), lambda step, steps: None, memoryview(buffer))
     return rendering, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3)
 
 
-def test_the_fast_forward_is_the_librarys() -> None:
-    """FastForward computes ZImageTransformer2DModel.forward, whatever the lengths in a batch."""
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_the_fast_forward_is_the_librarys(most: int) -> None:
+    """FastForward computes ZImageTransformer2DModel.forward, of one image or of several end to end."""
     pipe: Any = ZImagePipeline.from_pretrained(
         weights.DEMO, dtype=torch.float32, local_files_only=True
     )
     transformer, generator = pipe.transformer.eval(), torch.Generator().manual_seed(0)
     latents = list(torch.randn(3, 16, 1, 18, 20, generator=generator))
-    levels = torch.rand(3, generator=generator)
+    level = torch.rand(1, generator=generator)
     texts = [torch.randn(tokens, 192, generator=generator) for tokens in (1, 32, 41)]
     with torch.no_grad():
         expected = [
-            transformer([x], t[None], [text], return_dict=False)[0][0]
-            for x, t, text in zip(latents, levels, texts, strict=True)
+            transformer([x], level, [text], return_dict=False)[0][0]
+            for x, text in zip(latents, texts, strict=True)
         ]
-        for block in blocks(transformer):
-            block.attention.set_processor(RealRotaryAttention())
-        actual = FastForward(transformer)(latents, levels, texts)[0]
+        with together(transformer, FastForward(transformer, most)):
+            actual = transformer(latents, level.expand(3), texts)[0]
+        again = transformer(latents[:1], level, texts[:1], return_dict=False)[0][0]
 
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(expected[0], again)
 
 
 @pytest.mark.timeout(900)
@@ -104,6 +106,17 @@ def test_a_compiled_engine_compiles_at_warm_up_only(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
     for mine, theirs in zip(images, expected, strict=True):
         assert np.abs(mine.astype(int) - theirs).max() <= 1
+
+    engine._is_warm = False  # what no graph fits would be compiled, and counted
+    for batch in ([specs[1], specs[0], specs[1]], [specs[0]] * 2, [specs[3]] * 3):
+        buffers = [bytearray(64 * 96 * 3) for _ in batch]
+        engine.render(batch, Prompt(), lambda step, steps: None, [*map(memoryview, buffers)])
+        for spec, buffer in zip(batch, buffers, strict=True):
+            difference = np.frombuffer(buffer, np.uint8).astype(int) - expected[
+                specs.index(spec)
+            ].reshape(-1)
+            assert np.abs(difference).max() <= 1
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_a_cache_is_of_one_model_and_device(tmp_path: Path) -> None:

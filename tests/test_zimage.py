@@ -74,8 +74,8 @@ def rendered(
 ) -> tuple[Rendering, Pixels]:
     """One image of the engine under test."""
     buffer = bytearray(spec.height * spec.width * 3)
-    rendering = zimage.render(
-        spec, prompt or Prompt(), lambda step, steps: None, memoryview(buffer)
+    rendering = engine.render_one(
+        zimage, spec, prompt or Prompt(), lambda step, steps: None, memoryview(buffer)
     )
     return rendering, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3)
 
@@ -145,7 +145,9 @@ def test_an_abandoned_image_leaves_no_trace(
 
     spec = FOX._replace(steps=4)
     with pytest.raises(interruption):
-        zimage.render(spec._replace(width=128), Prompt(), stop, memoryview(bytearray(128 * 96 * 3)))
+        zimage.render(
+            [spec._replace(width=128)], Prompt(), stop, [memoryview(bytearray(128 * 96 * 3))]
+        )
 
     rendering, pixels = rendered(zimage, spec)
     assert np.array_equal(by_library(library, spec), pixels)
@@ -156,7 +158,7 @@ def test_every_step_is_reported(zimage: ZImageEngine) -> None:
     """Once each, in order, warm-up included."""
     steps: list[tuple[int, int]] = []
     buffer = memoryview(bytearray(64 * 96 * 3))
-    zimage.render(FOX._replace(steps=3), Prompt(), lambda *step: steps.append(step), buffer)
+    zimage.render([FOX._replace(steps=3)], Prompt(), lambda *step: steps.append(step), [buffer])
     signs: list[None] = []
     zimage.warm_up(lambda: signs.append(None))
 

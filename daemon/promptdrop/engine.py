@@ -1,11 +1,13 @@
 """What an engine is, and where its implementations are. Importing this imports no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
+from itertools import groupby, islice
 from typing import Protocol
 
 from promptdrop import weights
-from promptdrop.config import Config, Prompt
+from promptdrop.config import Config, Prompt, width_height
+from promptdrop.errors import EngineError
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
 
 OnStage = Callable[[str], None]  # what loading is doing now
@@ -17,7 +19,7 @@ DEFAULT_ENGINE = "promptdrop.engines.zimage:ZImageEngine"
 
 
 class Engine(Protocol):
-    """A model on a device, loaded. One image at a time, from one thread."""
+    """A model on a device, loaded. One batch at a time, from one thread."""
 
     info: EngineInfo
 
@@ -28,13 +30,19 @@ class Engine(Protocol):
         """
 
     def render(
-        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
-    ) -> Rendering:
-        """Render one image into `buffer`: uint8 [height, width, 3], RGB; spec.seed must be set.
+        self,
+        specs: Sequence[ImageSpec],
+        prompt: Prompt,
+        on_step: OnStep,
+        buffers: Sequence[memoryview],
+    ) -> list[Rendering | EngineError]:
+        """Render images of one `ImageSpec.kind` together, each with its own seed, which must be set.
 
-        What on_step raises ends the image and leaves the engine good.
+        Each into its buffer: uint8 [height, width, 3], RGB. What on_step raises ends them all and
+        leaves the engine good.
 
-        Raises EngineError: this image failed; the engine is still good.
+        Returns for each image how it was rendered, or why it alone was not.
+        Raises EngineError: they all failed; the engine is still good.
         """
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
@@ -42,6 +50,41 @@ class Engine(Protocol):
 
     def empty_cache(self) -> None:
         """Give cached memory back to the device."""
+
+
+def render_one(
+    engine: Engine, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
+) -> Rendering:
+    """Render an image alone, as `Engine.render` does. Raises EngineError: it failed."""
+    (result,) = engine.render([spec], prompt, on_step, [buffer])
+    if isinstance(result, EngineError):
+        raise result
+    return result
+
+
+def batches(specs: Iterable[ImageSpec], most: int) -> Iterator[list[ImageSpec]]:
+    """In order, as many together as are of one kind and at most `most`."""
+    for _, alike in groupby(specs, key=lambda spec: spec.kind):
+        while batch := [*islice(alike, most)]:
+            yield batch
+
+
+def warm_up_spec(config: Config, size: str, prompt: str) -> ImageSpec:
+    """An image of the default settings, to be thrown away."""
+    width, height = width_height(size)
+    return ImageSpec(
+        image=1,
+        prompt=prompt,
+        negative_prompt=None,
+        width=width,
+        height=height,
+        steps=config.defaults.steps,
+        guidance_scale=config.defaults.guidance_scale,
+        seed=0,
+        scheduler=config.defaults.scheduler,
+        format="png",
+        timeout_seconds=config.engine.load_timeout_seconds,
+    )
 
 
 def load(config: Config, on_stage: OnStage) -> Engine:

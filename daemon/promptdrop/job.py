@@ -37,6 +37,12 @@ class ImageSpec(NamedTuple):
         """How often the transformer runs: twice in each of heun's steps but the last."""
         return 2 * self.steps - 1 if self.scheduler == "heun" else self.steps
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What images that are rendered together have in common."""
+        guidance = self.guidance_scale, self.scheduler
+        return self.width, self.height, self.steps, *guidance, self.timeout_seconds
+
     def to_json(self) -> dict[str, Any]:
         """A mapping of JSON types; `ImageSpec(**spec.to_json())` is the spec again."""
         return self._asdict()
@@ -71,7 +77,10 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of one render, read from device events once the image is done."""
+    """Milliseconds of one render, read from device events once the image is done.
+
+    `denoise` is the batch's, the same for each of its images; the others are the image's own.
+    """
 
     encode: float
     denoise: float
@@ -94,7 +103,7 @@ class Rendering:
     evaluations: int
     latency_ms: Latency
     steps_ms: tuple[float, ...]
-    batch: int = 1
+    batch: int = 1  # how many images were denoised together
     utilization_percent: float | None = None  # NVML's, of the device
     memory_allocated_mib: float | None = None  # None where there is no device memory to count
     memory_reserved_mib: float | None = None

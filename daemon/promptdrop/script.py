@@ -12,6 +12,7 @@ from PIL import Image
 from promptdrop import config as configuration
 from promptdrop import engine, request
 from promptdrop.config import Config
+from promptdrop.errors import EngineError
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
 
 
@@ -55,14 +56,24 @@ class Engine:
         Raises RequestError: a field is unknown or out of range. EngineError: an image failed.
         """
         data = json.dumps({"prompt": prompt, **fields}).encode()
-        specs = request.parse(data, ".json", self._config).images
-        images = [self._render(spec) for spec in specs]
-        return images[0] if len(images) == 1 else images
+        images = [self._seeded(spec) for spec in request.parse(data, ".json", self._config).images]
+        most = self._config.engine.batch
+        made = [one for specs in engine.batches(images, most) for one in self._render(specs)]
+        return made[0] if len(made) == 1 else made
 
-    def _render(self, spec: ImageSpec) -> Generated:
-        seed = secrets.randbits(32) if spec.seed is None else spec.seed
-        pixels = bytearray(spec.height * spec.width * 3)
-        seeded, prompt = spec._replace(seed=seed), self._config.prompt
-        rendering = self._engine.render(seeded, prompt, lambda *step: None, memoryview(pixels))
-        image = Image.frombuffer("RGB", (spec.width, spec.height), pixels, "raw", "RGB", 0, 1)
-        return Generated(image, seed, rendering)
+    def _seeded(self, spec: ImageSpec) -> ImageSpec:
+        return spec if spec.seed is not None else spec._replace(seed=secrets.randbits(32))
+
+    def _render(self, specs: list[ImageSpec]) -> list[Generated]:
+        pixels = [bytearray(spec.height * spec.width * 3) for spec in specs]
+        buffers = [memoryview(one) for one in pixels]
+        results = self._engine.render(specs, self._config.prompt, lambda *step: None, buffers)
+        return [_generated(*one) for one in zip(specs, pixels, results, strict=True)]
+
+
+def _generated(spec: ImageSpec, pixels: bytearray, result: Rendering | EngineError) -> Generated:
+    if isinstance(result, EngineError):
+        raise result
+    assert spec.seed is not None
+    image = Image.frombuffer("RGB", (spec.width, spec.height), pixels, "raw", "RGB", 0, 1)
+    return Generated(image, spec.seed, result)

@@ -194,7 +194,7 @@ def _render(warm: Engine, nvml: Nvml, render: Render, memory: int, line: Line) -
             mmap.mmap(memory, spec.height * spec.width * 3) as pixels,
             memoryview(pixels) as buffer,
         ):
-            rendering = warm.render(spec, render.prompt, on_step, buffer)
+            rendering = engine.render_one(warm, spec, render.prompt, on_step, buffer)
     except ImageCancelled:
         send(Cancelled(ticket))
     except ImageTimeout:

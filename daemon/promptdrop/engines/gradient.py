@@ -14,13 +14,14 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from promptdrop.config import Config, Prompt, width_height
-from promptdrop.engine import OnStage, OnStep
+from promptdrop.config import Config, Prompt
+from promptdrop.engine import OnStage, OnStep, warm_up_spec
 from promptdrop.errors import EngineError, EngineStartError
 from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
@@ -48,56 +49,38 @@ class GradientEngine:
         """Render every warm-up size once."""
         fault, _ = _scripted(self._config.model.revision or "")
         _image_fault(fault.removeprefix("warm-"), [])
-        defaults = self._config.defaults
         for size in self._config.engine.warmup:
-            width, height = width_height(size)
-            spec = ImageSpec(
-                image=1,
-                prompt="warm up",
-                negative_prompt=None,
-                width=width,
-                height=height,
-                steps=defaults.steps,
-                guidance_scale=defaults.guidance_scale,
-                seed=0,
-                scheduler=defaults.scheduler,
-                format="png",
-                timeout_seconds=self._config.engine.load_timeout_seconds,
-            )
-            buffer = memoryview(bytearray(height * width * 3))
-            self.render(spec, self._config.prompt, lambda step, steps: on_step(), buffer)
+            spec = warm_up_spec(self._config, size, "warm up")
+            buffer = memoryview(bytearray(spec.height * spec.width * 3))
+            self.render([spec], self._config.prompt, lambda step, steps: on_step(), [buffer])
 
     def render(
-        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
-    ) -> Rendering:
-        """Render one image, or do what its prompt's first word says."""
-        begin = time.perf_counter()
-        fault, arguments = _scripted(spec.prompt)
-        _image_fault(fault, arguments)
-        text = fit(spec.prompt, prompt)
-        step_seconds = float(arguments[0]) if fault == "slow" else 0.0
-        marks = [time.perf_counter()]
-        for step in range(1, spec.evaluations + 1):
+        self,
+        specs: Sequence[ImageSpec],
+        prompt: Prompt,
+        on_step: OnStep,
+        buffers: Sequence[memoryview],
+    ) -> list[Rendering | EngineError]:
+        """Render images, or do what their prompts' first words say.
+
+        `!raise` and `!constant` fail their image alone, `!slow SECONDS` slows each step of all,
+        `!together` fails a batch of several; all other faults are the whole engine's.
+        """
+        begun = [
+            _begin(spec, prompt, buffer, is_alone=len(specs) == 1)
+            for spec, buffer in zip(specs, buffers, strict=True)
+        ]
+        drawings = [one for one in begun if isinstance(one, _Drawing)]
+        step_seconds = max((one.step_seconds for one in drawings), default=0.0)
+        marks, evaluations = [time.perf_counter()], specs[0].evaluations
+        for step in range(1, evaluations + 1) if drawings else ():
             time.sleep(step_seconds)
             marks.append(time.perf_counter())
-            on_step(step, spec.evaluations)
-        if fault == "constant":
-            raise EngineError("every pixel of the image has the same colour")
-        _paint(spec, text, buffer)
-        end = time.perf_counter()
-        return Rendering(
-            prompt=text,
-            tokens=len(text.split()) + TEMPLATE_TOKENS,
-            truncated=text != spec.prompt,
-            evaluations=spec.evaluations,
-            latency_ms=Latency(
-                encode=(marks[0] - begin) * 1000,
-                denoise=(marks[-1] - marks[0]) * 1000,
-                decode=(end - marks[-1]) * 1000,
-                transfer=0.0,
-            ),
-            steps_ms=tuple((b - a) * 1000 for a, b in pairwise(marks)),
-        )
+            on_step(step, evaluations)
+        return [
+            _finish(one, marks, len(drawings)) if isinstance(one, _Drawing) else one
+            for one in begun
+        ]
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """A token a word, and those of a template."""
@@ -121,6 +104,56 @@ def fit(text: str, prompt: Prompt) -> str:
     if prompt.overflow == "keep_head":
         return text[: words[room - 1].end()]
     return text[words[-room].start() :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """An image that was begun."""
+
+    spec: ImageSpec
+    buffer: memoryview
+    text: str
+    fault: str
+    step_seconds: float
+    encode: float  # ms
+
+
+def _begin(
+    spec: ImageSpec, prompt: Prompt, buffer: memoryview, is_alone: bool
+) -> _Drawing | EngineError:
+    begin = time.perf_counter()
+    fault, arguments = _scripted(spec.prompt)
+    if fault == "together" and not is_alone:
+        raise EngineError("scripted by !together")
+    try:
+        _image_fault(fault, arguments)
+        text = fit(spec.prompt, prompt)
+    except EngineError as e:
+        return e
+    step_seconds = float(arguments[0]) if fault == "slow" else 0.0
+    encode = (time.perf_counter() - begin) * 1000
+    return _Drawing(spec, buffer, text, fault, step_seconds, encode)
+
+
+def _finish(drawing: _Drawing, marks: list[float], batch: int) -> Rendering | EngineError:
+    if drawing.fault == "constant":
+        return EngineError("every pixel of the image has the same colour")
+    begin = time.perf_counter()
+    _paint(drawing.spec, drawing.text, drawing.buffer)
+    return Rendering(
+        prompt=drawing.text,
+        tokens=len(drawing.text.split()) + TEMPLATE_TOKENS,
+        truncated=drawing.text != drawing.spec.prompt,
+        evaluations=drawing.spec.evaluations,
+        latency_ms=Latency(
+            encode=drawing.encode,
+            denoise=(marks[-1] - marks[0]) * 1000,
+            decode=(time.perf_counter() - begin) * 1000,
+            transfer=0.0,
+        ),
+        steps_ms=tuple((b - a) * 1000 for a, b in pairwise(marks)),
+        batch=batch,
+    )
 
 
 def _paint(spec: ImageSpec, text: str, buffer: memoryview) -> None:

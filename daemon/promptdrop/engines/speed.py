@@ -14,8 +14,10 @@ one for gate and input (95.3), the whole evaluation as a CUDA graph (95.0): the 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ from promptdrop import log
 SEQUENCE_MULTIPLE = 32  # transformer_z_image.py: SEQ_MULTI_OF
 
 
+# Cosines and sines [1, S, 1, head_dim / 2, 2]; of several images end to end with where each begins
+# and the last ends: [images + 1], int64 on the CPU. Their number is no part of the compiled graph.
+Positions = Tensor | tuple[Tensor, Tensor]
+
+
 class RealRotaryAttention:
     """ZSingleStreamAttnProcessor with real-valued rotary embeddings, which inductor can fuse."""
 
@@ -38,17 +45,39 @@ class RealRotaryAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
+        freqs_cis: Positions | None = None,
     ) -> Tensor:
-        """hidden_states [B, S, dim]; freqs_cis: cosines and sines [1, S, 1, head_dim / 2, 2]."""
+        """hidden_states [1, S, dim]: one image, or several that do not see each other."""
+        freqs, borders = freqs_cis if isinstance(freqs_cis, tuple) else (freqs_cis, None)
         parts = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (split_heads(part, attn.heads) for part in parts)
-        query, key = rotate(attn.norm_q(query), freqs_cis), rotate(attn.norm_k(key), freqs_cis)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        )  # [B, heads, S, head_dim]
-        out: Tensor = attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, S, dim]
+        query, key = rotate(attn.norm_q(query), freqs), rotate(attn.norm_k(key), freqs)
+        if borders is None:
+            mixed = attend(query, key, value)  # [1, S, heads, head_dim]
+        else:
+            mixed = attend_within(query, key, value, borders)
+        out: Tensor = attn.to_out[0](mixed.flatten(2))  # [1, S, dim]
         return out
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each, and the result, [1, S, heads, head_dim]."""
+    mixed = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )  # [1, heads, S, head_dim]
+    return mixed.transpose(1, 2)
+
+
+@torch.library.custom_op("promptdrop::attend_within", mutates_args=())
+def attend_within(query: Tensor, key: Tensor, value: Tensor, borders: Tensor) -> Tensor:
+    """`attend` of each image on its own, however long the others are: no mask and no padding."""
+    parts = [slice(begin, end) for begin, end in pairwise(borders.tolist())]
+    return torch.cat([attend(query[:, s], key[:, s], value[:, s]) for s in parts], dim=1)
+
+
+@attend_within.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, borders: Tensor) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -75,45 +104,59 @@ class Rotary:
 
 
 class FastForward:
-    """ZImageTransformer2DModel.forward without its walks through lists of Python."""
+    """ZImageTransformer2DModel.forward without its walks through lists of Python.
 
-    def __init__(self, transformer: Any) -> None:
+    At most `most` images are one sequence, end to end; guidance has two for each image asked for.
+    """
+
+    def __init__(self, transformer: Any, most: int = 1) -> None:
         self._transformer = transformer
+        self._most = most
         self._rotaries: dict[tuple[int, int, int], Rotary] = {}
 
     def __call__(
         self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], **_: Any
     ) -> tuple[list[Tensor]]:
-        """One by one: no mask for different lengths, and every batch is the compiled batch of 1.
+        """x: B of [16, 1, h, w], of one size; t [B], 1 - sigma, of one level; cap_feats: B of
+        [tokens, width], of any lengths."""
+        sequences = -(-len(x) // self._most)
+        images = -(-len(x) // sequences)
+        velocities: list[Tensor] = []
+        for first in range(0, len(x), images):
+            part = slice(first, first + images)
+            velocities += self.velocities(x[part], t[:1], cap_feats[part])
+        return (velocities,)
 
-        x: B of [16, 1, h, w]; t [B], 1 - sigma; cap_feats: B of [tokens, width]."""
-        one_by_one = zip(x, t[:, None], cap_feats, strict=True)
-        return ([self.velocity(latents, level, text) for latents, level, text in one_by_one],)
-
-    def velocity(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Of one image, [16, 1, h, w]: latents likewise, t [1], text [tokens, width]."""
+    def velocities(self, latents: list[Tensor], t: Tensor, texts: list[Tensor]) -> list[Tensor]:
+        """Of one sequence: B of [16, 1, h, w], latents likewise; t [1]; texts: B of [tokens, width]."""
         model = self._transformer
-        rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-        tokens, length = len(text), len(text) + -len(text) % SEQUENCE_MULTIPLE
-        rotary = self._rotary(rows, columns, length)
-        adaln = model.t_embedder(t * model.t_scale).type_as(latents)  # [1, 256]
+        rows, columns = latents[0].shape[-2] // 2, latents[0].shape[-1] // 2
+        lengths = [len(text) + -len(text) % SEQUENCE_MULTIPLE for text in texts]  # each L
+        rotaries = [self._rotary(rows, columns, length) for length in lengths]
+        adaln = model.t_embedder(t * model.t_scale).type_as(latents[0])  # [1, 256]
 
-        image = model.all_x_embedder["2-1"](patchify(latents))  # [N, dim]
-        missing = -len(image) % SEQUENCE_MULTIPLE
-        image = torch.cat([image, model.x_pad_token.expand(missing, -1)])[None]  # [1, N32, dim]
+        image = model.all_x_embedder["2-1"](torch.cat([patchify(x) for x in latents]))  # [B N, dim]
+        image = padded(torch.split(image, rows * columns), model.x_pad_token)  # [1, B N32, dim]
+        positions = end_to_end([rotary.image for rotary in rotaries])
         for layer in model.noise_refiner:
-            image = layer(image, None, rotary.image, adaln)
+            image = layer(image, None, positions, adaln)
 
-        caption = model.cap_embedder(text)  # [tokens, dim]
-        caption = torch.cat([caption, model.cap_pad_token.expand(length - tokens, -1)])[None]
+        caption = model.cap_embedder(torch.cat(texts))  # [sum of tokens, dim]
+        caption = padded(caption.split([len(text) for text in texts]), model.cap_pad_token)
+        positions = end_to_end([rotary.text for rotary in rotaries])
         for layer in model.context_refiner:
-            caption = layer(caption, None, rotary.text)  # [1, L, dim]
+            caption = layer(caption, None, positions)  # [1, sum of L, dim]
 
-        joint = torch.cat([image, caption], dim=1)  # [1, N32 + L, dim]
+        parts = zip(image.chunk(len(latents), dim=1), caption.split(lengths, dim=1), strict=True)
+        joint = torch.cat([x for part in parts for x in part], dim=1)  # [1, sum of N32 + L, dim]
+        positions = end_to_end([rotary.joint for rotary in rotaries])
         for layer in model.layers:
-            joint = layer(joint, None, rotary.joint, adaln)
-        patches = model.all_final_layer["2-1"](joint[:, : rows * columns], c=adaln)  # [1, N, 64]
-        return unpatchify(patches[0], rows, columns)
+            joint = layer(joint, None, positions, adaln)
+
+        images = torch.split(joint, [rotary.joint.shape[1] for rotary in rotaries], dim=1)
+        image = torch.cat([x[:, : rows * columns] for x in images], dim=1)  # [1, B N, dim]
+        patches = model.all_final_layer["2-1"](image, c=adaln)[0]  # [B N, 64]
+        return [unpatchify(x, rows, columns) for x in torch.split(patches, rows * columns)]
 
     def _rotary(self, rows: int, columns: int, length: int) -> Rotary:
         """Made once per shape."""
@@ -125,6 +168,20 @@ class FastForward:
             parts = image, text, torch.cat([image, text])
             self._rotaries[key] = Rotary(*(torch.view_as_real(x)[None, :, None] for x in parts))
         return self._rotaries[key]
+
+
+def padded(parts: Sequence[Tensor], pad_token: Tensor) -> Tensor:
+    """Each [n, dim], to a multiple of 32 rows, and end to end: [1, sum of n32, dim]."""
+    rows = [x for p in parts for x in (p, pad_token.expand(-len(p) % SEQUENCE_MULTIPLE, -1))]
+    return torch.cat(rows)[None]
+
+
+def end_to_end(tables: list[Tensor]) -> Positions:
+    """Of several images, each [1, S, 1, head_dim / 2, 2]; of one as it is."""
+    if len(tables) == 1:
+        return tables[0]
+    borders = accumulate((table.shape[1] for table in tables), initial=0)
+    return torch.cat(tables, dim=1), torch.tensor([*borders])
 
 
 def blocks(transformer: Any) -> list[Any]:
@@ -160,26 +217,47 @@ def text_ids(length: int) -> Tensor:
     return ids
 
 
-def accelerate(pipe: Any) -> None:
+@contextmanager
+def together(transformer: Any, forward: FastForward) -> Iterator[None]:
+    """Evaluate several images as one sequence, not compiled; afterwards as the library does."""
+    attentions = [block.attention for block in blocks(transformer)]
+    processors = [attention.processor for attention in attentions]
+    transformer.forward = forward
+    for attention in attentions:
+        attention.processor = RealRotaryAttention()
+    try:
+        yield
+    finally:
+        del transformer.forward  # the class's own is there again
+        for attention, processor in zip(attentions, processors, strict=True):
+            attention.processor = processor
+
+
+def accelerate(pipe: Any, forward: FastForward) -> None:
     """Compile the pipeline's transformer and decoder: in place, at their first use."""
-    pipe.transformer.forward = FastForward(pipe.transformer)
+    pipe.transformer.forward = forward
     for block in blocks(pipe.transformer):
         block.attention.set_processor(RealRotaryAttention())
-        block.compile(fullgraph=True, dynamic=True)  # one graph for every size and text length
+        # One graph for one image and one for several, for every size and text length.
+        block.compile(fullgraph=True, dynamic=True)
     pipe.vae.decoder.to(memory_format=torch.channels_last)
     pipe.vae.decoder.compile(fullgraph=True, dynamic=False)  # one for each warmed size
 
 
 def meet_text_lengths(
-    transformer: Any, height: int, width: int, most: int, on_step: Callable[[], None]
+    transformer: Any, height: int, width: int, most: int, images: int, on_step: Callable[[], None]
 ) -> None:
-    """Evaluate once at every padded text length up to `most` tokens: kernels are chosen per shape."""
+    """Evaluate once at every padded text length up to `most` tokens, and 2 to `images` together:
+    kernels are chosen per shape."""
     weight = transformer.cap_embedder[1].weight  # [dim, text width]
     latents = weight.new_zeros(16, 1, height // 8, width // 8)
+    lengths = range(1, most + 1, SEQUENCE_MULTIPLE)
+    several = [[most, *[1] * (n - 1)] for n in range(2, images + 1)]
     with torch.no_grad():
-        for tokens in range(1, most + 1, SEQUENCE_MULTIPLE):
-            text = weight.new_ones(tokens, weight.shape[1])
-            transformer([latents], latents.new_ones(1, dtype=torch.float32), [text])
+        for batch in [*([tokens] for tokens in lengths), *several]:
+            levels = latents.new_ones(len(batch), dtype=torch.float32)
+            texts = [weight.new_ones(tokens, weight.shape[1]) for tokens in batch]
+            transformer([latents] * len(batch), levels, texts)
             on_step()
 
 

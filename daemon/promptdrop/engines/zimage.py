@@ -1,7 +1,7 @@
 """Z-Image on torch and diffusers: the same calls, in the same order, as ZImagePipeline's own.
 
-Runs in the engine process, or in a script's own. Shapes: latents are float32 [1, 16, H/8, W/8],
-pixels uint8 [H, W, 3]. Line numbers of diffusers are those of 0.42.1.
+Runs in the engine process, or in a script's own. Shapes: latents are float32 [B, 16, H/8, W/8] of
+a batch of B images, pixels uint8 [H, W, 3]. Line numbers of diffusers are those of 0.42.1.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import gc
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; the daemon never uses the network
@@ -23,13 +24,15 @@ from torch._dynamo.exc import TorchDynamoException as CompileError
 from transformers.utils import logging as transformers_logging
 
 from promptdrop import weights
-from promptdrop.config import Config, Prompt, width_height
-from promptdrop.engine import OnStage, OnStep
+from promptdrop.config import Config, Prompt
+from promptdrop.engine import OnStage, OnStep, warm_up_spec
 from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
 from promptdrop.engines.speed import (
+    FastForward,
     accelerate,
     discard_cache,
     meet_text_lengths,
+    together,
     use_cache,
 )
 from promptdrop.errors import EngineError, EngineStartError, ModelError
@@ -44,8 +47,42 @@ Tensors = dict[str, Any]
 BOUNDARY_TOKENS = 4  # how many tokens the template and a cut text may save where they touch
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image whose texts the transformer can take."""
+
+    spec: ImageSpec
+    buffer: memoryview
+    text: str  # what the encoder was given
+    tokens: int
+    truncated: bool
+    embeds: list[torch.Tensor]  # one [tokens, width]
+    negative_embeds: list[torch.Tensor]  # likewise, or none without guidance
+    begin: Mark
+    end: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Denoising:
+    """What the images of a batch have in common."""
+
+    images: int
+    milliseconds: float
+    steps_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An image on the device."""
+
+    pixels: torch.Tensor  # [H, W, 3]
+    sound: torch.Tensor  # [3], see `_unsound`
+    begin: Mark
+    end: Mark
+
+
 class ZImageEngine:
-    """A ZImagePipeline on one device; one image at a time, from one thread."""
+    """A ZImagePipeline on one device; one batch at a time, from one thread."""
 
     def __init__(self, config: Config, on_stage: OnStage) -> None:
         """Load the model.
@@ -86,9 +123,10 @@ class ZImageEngine:
         pipe.transformer.register_forward_pre_hook(
             lambda module, inputs: self._evaluations.append(self._clock.mark())
         )
+        self._forward = FastForward(pipe.transformer, config.engine.batch)
         if self._compiles:
             use_cache(config.cache / "compiled", config.model.id, _name(self._device))
-            accelerate(pipe)
+            accelerate(pipe, self._forward)
         self._is_warm = False
         self._pipe = pipe
         self.info = EngineInfo(
@@ -102,7 +140,8 @@ class ZImageEngine:
         )
 
     def warm_up(self, on_step: Callable[[], None]) -> None:
-        """Render every size of `engine.warmup` with the default settings; on_step at every step.
+        """Render every size of `engine.warmup` with the default settings, alone and in the largest
+        batch; on_step at every step.
 
         When compiling, every text length is met here too, and what comes later compiles nothing:
         other sizes go through the graphs there are, and their decoding is not compiled.
@@ -121,53 +160,54 @@ class ZImageEngine:
         self._is_warm = True
 
     def _warm_up(self, on_step: Callable[[], None]) -> None:
-        defaults = self._config.defaults
-        for size in self._config.engine.warmup:
-            width, height = width_height(size)
-            spec = ImageSpec(
-                image=1,
-                prompt=WARM_UP_PROMPT,
-                negative_prompt=None,
-                width=width,
-                height=height,
-                steps=defaults.steps,
-                guidance_scale=defaults.guidance_scale,
-                seed=0,
-                scheduler=defaults.scheduler,
-                format="png",
-                timeout_seconds=self._config.engine.load_timeout_seconds,
-            )
-            buffer = memoryview(bytearray(height * width * 3))
-            try:
-                self.render(spec, self._config.prompt, lambda step, steps: on_step(), buffer)
-            except EngineError as e:
-                raise EngineStartError(f"engine.warmup: {size}: {e}") from e
+        config, most = self._config, self._config.engine.batch
+        for size in config.engine.warmup:
+            spec = warm_up_spec(config, size, WARM_UP_PROMPT)
+            for images in sorted({1, most}):
+                buffers = [memoryview(bytearray(spec.height * spec.width * 3))] * images
+                try:
+                    results = self.render(
+                        [spec] * images, config.prompt, lambda step, steps: on_step(), buffers
+                    )
+                except EngineError as e:
+                    results = [e]
+                for result in results:
+                    if isinstance(result, EngineError):
+                        raise EngineStartError(f"engine.warmup: {size}: {result}") from result
             if self._compiles:
+                tokens = config.prompt.max_tokens
                 meet_text_lengths(
-                    self._pipe.transformer, height, width, self._config.prompt.max_tokens, on_step
+                    self._pipe.transformer, spec.height, spec.width, tokens, most, on_step
                 )
 
     @torch.no_grad()
     def render(
-        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
-    ) -> Rendering:
-        """Render one image into `buffer`, at least H * W * 3 writable bytes: uint8 [H, W, 3], RGB.
+        self,
+        specs: Sequence[ImageSpec],
+        prompt: Prompt,
+        on_step: OnStep,
+        buffers: Sequence[memoryview],
+    ) -> list[Rendering | EngineError]:
+        """Render images of one `ImageSpec.kind` together, each into its buffer of H * W * 3 bytes.
 
         on_step(step, steps) is called once a step's work is done on the device; what it raises ends
-        the image.
+        them all.
 
-        Raises EngineError: this image failed; the engine is still good. Anything else that is an
+        Returns for each image how it was rendered, or why it alone was not.
+        Raises EngineError: they all failed; the engine is still good. Anything else that is an
         Exception is unknown: the caller should end the process.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
             with self._no_new_graphs():
-                return self._render(spec, prompt, on_step, buffer)
+                return self._render(specs, prompt, on_step, buffers)
         except torch.OutOfMemoryError as e:
             reason = str(e).partition(". ")[0]
-        self.empty_cache()  # here no frame holds the image's tensors any more
-        raise EngineError(f"out of device memory at {spec.width}x{spec.height}: {reason}")
+        self.empty_cache()  # here no frame holds the images' tensors any more
+        size = f"{specs[0].width}x{specs[0].height}"
+        many = f", {len(specs)} together" if len(specs) > 1 else ""
+        raise EngineError(f"out of device memory at {size}{many}: {reason}")
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """How many tokens each prompt has once templated, uncut."""
@@ -186,64 +226,59 @@ class ZImageEngine:
         return contextlib.nullcontext()
 
     def _render(
-        self, spec: ImageSpec, prompt: Prompt, on_step: OnStep, buffer: memoryview
-    ) -> Rendering:
-        clock, pipe = self._clock, self._pipe
-        begin = clock.mark()
-        text, tokens = fit(pipe.tokenizer, spec.prompt, prompt)
-        guided = spec.guidance_scale > 0
-        negative = fit(pipe.tokenizer, spec.negative_prompt or "", prompt)[0] if guided else None
-        embeds = self._embeddings.of(text, prompt.max_tokens)
-        negative_embeds = (
-            [] if negative is None else self._embeddings.of(negative, prompt.max_tokens)
-        )
-        encoded = clock.mark()
+        self,
+        specs: Sequence[ImageSpec],
+        prompt: Prompt,
+        on_step: OnStep,
+        buffers: Sequence[memoryview],
+    ) -> list[Rendering | EngineError]:
+        clock = self._clock
+        begun = [self._encode(*one, prompt) for one in zip(specs, buffers, strict=True)]
+        encoded = [one for one in begun if isinstance(one, Encoded)]
+        if not encoded:
+            return [one for one in begun if isinstance(one, EngineError)]
 
         self._evaluations.clear()
-        latents = self._denoise(spec, embeds, negative_embeds, on_step)  # [1, 16, H/8, W/8]
+        latents = self._denoise(encoded, on_step)  # [B, 16, H/8, W/8]
         denoised = clock.mark()
+        steps = [*self._evaluations, denoised]
 
-        decoded_latents = self._decode(latents)  # [1, 3, H, W]
-        pixels = self._pixels(decoded_latents)  # [H, W, 3]
-        sound = torch.stack([
-            torch.isfinite(latents).all(),
-            torch.isfinite(decoded_latents).all(),
-            (pixels != pixels[0, 0]).any(),
-        ])  # [3]  # fmt: skip
-        decoded = clock.mark()
+        decoded = [self._decoded(one) for one in latents.chunk(len(encoded))]
         if clock.lags:
             clock.wait(denoised)
-            on_step(spec.evaluations, spec.evaluations)
-
-        torch.frombuffer(buffer, dtype=torch.uint8, count=pixels.numel()).copy_(pixels.view(-1))
-        transferred = clock.mark()
-        _check(*sound.tolist())
-        clock.wait(transferred)
-        starts = [*self._evaluations, denoised]
-        return Rendering(
-            prompt=text,
-            tokens=tokens,
-            truncated=text != spec.prompt or (guided and negative != (spec.negative_prompt or "")),
-            evaluations=len(self._evaluations),
-            latency_ms=Latency(
-                encode=clock.milliseconds(begin, encoded),
-                denoise=clock.milliseconds(encoded, denoised),
-                decode=clock.milliseconds(denoised, decoded),
-                transfer=clock.milliseconds(decoded, transferred),
-            ),
-            steps_ms=tuple(map(clock.milliseconds, starts, starts[1:])),
-            **_memory(self._device),
+            on_step(specs[0].evaluations, specs[0].evaluations)
+        denoising = Denoising(
+            len(encoded),
+            clock.milliseconds(encoded[-1].end, denoised),
+            tuple(map(clock.milliseconds, steps, steps[1:])),
         )
+        on_device = iter(decoded)
+        return [
+            self._finish(one, denoising, next(on_device)) if isinstance(one, Encoded) else one
+            for one in begun
+        ]
 
-    def _denoise(
-        self,
-        spec: ImageSpec,
-        embeds: list[torch.Tensor],
-        negative_embeds: list[torch.Tensor],
-        on_step: OnStep,
-    ) -> torch.Tensor:
-        """embeds: one [tokens, width]; negative_embeds: likewise, or none without guidance."""
-        clock = self._clock
+    def _encode(self, spec: ImageSpec, buffer: memoryview, prompt: Prompt) -> Encoded | EngineError:
+        """Returns an EngineError where a text is too long and must not be cut."""
+        begin, tokenizer, most = self._clock.mark(), self._pipe.tokenizer, prompt.max_tokens
+        negative = (spec.negative_prompt or "") if spec.guidance_scale > 0 else None
+        fitting, negative_embeds = negative, []
+        try:
+            text, tokens = fit(tokenizer, spec.prompt, prompt)
+            if negative is not None:
+                fitting, _ = fit(tokenizer, negative, prompt)
+        except EngineError as e:
+            return e
+        embeds = self._embeddings.of(text, most)
+        if fitting is not None:
+            negative_embeds = self._embeddings.of(fitting, most)
+        truncated = text != spec.prompt or fitting != negative
+        end = self._clock.mark()
+        return Encoded(spec, buffer, text, tokens, truncated, embeds, negative_embeds, begin, end)
+
+    def _denoise(self, encoded: list[Encoded], on_step: OnStep) -> torch.Tensor:
+        """The images' latents, from noise of their own, [B, 16, H/8, W/8]."""
+        clock, spec = self._clock, encoded[0].spec
 
         def at_step_end(pipe: Any, index: int, timestep: Any, tensors: Tensors) -> Tensors:
             # On CUDA this step is only queued. Once its evaluation has begun, the step before it is
@@ -254,22 +289,71 @@ class ZImageEngine:
                 on_step(done, spec.evaluations)
             return tensors
 
-        generator = torch.Generator(self._device).manual_seed(_seed(spec))
-        self._pipe.scheduler = scheduler_for(spec.scheduler, self._scheduler, generator)
-        latents: torch.Tensor = self._pipe(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative_embeds,
-            height=spec.height,
-            width=spec.width,
-            num_inference_steps=spec.steps,
-            guidance_scale=spec.guidance_scale,
-            generator=generator,
-            output_type="latent",
-            callback_on_step_end=at_step_end,
-            callback_on_step_end_tensor_inputs=[],
-            return_dict=False,
-        )[0]
+        generators = [torch.Generator(self._device).manual_seed(_seed(one.spec)) for one in encoded]
+        self._pipe.scheduler = scheduler_for(spec.scheduler, self._scheduler, generators)
+        with self._together(len(encoded)):
+            latents: torch.Tensor = self._pipe(
+                prompt_embeds=[embeds for one in encoded for embeds in one.embeds],
+                negative_prompt_embeds=[
+                    embeds for one in encoded for embeds in one.negative_embeds
+                ],
+                height=spec.height,
+                width=spec.width,
+                num_inference_steps=spec.steps,
+                guidance_scale=spec.guidance_scale,
+                generator=generators,
+                output_type="latent",
+                callback_on_step_end=at_step_end,
+                callback_on_step_end_tensor_inputs=[],
+                return_dict=False,
+            )[0]
         return latents
+
+    def _together(self, images: int) -> Any:
+        """An image that is not compiled and alone is the library's, bit for bit."""
+        if images > 1 and not self._compiles:  # a context manager, as is what follows
+            return together(self._pipe.transformer, self._forward)
+        return contextlib.nullcontext()
+
+    def _decoded(self, latents: torch.Tensor) -> Decoded:
+        """One image's [1, 16, H/8, W/8] to pixels, on the device."""
+        begin = self._clock.mark()
+        image = self._decode(latents)  # [1, 3, H, W]
+        pixels = self._pixels(image)  # [H, W, 3]
+        sound = torch.stack([
+            torch.isfinite(latents).all(),
+            torch.isfinite(image).all(),
+            (pixels != pixels[0, 0]).any(),
+        ])  # [3]  # fmt: skip
+        return Decoded(pixels, sound, begin, self._clock.mark())
+
+    def _finish(
+        self, encoded: Encoded, denoising: Denoising, decoded: Decoded
+    ) -> Rendering | EngineError:
+        """Bring an image's pixels into its buffer. Returns an EngineError: they are not sound."""
+        clock, pixels = self._clock, decoded.pixels
+        begin = clock.mark()
+        count = pixels.numel()
+        torch.frombuffer(encoded.buffer, dtype=torch.uint8, count=count).copy_(pixels.view(-1))
+        transferred = clock.mark()
+        if unsound := _unsound(*decoded.sound.tolist()):
+            return unsound
+        clock.wait(transferred)
+        return Rendering(
+            prompt=encoded.text,
+            tokens=encoded.tokens,
+            truncated=encoded.truncated,
+            evaluations=len(denoising.steps_ms),
+            latency_ms=Latency(
+                encode=clock.milliseconds(encoded.begin, encoded.end),
+                denoise=denoising.milliseconds,
+                decode=clock.milliseconds(decoded.begin, decoded.end),
+                transfer=clock.milliseconds(begin, transferred),
+            ),
+            steps_ms=denoising.steps_ms,
+            batch=denoising.images,
+            **_memory(self._device),
+        )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """As in ZImagePipeline.__call__, pipeline_z_image.py:592-595."""
@@ -406,14 +490,17 @@ def _seed(spec: ImageSpec) -> int:
     return spec.seed
 
 
-def _check(latents_finite: bool, decoded_finite: bool, several_colours: bool) -> None:
-    """Raise EngineError for what would be published as a black or blank image."""
+def _unsound(
+    latents_finite: bool, decoded_finite: bool, several_colours: bool
+) -> EngineError | None:
+    """Why it would be published as a black or blank image."""
     if not latents_finite:
-        raise EngineError("the latents are not finite (NaN or infinity) after denoising")
+        return EngineError("the latents are not finite (NaN or infinity) after denoising")
     if not decoded_finite:
-        raise EngineError("the decoded image is not finite (NaN or infinity)")
+        return EngineError("the decoded image is not finite (NaN or infinity)")
     if not several_colours:
-        raise EngineError("every pixel of the image has the same colour")
+        return EngineError("every pixel of the image has the same colour")
+    return None
 
 
 def _memory(device: torch.device) -> dict[str, Any]:
