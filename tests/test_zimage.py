@@ -3,7 +3,7 @@
 Where there is a CUDA device, every rule is tried there too, in bfloat16.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from structlog.testing import capture_logs
 
 from promptdrop import config as configuration
 from promptdrop import engine, script, weights
@@ -32,6 +33,7 @@ Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
 DEVICES = ["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"]
 FOX = ImageSpec(1, "a red fox in the snow", None, 64, 96, 2, 0.0, 7, "euler", "png", 60.0)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
 @pytest.fixture(scope="session")
@@ -308,9 +310,8 @@ def test_out_of_device_memory_costs_an_image_and_not_the_engine(
     zimage: ZImageEngine, library: Any
 ) -> None:
     """The next image is what it would have been."""
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     with (
-        failing(zimage._pipe.transformer.layers[0], error),
+        failing(zimage._pipe.transformer.layers[0], OUT_OF_MEMORY),
         pytest.raises(EngineError, match="out of device memory at 64x96: CUDA out of memory"),
     ):
         rendered(zimage, FOX)
@@ -321,15 +322,78 @@ def test_out_of_device_memory_costs_an_image_and_not_the_engine(
 @contextmanager
 def failing(layer: torch.nn.Module, error: Exception) -> Iterator[None]:
     """A layer that raises for a while."""
+    with limited(layer, error, lambda *_: False):
+        yield
 
-    def fail(*_: Any) -> None:
-        raise error
+
+@contextmanager
+def limited(
+    layer: torch.nn.Module, error: Exception, fits: Callable[[Any], bool]
+) -> Iterator[None]:
+    """A layer that raises at inputs that do not fit."""
+
+    def fail(_: Any, inputs: Any) -> None:
+        if not fits(inputs[0]):
+            raise error
 
     hook = layer.register_forward_pre_hook(fail)
     try:
         yield
     finally:
         hook.remove()
+
+
+def cures(logged: Iterable[Any]) -> list[tuple[int, str]]:
+    """What was tried against an error of memory: (images, cure)."""
+    return [(e["images"], e["cure"]) for e in logged if e["event"] == "engine.out_of_memory"]
+
+
+EMPTIED, HALVED, TILED = "the cache was emptied", "the batch is halved", "the image is decoded in tiles"  # fmt: skip
+
+
+def test_out_of_memory_for_a_moment(zimage: ZImageEngine, library: Any) -> None:
+    """It is tried again, and the image is what it would have been."""
+    evaluations = iter(range(100))
+    layer = zimage._pipe.transformer.layers[0]
+    with capture_logs() as logged, limited(layer, OUT_OF_MEMORY, lambda _: next(evaluations) != 1):
+        pixels = rendered(zimage, FOX)[1]
+
+    assert np.array_equal(by_library(library, FOX), pixels)
+    assert cures(logged) == [(1, EMPTIED)]
+
+
+def test_out_of_memory_for_a_batch(zimage: ZImageEngine, library: Any) -> None:
+    """It is halved until it fits, and every image is finished."""
+    specs = [FOX._replace(seed=seed) for seed in range(3)]
+    buffers = [bytearray(64 * 96 * 3) for _ in specs]
+    with (
+        capture_logs() as logged,
+        limited(zimage._pipe.transformer, OUT_OF_MEMORY, lambda latents: len(latents) < 2),
+    ):
+        results = zimage.render(
+            specs, Prompt(), lambda step, steps: None, [memoryview(one) for one in buffers]
+        )
+
+    assert [result.batch for result in results if isinstance(result, Rendering)] == [1, 1, 1]
+    for spec, buffer in zip(specs, buffers, strict=True):
+        assert by_library(library, spec).tobytes() == buffer
+    assert cures(logged) == [(3, EMPTIED), (3, HALVED), (2, EMPTIED), (2, HALVED)]
+
+
+def test_out_of_memory_for_the_decoder(zimage: ZImageEngine, library: Any) -> None:
+    """It decodes in tiles, nearly the same picture; the next image is decoded whole again."""
+    spec = FOX._replace(width=320, height=288)
+    decoder = zimage._pipe.vae.decoder
+    with (
+        capture_logs() as logged,
+        limited(decoder, OUT_OF_MEMORY, lambda latents: max(latents.shape[2:]) <= 32),
+    ):
+        pixels = rendered(zimage, spec)[1]
+    whole = by_library(library, spec)
+
+    assert cures(logged) == [(1, EMPTIED), (1, TILED)]
+    assert np.abs(pixels.astype(int) - whole).mean() < 2
+    assert np.array_equal(whole, rendered(zimage, spec)[1])
 
 
 def test_warm_up_failing_is_a_failed_start(zimage: ZImageEngine) -> None:

@@ -9,7 +9,7 @@ import gc
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch._dynamo.exc import TorchDynamoException as CompileError
 from transformers.utils import logging as transformers_logging
 
-from promptdrop import weights
+from promptdrop import log, weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engine import OnStage, OnStep, warm_up_spec
 from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
@@ -44,6 +44,7 @@ WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly de
 Mark = Any  # a torch.cuda.Event, or seconds
 Tensors = dict[str, Any]
 
+TILE = 512  # px, the largest side of a tile
 BOUNDARY_TOKENS = 4  # how many tokens the template and a cut text may save where they touch
 
 
@@ -79,6 +80,10 @@ class Decoded:
     sound: torch.Tensor  # [3], see `_unsound`
     begin: Mark
     end: Mark
+
+
+class OutOfMemory(Exception):
+    """Too little device memory for what was tried; less may do."""
 
 
 class ZImageEngine:
@@ -165,12 +170,9 @@ class ZImageEngine:
             spec = warm_up_spec(config, size, WARM_UP_PROMPT)
             for images in sorted({1, most}):
                 buffers = [memoryview(bytearray(spec.height * spec.width * 3))] * images
-                try:
-                    results = self.render(
-                        [spec] * images, config.prompt, lambda step, steps: on_step(), buffers
-                    )
-                except EngineError as e:
-                    results = [e]
+                results = self.render(
+                    [spec] * images, config.prompt, lambda step, steps: on_step(), buffers
+                )
                 for result in results:
                     if isinstance(result, EngineError):
                         raise EngineStartError(f"engine.warmup: {size}: {result}") from result
@@ -193,21 +195,48 @@ class ZImageEngine:
         on_step(step, steps) is called once a step's work is done on the device; what it raises ends
         them all.
 
-        Returns for each image how it was rendered, or why it alone was not.
-        Raises EngineError: they all failed; the engine is still good. Anything else that is an
-        Exception is unknown: the caller should end the process.
+        Out of device memory, it empties the cache and tries again, then renders the halves of the
+        batch one after the other, then decodes in tiles.
+
+        Returns for each image how it was rendered, or why it alone was not. Anything raised that
+        on_step did not raise is unknown: the caller should end the process.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        job = specs, prompt, on_step, buffers
+        try:
+            return self._attempt(*job)
+        except OutOfMemory as e:
+            _log_out_of_memory(specs, e, "the cache was emptied")
+        try:
+            return self._attempt(*job)
+        except OutOfMemory as e:
+            cure = "the batch is halved" if len(specs) > 1 else "the image is decoded in tiles"
+            _log_out_of_memory(specs, e, cure)
+        if half := len(specs) // 2:
+            first = self.render(specs[:half], prompt, on_step, buffers[:half])
+            return first + self.render(specs[half:], prompt, on_step, buffers[half:])
+        try:
+            with tiled(self._pipe.vae):
+                return self._attempt(*job)
+        except OutOfMemory as e:
+            return [EngineError(f"out of device memory at {_size(specs[0])}: {e}")]
+
+    def _attempt(
+        self,
+        specs: Sequence[ImageSpec],
+        prompt: Prompt,
+        on_step: OnStep,
+        buffers: Sequence[memoryview],
+    ) -> list[Rendering | EngineError]:
+        """Raises OutOfMemory: there is too little; the cache was emptied."""
         try:
             with self._no_new_graphs():
                 return self._render(specs, prompt, on_step, buffers)
         except torch.OutOfMemoryError as e:
             reason = str(e).partition(". ")[0]
         self.empty_cache()  # here no frame holds the images' tensors any more
-        size = f"{specs[0].width}x{specs[0].height}"
-        many = f", {len(specs)} together" if len(specs) > 1 else ""
-        raise EngineError(f"out of device memory at {size}{many}: {reason}")
+        raise OutOfMemory(reason)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """How many tokens each prompt has once templated, uncut."""
@@ -482,6 +511,35 @@ def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
         if (tokens := count_tokens(tokenizer, part)) <= prompt.max_tokens:
             return part, tokens
     raise EngineError(f"prompt: the template alone has {template_tokens} tokens; {expected}")
+
+
+@contextlib.contextmanager
+def tiled(vae: Any) -> Iterator[None]:
+    """Decode in overlapping tiles: a fraction of the memory, and not quite the same pixels."""
+    whole = vae.tile_sample_min_size, vae.tile_latent_min_size
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
+    vae.tile_latent_min_size = vae.tile_sample_min_size // scale
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = whole
+
+
+def _log_out_of_memory(specs: Sequence[ImageSpec], reason: OutOfMemory, cure: str) -> None:
+    log.get().warning(
+        "engine.out_of_memory",
+        size=_size(specs[0]),
+        images=len(specs),
+        cure=cure,
+        reason=str(reason),
+    )
+
+
+def _size(spec: ImageSpec) -> str:
+    return f"{spec.width}x{spec.height}"
 
 
 def _seed(spec: ImageSpec) -> int:
