@@ -24,7 +24,7 @@ FLOORS = [
     ["ray_gateway"],
     ["cluster", "ray_view"],
     ["supervisor"],
-    ["generate"],
+    ["generate", "timing"],
     ["cli"],
     ["__main__"],
 ]

@@ -802,6 +802,31 @@ def test_drain_prints_a_row_for_each_image(make_daemon: MakeDaemon) -> None:
     assert any(row.startswith("refused: c.yaml: ") and "promt" in row for row in rows)
 
 
+def test_bench_times_the_configuration(daemon: Daemon) -> None:
+    """What was rendered and how, the rate, and quantiles of each part; nothing goes to the spool."""
+    done = daemon.run("bench", "--images", "5", "--size", "128x64")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    table = {name: figures for name, *figures in rows}
+
+    assert done.returncode == 0, done.stderr
+    assert (table["size"], table["images"], table["evaluations"]) == (["128x64"], ["5"], ["3"])
+    assert float(table["images/s"][0]) > 0
+    assert table["ms"] == ["p50", "p95", "p99"]
+    for part in ("encode", "denoise", "one evaluation", "decode", "transfer", "render"):
+        p50, p95, p99 = map(float, table[part])
+        assert 0 <= p50 <= p95 <= p99
+    assert daemon.tree() == []
+
+
+@pytest.mark.parametrize(("images", "size"), [("0", "64x64"), ("1", "65x64"), ("1", "64")])
+def test_bench_refuses_what_no_job_may_ask_for(daemon: Daemon, images: str, size: str) -> None:
+    """Wrong usage, before anything is loaded."""
+    done = daemon.run("bench", "--images", images, "--size", size)
+
+    assert done.returncode == 2
+    assert (images if images == "0" else size) in done.stderr
+
+
 def test_metrics_are_served_as_prometheus_text(make_daemon: MakeDaemon) -> None:
     """`metrics.listen`: also while images are being rendered."""
     port = free_port()
@@ -820,7 +845,10 @@ def test_metrics_are_served_as_prometheus_text(make_daemon: MakeDaemon) -> None:
     last = body()
 
     assert "promptdrop_engine_ready 1.0" in last
-    assert "# TYPE promptdrop_render_p50_seconds gauge" in last
+    for figure in ("render_p50_seconds", "render_p95_seconds", "render_p99_seconds"):
+        assert f"# TYPE promptdrop_{figure} gauge" in last
+    assert "promptdrop_images_per_second " in last
+    assert "promptdrop_window_images 50.0" in last
     assert daemon.stop() == 0
 
 

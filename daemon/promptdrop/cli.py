@@ -252,7 +252,10 @@ def _parser() -> argparse.ArgumentParser:
     schema.add_argument("what", choices=("request", "image", "job", "status"))
 
     bench = add(
-        "bench", _bench, "time this configuration", "promptdrop bench --images 20 --size 1024x1024"
+        "bench",
+        _bench,
+        "time this configuration, images back to back",
+        "promptdrop bench --images 20 --size 1024x1024",
     )
     bench.add_argument("--images", type=int, default=10, metavar="N")
     bench.add_argument("--size", metavar="WxH")
@@ -660,30 +663,6 @@ def _schema(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from promptdrop import metrics, request, terminal
-    from promptdrop.errors import RequestError
-    from promptdrop.script import Engine
+    from promptdrop import timing
 
-    if arguments.images < 1:
-        raise UsageError(f"--images {arguments.images}: expected at least 1")
-    fields = {"size": arguments.size} if arguments.size else {}
-    settings = _config(arguments)
-    try:
-        request.parse(json.dumps({"prompt": "a", **fields}).encode(), ".json", settings)
-    except RequestError as e:
-        raise UsageError("; ".join(problem.message for problem in e.problems)) from None
-    engine = Engine(settings)
-    engine.generate("a lighthouse on a cliff", **fields)  # not counted: a first one is slower
-    made = engine.generate("a lighthouse on a cliff", seed=list(range(arguments.images)), **fields)
-    images = made if isinstance(made, list) else [made]
-    p50, p95, p99 = metrics.percentiles([one.rendering.latency_ms.render for one in images])
-    width, height = images[0].image.size
-    row = (
-        engine.info.device,
-        f"{width}x{height}",
-        str(len(images)),
-        f"{p50} ms",
-        f"{p95} ms",
-        f"{p99} ms",
-    )
-    terminal.table(("device", "size", "images", "p50", "p95", "p99"), [row])
+    timing.run(_config(arguments), arguments.images, arguments.size)

@@ -42,6 +42,7 @@ class _Collector(Collector):
                 "Images published since the daemon started",
                 status.images_published,
             ),
+            "window_images": ("Images that the figures of the window are of", window.images),
             "render_p50_seconds": ("Median render time over the window", _seconds(window.p50_ms)),
             "render_p95_seconds": ("95th percentile of it", _seconds(window.p95_ms)),
             "render_p99_seconds": ("99th percentile of it", _seconds(window.p99_ms)),
