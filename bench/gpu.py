@@ -1,0 +1,489 @@
+"""What the engine is worth on this device, in named parts, against the library and the hardware.
+
+    python -m bench.gpu bf16 compiles text_vae flow batch --model DIR --results bench/gpu.jsonl
+
+Each part measures beside it, in the same run, the library's own eager loop and the floor: what the
+FLOPs of one evaluation would take at the rate of a large matrix product in the model's dtype. Each
+appends one line to the results, with hardware, versions and date. DIR: a checkpoint, or what
+`python -m bench.random_model DIR` wrote. Without --model it is the demonstration model, with which
+every part runs on a CPU too, to check itself:
+
+    python -m bench.gpu batch --size 64x64 --images 4
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import yaml
+from diffusers import ZImagePipeline
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from promptdrop import __version__, config, metrics, weights
+from promptdrop.config import Config, Prompt
+from promptdrop.engine import batches
+from promptdrop.engines.zimage import MIB, ZImageEngine, find_device
+from promptdrop.errors import EngineError
+from promptdrop.job import ImageSpec, Rendering
+
+PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed, painted in oil"
+STEPS = 9
+LENGTHS = 16  # text lengths that are met after warm-up
+WARM_UPS = 3  # of the library's loop, not counted
+READY = """
+import json, sys, time
+from promptdrop import config, engine, log
+from promptdrop.engines import zimage
+settings = config.load(__import__("pathlib").Path(sys.argv[1]))
+log.set_up("info", "json")
+begin = time.monotonic()
+loaded = engine.load(settings, lambda stage: None)
+read = time.monotonic()
+loaded.warm_up(lambda: None)
+print(json.dumps({"load_s": read - begin, "warm_up_s": time.monotonic() - read}))
+"""  # in a process of its own: what it compiled must come from the disk the next time
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts are given."""
+
+    model: Path
+    width: int
+    height: int
+    images: int
+    batch: int
+    home: Path  # for spools and compiled code; empty at first
+
+    def config(self, name: str, **engine: Any) -> Config:
+        """A configuration with a spool of its own, on the disk too: `home/NAME/config.yaml`."""
+        size = f"{self.width}x{self.height}"
+        values = {
+            "root": "spool",
+            "model": {"path": str(self.model)},
+            "engine": {"warmup": [size], "image_timeout_seconds": 600, **engine},
+            "defaults": {"width": self.width, "height": self.height, "steps": STEPS},
+            "limits": {"min_free_disk_mib": 0},
+        }
+        file = self.home / name / "config.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(values))
+        return config.load(file)
+
+    def spec(self, seed: int, prompt: str = PROMPT) -> ImageSpec:
+        """An image as the defaults have it."""
+        size = self.width, self.height
+        return ImageSpec(1, prompt, None, *size, STEPS, 0.0, seed, "euler", "png", 600.0)
+
+
+# --- what everything is measured against --------------------------------------------------------
+
+
+def device() -> torch.device:
+    """The one that the engine takes."""
+    return find_device("auto")
+
+
+def dtype() -> torch.dtype:
+    """The one that the engine computes in."""
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def seconds(work: Callable[[], Any], times: int) -> list[float]:
+    """How long each call takes, the device's work included."""
+    taken = []
+    for _ in range(times):
+        synchronize()
+        begin = time.perf_counter()
+        work()
+        synchronize()
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def synchronize() -> None:
+    """Wait until the device has done what was asked of it."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_rate() -> float:
+    """FLOP/s of a large matrix product in the model's dtype: the median of 20."""
+    side = 8192 if device().type == "cuda" else 1024
+    one, two = torch.randn(2, side, side, device=device(), dtype=dtype()).unbind()
+    seconds(lambda: one @ two, 5)
+    return 2 * side**3 / statistics.median(seconds(lambda: one @ two, 20))
+
+
+class Library:
+    """diffusers' own pipeline on the same files: its eager loop."""
+
+    def __init__(self, bench: Bench) -> None:
+        pipe = ZImagePipeline.from_pretrained(bench.model, dtype=dtype(), local_files_only=True)
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, self._bench = pipe.to(device()), bench
+
+    def render(self, seed: int) -> Any:
+        """One image, as its documentation has it."""
+        return self.pipe(
+            PROMPT,
+            height=self._bench.height,
+            width=self._bench.width,
+            num_inference_steps=STEPS,
+            guidance_scale=0.0,
+            generator=torch.Generator(device()).manual_seed(seed),
+        ).images[0]
+
+    def inputs(self) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """Of one evaluation in the middle of an image."""
+        text, _ = self.pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+        generator = torch.Generator(device()).manual_seed(0)
+        shape = 16, 1, self._bench.height // 8, self._bench.width // 8
+        latents = torch.randn(shape, generator=generator, device=device()).to(dtype())
+        return [latents], torch.tensor([0.5], device=device()), text
+
+    @torch.no_grad()
+    def velocity(self) -> torch.Tensor:
+        """What the transformer makes of `inputs`."""
+        out: torch.Tensor = self.pipe.transformer(*self.inputs(), return_dict=False)[0][0]
+        return out.float()
+
+    def facts(self) -> dict[str, float]:
+        """Of the loop, after its warm-up: seconds an image; and of one evaluation: its FLOPs."""
+        for seed in range(WARM_UPS):
+            self.render(seed)
+        with FlopCounterMode(display=False) as counter:
+            self.velocity()
+        times = seconds(lambda: self.render(1), max(3, min(self._bench.images, 12)))
+        return {
+            "library_p50_s": statistics.median(times),
+            "evaluation_tflop": counter.get_total_flops() / 1e12,
+        }
+
+
+def beside(bench: Bench) -> dict[str, float]:
+    """The library's loop and the floor of an image's evaluations, alone on the device."""
+    rate, facts = matrix_rate(), Library(bench).facts()
+    forget()
+    floor = STEPS * facts["evaluation_tflop"] * 1e12 / rate
+    return {**facts, "matrix_tflop_per_s": rate / 1e12, "floor_s": floor}
+
+
+def forget() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative, root mean square."""
+    return float((one - other).norm() / other.norm())
+
+
+# --- our engine ---------------------------------------------------------------------------------
+
+
+def warm(settings: Config) -> ZImageEngine:
+    """Loaded and warm, in this process."""
+    engine = ZImageEngine(settings, lambda stage: None)
+    engine.warm_up(lambda: None)
+    return engine
+
+
+def render(engine: ZImageEngine, specs: list[ImageSpec], most: int = 1) -> list[Rendering]:
+    """`most` together, back to back."""
+    renderings: list[Rendering] = []
+    for batch in batches(specs, most):
+        buffers = [memoryview(bytearray(spec.height * spec.width * 3)) for spec in batch]
+        for result in engine.render(batch, Prompt(), lambda step, steps: None, buffers):
+            if isinstance(result, EngineError):
+                raise result
+            renderings.append(result)
+    return renderings
+
+
+def quantiles(milliseconds: list[float]) -> dict[str, float | None]:
+    """True quantiles of an image's render."""
+    p50, p95, p99 = metrics.percentiles(milliseconds)
+    return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+
+
+def bf16(bench: Bench) -> dict[str, Any]:
+    """`compile: on`: one image at a time, its drift, its memory, its distance from the library."""
+    facts = beside(bench)
+    library = Library(bench)
+    eager = library.velocity()
+    backends = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    velocities = []
+    for backend in backends:
+        with sdpa_kernel(backend):
+            velocities.append(library.velocity())
+    inputs = library.inputs()
+    del library
+    forget()
+
+    engine = warm(bench.config("bf16", compile="on"))
+    with torch.no_grad():
+        mine = engine._pipe.transformer(*inputs, return_dict=False)[0][0].float()
+    renderings = render(engine, [bench.spec(seed) for seed in range(bench.images)])
+    times = [one.latency_ms.render for one in renderings]
+    tenth = max(1, len(times) // 10)
+    p50 = statistics.median(times) / 1e3
+    return {
+        **facts,
+        **quantiles(times),
+        "evaluation_p50_ms": statistics.median(ms for one in renderings for ms in one.steps_ms),
+        "times_library": facts["library_p50_s"] / p50,
+        "of_floor": p50 / facts["floor_s"],
+        "p95_of_p50": metrics.percentiles(times)[1] / (p50 * 1e3),  # type: ignore[operator]  # there are some
+        "drift": statistics.median(times[-tenth:]) / statistics.median(times[:tenth]),
+        "memory_after_10_mib": renderings[min(9, len(times) - 1)].memory_allocated_mib,
+        "memory_at_end_mib": renderings[-1].memory_allocated_mib,
+        "memory_peak_mib": renderings[-1].memory_peak_mib,
+        "distance_of_an_evaluation": distance(mine, eager),
+        "distance_of_two_eager_attentions": distance(*velocities),
+    }
+
+
+def compiles(bench: Bench) -> dict[str, Any]:
+    """How long until READY, cold, with a warm cache and with a broken one; nothing compiles later."""
+    facts = beside(bench)
+    settings = bench.config("compiles", compile="on")
+    cold, cached = ready(settings), ready(settings)
+    for file in settings.cache.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"broken")
+    broken = ready(settings)
+
+    engine = warm(settings)
+    graphs = counters["stats"]["unique_graphs"]
+    most = settings.prompt.max_tokens
+    alone = [on_device(one) for one in render(engine, [bench.spec(0)] * 5)]
+    others = []
+    for length in range(1, LENGTHS + 1):
+        prompt = "x " * max(1, length * most // LENGTHS // 2 - 20)
+        others += render(engine, [bench.spec(0, prompt)])
+    unwarmed = bench.spec(0)._replace(width=bench.width + 32, height=bench.height + 64)
+    return {
+        **facts,
+        "cold": cold,
+        "cached": cached,
+        "broken": broken,
+        "graphs": graphs,
+        "graphs_after": counters["stats"]["unique_graphs"],
+        "text_tokens": [one.tokens for one in others],
+        "slowest_of_p50": max(map(on_device, others)) / statistics.median(alone),
+        "unwarmed_size": f"{unwarmed.width}x{unwarmed.height}",
+        "unwarmed_ms": [one.latency_ms.render for one in render(engine, [unwarmed] * 2)],
+    }
+
+
+def on_device(one: Rendering) -> float:
+    """Milliseconds that depend on compiled code."""
+    return one.latency_ms.denoise + one.latency_ms.decode
+
+
+def ready(settings: Config) -> dict[str, Any]:
+    """Seconds until an engine in a process of its own has read the weights, and is warm."""
+    command = [sys.executable, "-c", READY, str(settings.file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**said, "cache_discarded": "compile.cache_discarded" in done.stderr}
+
+
+def text_vae(bench: Bench) -> dict[str, Any]:
+    """A new prompt, a repeated one, and a decode, each beside the library's."""
+    facts, prompts = beside(bench), [f"{PROMPT}, {n}" for n in range(max(5, min(bench.images, 50)))]
+    facts |= library_text_vae(bench, prompts)
+    forget()
+    engine = warm(bench.config("text_vae", compile="on"))
+    render(engine, [bench.spec(0, "another prompt")])
+    new = render(engine, [bench.spec(0, prompt) for prompt in prompts])
+    again = render(engine, [bench.spec(0, prompt) for prompt in prompts])
+    return {
+        **facts,
+        "encode_new_p50_ms": statistics.median(one.latency_ms.encode for one in new),
+        "encode_repeated_p50_ms": statistics.median(one.latency_ms.encode for one in again),
+        "decode_p50_ms": statistics.median(one.latency_ms.decode for one in again),
+    }
+
+
+@torch.no_grad()
+def library_text_vae(bench: Bench, prompts: list[str]) -> dict[str, float]:
+    """Its own encoder and decoder, eager."""
+    pipe = Library(bench).pipe
+    latents = torch.randn(1, 16, bench.height // 8, bench.width // 8, device=device()).to(dtype())
+
+    def encode(prompt: str) -> None:
+        pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+
+    encode(PROMPT)
+    encoding = [seconds(partial(encode, prompt), 1)[0] for prompt in prompts]
+    decoding = seconds(lambda: pipe.vae.decode(latents), 10)[2:]
+    return {
+        "library_encode_p50_ms": statistics.median(encoding) * 1e3,
+        "library_decode_p50_ms": statistics.median(decoding) * 1e3,
+    }
+
+
+def flow(bench: Bench) -> dict[str, Any]:
+    """Images a second through spool and outbox, against the engine back to back before and after."""
+    facts, name = beside(bench), f"flow{bench.batch}"
+    settings = bench.config(name, compile="on", batch=bench.batch)
+    before, through, after = (
+        back_to_back(bench, settings), through_the_spool(bench, settings), back_to_back(bench, settings),
+    )  # fmt: skip
+    rates = through["images_per_second"], (before + after) / 2
+    return {
+        **facts,
+        **through,
+        "batch": bench.batch,
+        "back_to_back_images_per_second": [before, after],
+        "of_back_to_back": rates[0] / rates[1],
+    }
+
+
+def back_to_back(bench: Bench, settings: Config) -> float:
+    """Images a second of the engine alone, pixels in memory."""
+    engine = warm(settings)
+    begin = time.perf_counter()
+    render(engine, [bench.spec(seed) for seed in range(bench.images)], settings.engine.batch)
+    rate = bench.images / (time.perf_counter() - begin)
+    del engine
+    forget()
+    return rate
+
+
+def through_the_spool(bench: Bench, settings: Config) -> dict[str, Any]:
+    """One job, dropped into the inbox of a warm daemon; from its first image's start to its last's publication."""
+    assert settings.file is not None
+    command, home = [sys.executable, "-m", "promptdrop"], settings.file.parent
+    subprocess.run([*command, "init", str(home)], check=True, stdout=subprocess.DEVNULL)
+    run = [*command, "run", "--config", str(settings.file)]
+    with (home / "log").open("w") as log, subprocess.Popen(run, stderr=log) as process:
+        try:
+            status = home / "spool/.promptdrop/status.json"
+            wait(process, lambda: status.exists() and b'"state": "ready"' in status.read_bytes())
+            job = {"prompt": PROMPT, "count": bench.images, "seed": 0}
+            hidden = home / "spool/inbox/.job"
+            hidden.write_text(json.dumps(job))
+            hidden.rename(home / "spool/inbox/job.json")
+            summary = home / "spool/outbox/job/job.json"
+            wait(process, summary.exists)
+        finally:
+            process.terminate()
+    sidecars = [json.loads(p.read_bytes()) for p in summary.parent.glob("job-*.json")]
+    instants = [datetime.fromisoformat(s["time"]["published"]).timestamp() for s in sidecars]
+    began = min(datetime.fromisoformat(s["time"]["started"]).timestamp() for s in sidecars)
+    last = max(sidecars, key=lambda sidecar: sidecar["time"]["published"])
+    return {
+        "images_per_second": len(sidecars) / (max(instants) - began),
+        "utilization_percent": last["window"]["utilization_percent"],
+        "save_p50_ms": statistics.median(s["latency_ms"]["save"] for s in sidecars),
+        "batches": sorted({s["batch"] for s in sidecars}),
+    }
+
+
+def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Until it is so. Raises RuntimeError: the daemon has ended."""
+    while not condition():
+        if process.poll() is not None:
+            raise RuntimeError(f"the daemon ended with status {process.returncode}")
+        time.sleep(0.05)
+
+
+def batch(bench: Bench) -> dict[str, Any]:
+    """Images a second of 1, 2, 4 ... images together, in the same engine."""
+    facts = beside(bench)
+    engine = warm(bench.config("batch", compile="on", batch=bench.batch))
+    specs = [bench.spec(seed) for seed in range(bench.images)]
+    rates: dict[int, float] = {}
+    for together in sorted({1, *(2**n for n in range(1, 7) if 2**n < bench.batch), bench.batch}):
+        render(engine, specs[:together], together)
+        whole = specs[: max(1, len(specs) // together) * together]
+        begin = time.perf_counter()
+        renderings = render(engine, whole, together)
+        rates[together] = len(whole) / (time.perf_counter() - begin)
+    return {
+        **facts,
+        "images_per_second": rates,
+        "gain": rates[bench.batch] / rates[1],
+        "memory_peak_mib": renderings[-1].memory_peak_mib,
+    }
+
+
+PARTS = {part.__name__: part for part in (bf16, compiles, text_vae, flow, batch)}
+
+
+def surroundings(bench: Bench) -> dict[str, Any]:
+    """Where and when it was measured, and with what."""
+    on_gpu = device().type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "device": name,
+            "memory_mib": memory and memory // MIB,
+            "cpus": os.cpu_count(),
+        },
+        "versions": {
+            "promptdrop": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "model": bench.model.name,
+        "dtype": str(dtype()).removeprefix("torch."),
+        "size": f"{bench.width}x{bench.height}",
+        "steps": STEPS,
+        "images": bench.images,
+    }
+
+
+def main() -> None:
+    """Run the named parts, print each and append it to the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", type=Path, default=weights.DEMO)
+    parser.add_argument("--size", default="1024x1024")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4, help="of flow and batch: images together")
+    parser.add_argument("--results", type=Path, help="a JSON-lines file to append to")
+    arguments = parser.parse_args()
+    for name in arguments.parts:
+        with tempfile.TemporaryDirectory(prefix="promptdrop-bench-") as home:
+            width, height = config.width_height(arguments.size)
+            model = arguments.model.absolute()
+            bench = Bench(model, width, height, arguments.images, arguments.batch, Path(home))
+            begin = time.monotonic()
+            figures = PARTS[name](bench)
+            took = round(time.monotonic() - begin, 1)
+        torch.compiler.reset()
+        line = json.dumps({"part": name, **surroundings(bench), "took_s": took, "figures": figures})
+        print(line, flush=True)
+        if arguments.results:
+            with arguments.results.open("a") as file:
+                file.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    main()
