@@ -119,7 +119,6 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         {"backend": "ray"},
         {"workers": 2},
         {"quantization": "fp8"},
-        {"batch": 4},
         {"offload": "model"},
     ],
 )

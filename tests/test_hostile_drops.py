@@ -680,7 +680,6 @@ def test_another_file_system_below_the_inbox_is_not_entered(daemon: Daemon) -> N
         ({"engine": {"workers": 2}, "model": {"device": "cuda:1"}}, "is one device"),
         ({"engine": {"compile": True}}, "compile"),
         ({"engine": {"quantization": "fp8"}}, "not available yet"),
-        ({"engine": {"batch": 2}}, "not available yet"),
         ({"engine": {"offload": "model"}}, "not available yet"),
         ({"defaults": {"scheduler": "heum"}}, "dpmpp_2m_sde"),
         ({"defaults": {"width": 65}}, "16"),

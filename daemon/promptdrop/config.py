@@ -411,10 +411,6 @@ def refuse_what_is_not_ready(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if value in values:
             raise ConfigError(f"{key}: {value} is not available yet in this version of promptdrop")
-    if (value := config.engine.batch) > 1:
-        raise ConfigError(
-            f"engine.batch: {value} is not available yet in this version of promptdrop; expected 1"
-        )
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:

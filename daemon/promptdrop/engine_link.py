@@ -18,6 +18,7 @@ from promptdrop.job import EngineInfo, ImageSpec, Rendering
 from promptdrop.messages import (
     Answer,
     Began,
+    Begin,
     Cancel,
     Cancelled,
     CannotStart,
@@ -47,9 +48,15 @@ class InHand:
     spec: ImageSpec
     pixels: mmap.mmap
     began: float | None = None  # the daemon's monotonic clock
+    batch: int = 1  # images that were begun together
     last_sign: float = 0.0
     step: int = 0
     recalled: bool = False  # another engine shall have it
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Of all that were begun together."""
+        return self.spec.timeout_seconds * self.batch
 
 
 @dataclass(slots=True)
@@ -136,7 +143,9 @@ class EngineLink:
         return self.gone.is_lost if self.gone else self.life.is_lost
 
     def render(self, ticket: int, render: Render, now: float) -> None:
-        """Send one image with fresh memory for its pixels. A dead engine is noticed by `has_ended`.
+        """Send one image with fresh memory for its pixels; `begin` follows.
+
+        A dead engine is noticed by `has_ended`.
 
         Raises OSError: out of descriptors or memory; nothing was sent.
         """
@@ -152,6 +161,10 @@ class EngineLink:
         self._expect(now)
         self.in_hand[ticket] = InHand(spec, pixels, last_sign=now)
         self.send(render, memory)
+
+    def begin(self) -> None:
+        """Nothing more is sent now: what waits may be rendered."""
+        self.send(Begin())
 
     def cancel(self, ticket: int) -> None:
         """Ask to stop an image at its next step."""
@@ -213,8 +226,8 @@ class EngineLink:
                 return f"not loaded and warm within {limits.load:g} s (engine.load_timeout_seconds)"
             return None
         for image, began in self._begun():
-            if now > began + image.spec.timeout_seconds + limits.grace:
-                return f"no answer {limits.grace:g} s after the image's {image.spec.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
+            if now > began + image.timeout_seconds + limits.grace:
+                return f"no answer {limits.grace:g} s after the image's {image.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
             if limits.stall is not None and now > image.last_sign + limits.stall:
                 return f"silent for {limits.stall:g} s between steps (engine.stall_seconds)"
         if self._must_begin() and now > self._last_sign + limits.begin:
@@ -232,7 +245,7 @@ class EngineLink:
         if self._must_begin():
             deadlines.append(self._last_sign + limits.begin)
         for image, began in self._begun():
-            deadlines.append(began + image.spec.timeout_seconds + limits.grace)
+            deadlines.append(began + image.timeout_seconds + limits.grace)
             if limits.stall is not None:
                 deadlines.append(image.last_sign + limits.stall)
         return min(deadlines)
@@ -325,9 +338,10 @@ class EngineLink:
         elif isinstance(answer, Began):
             image = self.in_hand[answer.ticket]
             image.began = image.last_sign = now
+            image.batch = answer.images
         elif isinstance(answer, Step):
-            self.in_hand[answer.ticket].last_sign = now
-            self.in_hand[answer.ticket].step = answer.step
+            for image, _ in self._begun():
+                image.last_sign, image.step = now, answer.step
         return True
 
     def take(self, answer: Rendered | Failed | Cancelled) -> InHand:

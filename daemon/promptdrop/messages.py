@@ -5,6 +5,7 @@ file descriptor: the memory the pixels are written to, uint8 [height, width, 3].
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from promptdrop.config import Config, Prompt
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
@@ -14,12 +15,21 @@ from promptdrop.job import EngineInfo, ImageSpec, Rendering
 
 @dataclass(frozen=True, slots=True)
 class Render:
-    """Render one image; requests are worked off in order."""
+    """Render one image, once a Begin has followed; requests are worked off in order.
+
+    An engine takes the first, and with it, up to `engine.batch`, what else waits with the same `kind`.
+    """
 
     ticket: int
     spec: ImageSpec
     prompt: Prompt
+    kind: tuple[Any, ...] | None  # None: alone
     empty_cache: bool  # afterwards
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """All that was to be sent now has been: the engine need not wait for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +98,12 @@ class Began:
     """The engine works on this image now; its time runs."""
 
     ticket: int
+    images: int  # that are rendered together, this one included
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One transformer evaluation of the image is done."""
+    """One transformer evaluation is done of this image, and of all that were begun with it."""
 
     ticket: int
     step: int
@@ -114,6 +125,7 @@ class Failed:
     ticket: int
     error: str
     timed_out: bool = False
+    images: int = 1  # that failed together; of several nobody knows whose fault it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +143,7 @@ class Tokens:
     counts: tuple[int, ...]
 
 
-Request = Render | Cancel | CountTokens | Stop
+Request = Render | Begin | Cancel | CountTokens | Stop
 Answer = (
     Stage
     | Ready

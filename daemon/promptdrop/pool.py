@@ -16,7 +16,7 @@ from promptdrop.loop import reason_of
 from promptdrop.messages import Answer
 from promptdrop.metrics import gpu_count
 
-DEPTH = 2  # images in an engine: the one being rendered and the next, so the device never waits
+DEPTH = 2  # batches in an engine: the one being rendered and the next, so the device never waits
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class Slot:
     lives: int = 0
     idle_deaths: int = 0  # deaths in a row without an image in hand
     sent: int = 0  # images, for empty_cache_every
+    has_news: bool = False  # images were sent that may not be begun yet
     due: float = 0.0  # when its next life begins, on the daemon's monotonic clock
     trouble: str | None = None  # why it has no engine, or one that cannot work
 
@@ -237,17 +238,26 @@ class Pool:
     def has_room(self) -> Slot | None:
         """The warm slot with the least in hand, if it takes one more."""
         warm = [(len(slot.warm.in_hand), slot) for slot in self.slots if slot.warm]
-        least, slot = min(warm, key=lambda pair: pair[0], default=(DEPTH, None))
-        return slot if least < DEPTH else None
+        most = DEPTH * self.settings.engine.batch
+        least, slot = min(warm, key=lambda pair: pair[0], default=(most, None))
+        return slot if least < most else None
 
     def share(self) -> None:
         """Nothing waits: an engine without work takes what another has not begun yet."""
         idle = sum(1 for slot in self.slots if slot.warm and not slot.warm.in_hand)
+        wanted = idle * self.settings.engine.batch
         for _, link, ticket, image in self.in_hand() if idle else ():
-            if image.began is None and len(link.in_hand) > 1 and not image.recalled and idle:
+            if image.began is None and len(link.in_hand) > 1 and not image.recalled and wanted:
                 image.recalled = True
                 link.cancel(ticket)
-                idle -= 1
+                wanted -= 1
+
+    def begin(self) -> None:
+        """All images that were taken now have been sent: they may be rendered together."""
+        for slot in self.slots:
+            if slot.engine and slot.has_news:
+                slot.engine.begin()
+                slot.has_news = False
 
     def first_warm(self) -> EngineLink | None:
         """An engine to ask."""

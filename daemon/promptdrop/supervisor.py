@@ -10,7 +10,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -75,6 +75,7 @@ class Running:
 
     job: Job
     left: int  # images that are neither published nor given up
+    alone: set[int] = field(default_factory=set)  # images of a batch that failed
     busy: int = 0  # images in the engine or on their way to the disk
     ending: bool = False
 
@@ -589,7 +590,9 @@ class Supervisor:
             running, image = self._tickets.pop(answer.ticket), link.take(answer)
             image.pixels.close()
             running.busy -= 1
-            if isinstance(answer, Failed):
+            if isinstance(answer, Failed) and answer.images > 1:
+                self._batch_failed(running, image.spec, answer.error)
+            elif isinstance(answer, Failed):
                 self._image_failed(running, image.spec, answer.error, answer.timed_out)
             else:
                 self._put_back(running, image.spec)
@@ -638,6 +641,8 @@ class Supervisor:
             running.busy -= 1
             if image.began is None or dead.is_lost:
                 self._put_back(running, image.spec, behind=image.began is not None)
+            elif image.batch > 1:
+                self._batch_failed(running, image.spec, error)
             else:
                 self._image_failed(running, image.spec, error, dead.timed_out)
         asked = [ticket for ticket in dead.questions if ticket in self._measuring]
@@ -651,9 +656,12 @@ class Supervisor:
 
     def _feed(self, now: float) -> None:
         """Keep the engines in work."""
-        if self._is_held():
-            return
-        publishers = max(PUBLISHERS, 2 * len(self._pool.slots))
+        if not self._is_held():
+            self._send_images(now)
+            self._pool.begin()
+
+    def _send_images(self, now: float) -> None:
+        publishers = max(PUBLISHERS, 2 * len(self._pool.slots) * self.config.engine.batch)
         while self._publishing < publishers and (slot := self._pool.has_room()):
             taken = self._queue.take()
             if taken is None:
@@ -674,10 +682,11 @@ class Supervisor:
         assert slot.engine
         job, ticket = running.job, self._next_ticket()
         empty_cache = (slot.sent + 1) % self.config.engine.empty_cache_every == 0
-        spec = job.specs[image - 1]
-        slot.engine.render(ticket, Render(ticket, spec, job.settings.prompt, empty_cache), now)
+        spec, prompt, kind = job.specs[image - 1], job.settings.prompt, _kind(running, image)
+        slot.engine.render(ticket, Render(ticket, spec, prompt, kind, empty_cache), now)
         running.busy += 1
         slot.sent += 1
+        slot.has_news = True
         self._tickets[ticket] = running
 
     def _is_held(self) -> bool:
@@ -731,6 +740,12 @@ class Supervisor:
             text = f"{error} (attempt {state.attempts} of {job.settings.max_attempts})"
             work = partial(self.spool.fail_image, job, spec.image, text)
             self._off("clerk", work, partial(self._image_given_up, running))
+
+    def _batch_failed(self, running: Running, spec: ImageSpec, error: str) -> None:
+        """Whose fault it was nobody knows: nobody is charged, and each is rendered alone."""
+        log.get().warning("image.alone", job=running.job.id, image=spec.image, error=error)
+        running.alone.add(spec.image)
+        self._put_back(running, spec)
 
     def _any_info(self) -> EngineInfo | None:
         return next((slot.info for slot in self._pool.slots if slot.info), None)
@@ -991,6 +1006,14 @@ def _named(path: str, jobs: Iterable[Job]) -> list[str]:
         for job in jobs
         if wanted in (names.fold(job.path), names.fold(job.folder)) or last == job.id.casefold()
     ]
+
+
+def _kind(running: Running, image: int) -> tuple[Any, ...] | None:
+    """What images that are rendered together have in common; None: what may be poison is alone."""
+    job, state = running.job, running.job.states.get(image)
+    if image in running.alone or (state and (state.attempts or state.deaths)):
+        return None
+    return job.specs[image - 1].kind, job.settings.prompt, job.priority
 
 
 def _texts(job: Job) -> list[tuple[ImageSpec, str, str]]:

@@ -17,8 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import NoReturn
@@ -33,9 +33,11 @@ from promptdrop.errors import (
     ImageCancelled,
     ImageTimeout,
 )
+from promptdrop.job import Rendering
 from promptdrop.messages import (
     Answer,
     Began,
+    Begin,
     Cancel,
     Cancelled,
     CannotStart,
@@ -55,12 +57,26 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 _STAGE_SECONDS = 1.0  # warm-up reports its steps at most this often
 
 
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One that is asked for, and the descriptor of its memory."""
+
+    render: Render
+    memory: int
+
+    def is_like(self, other: "Image") -> bool:
+        """Whether they may be rendered together."""
+        kind = self.render.kind
+        return kind is not None and kind == other.render.kind
+
+
 class Line:
     """The engine's end of the pipe. Read by a thread, so that a Cancel overtakes the render in hand."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._waiting: deque[tuple[Render, int] | CountTokens | Stop] = deque()
+        self._waiting: deque[Image | CountTokens | Stop] = deque()
+        self._arriving: list[Image] = []  # until a Begin has followed
         self._cancelled: set[int] = set()  # images that were begun
         self._changed = threading.Condition()
         self._sending = threading.Lock()
@@ -74,11 +90,17 @@ class Line:
         with self._sending:
             self._connection.send(answer)
 
-    def next(self) -> tuple[Render, int] | CountTokens | Stop:
-        """Wait for the next request; a Render with the descriptor of its memory."""
+    def next(self, most: int) -> list[Image] | CountTokens | Stop:
+        """Wait for the next request: one image, and with it, up to `most`, all there are of its kind."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
-            return self._waiting.popleft()
+            first = self._waiting.popleft()
+            if not isinstance(first, Image):
+                return first
+            alike = [one for one in self._waiting if isinstance(one, Image) and one.is_like(first)]
+            for image in alike[: most - 1]:
+                self._waiting.remove(image)
+            return [first, *alike[: most - 1]]
 
     def is_cancelled(self, ticket: int) -> bool:
         """Whether the daemon does not want this image any more."""
@@ -90,23 +112,26 @@ class Line:
                 message = self._connection.recv()
                 if isinstance(message, Cancel):
                     self._cancel(message.ticket)
-                    continue
-                request = message
-                if isinstance(message, Render):
-                    request = message, recv_handle(self._connection)
-                with self._changed:
-                    self._waiting.append(request)
-                    self._changed.notify()
+                elif isinstance(message, Render):
+                    self._arriving.append(Image(message, recv_handle(self._connection)))
+                else:
+                    self._let_begin(*([] if isinstance(message, Begin) else [message]))
         except (EOFError, OSError):
             os._exit(0)  # the daemon is gone; nobody wants what is being rendered
+
+    def _let_begin(self, *requests: CountTokens | Stop) -> None:
+        with self._changed:
+            self._waiting += [*self._arriving, *requests]
+            self._changed.notify()
+        self._arriving = []
 
     def _cancel(self, ticket: int) -> None:
         """What has not begun is given back now, however long the image in hand takes."""
         with self._changed:
             for request in self._waiting:
-                if isinstance(request, tuple) and request[0].ticket == ticket:
+                if isinstance(request, Image) and request.render.ticket == ticket:
                     self._waiting.remove(request)
-                    os.close(request[1])
+                    os.close(request.memory)
                     break
             else:
                 self._cancelled.add(ticket)
@@ -127,7 +152,7 @@ def main(fd: int) -> None:
     line = Line(connection)
     line.listen()
     warm = _start(config, line.send)
-    _serve(warm, Nvml(warm.info.device_index), line)
+    _serve(warm, Nvml(warm.info.device_index), line, config.engine.batch)
 
 
 def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
@@ -159,57 +184,83 @@ def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
     return report
 
 
-def _serve(warm: Engine, nvml: Nvml, line: Line) -> None:
-    while not isinstance(request := line.next(), Stop):
+def _serve(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
+    while not isinstance(request := line.next(most), Stop):
         if isinstance(request, CountTokens):
             line.send(Tokens(request.ticket, tuple(warm.count_tokens(list(request.prompts)))))
             continue
-        render, memory = request
         try:
-            _render(warm, nvml, render, memory, line)
+            wanted = [image for image in request if not line.is_cancelled(image.render.ticket)]
+            for image in request:
+                if image not in wanted:
+                    line.send(Cancelled(image.render.ticket))
+            if wanted:
+                _render(warm, nvml, wanted, line)
         finally:
-            os.close(memory)
-        if render.empty_cache:
+            for image in request:
+                os.close(image.memory)
+        if any(image.render.empty_cache for image in request):
             warm.empty_cache()
 
 
-def _render(warm: Engine, nvml: Nvml, render: Render, memory: int, line: Line) -> None:
-    ticket, spec, send = render.ticket, render.spec, line.send
-    if line.is_cancelled(ticket):
-        send(Cancelled(ticket))
-        return
-    send(Began(ticket))
-    deadline = time.monotonic() + spec.timeout_seconds
+def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line) -> None:
+    """Render images together; one that is cancelled meanwhile is rendered all the same, for nobody."""
+    tickets = [image.render.ticket for image in images]
+    for ticket in tickets:
+        line.send(Began(ticket, len(images)))
+    seconds = sum(image.render.spec.timeout_seconds for image in images)
+    results: list[Rendering | Failed]
+    try:
+        results = _results(warm, images, line, seconds)
+    except ImageCancelled:
+        pass  # as `is_cancelled` says of each
+    except ImageTimeout:
+        many = f" for {len(images)} images together" if len(images) > 1 else ""
+        error = f"took longer than {seconds:g} s{many} (timeout_seconds)"
+        results = [Failed(ticket, error, timed_out=True, images=len(images)) for ticket in tickets]
+    except EngineError as e:
+        results = [Failed(ticket, str(e), images=len(images)) for ticket in tickets]
+    for n, ticket in enumerate(tickets):
+        if line.is_cancelled(ticket):
+            line.send(Cancelled(ticket))
+        elif isinstance(result := results[n], Failed):
+            line.send(result)
+        else:
+            used = nvml.utilization_percent()
+            line.send(Rendered(ticket, replace(result, utilization_percent=used)))
+
+
+def _results(
+    warm: Engine, images: list[Image], line: Line, seconds: float
+) -> list[Rendering | Failed]:
+    """What came of each. Raises ImageTimeout, EngineError: of all; ImageCancelled: nobody wants one."""
+    tickets = [image.render.ticket for image in images]
+    deadline = time.monotonic() + seconds
 
     def on_step(step: int, steps: int) -> None:
-        send(Step(ticket, step, steps))
-        if line.is_cancelled(ticket):
+        line.send(Step(tickets[0], step, steps))
+        if all(map(line.is_cancelled, tickets)):
             raise ImageCancelled
         if time.monotonic() > deadline:  # an alarm that a destructor or bare except swallowed
             raise ImageTimeout
 
-    try:
-        with (
-            _alarm(spec.timeout_seconds),
-            mmap.mmap(memory, spec.height * spec.width * 3) as pixels,
-            memoryview(pixels) as buffer,
-        ):
-            rendering = engine.render_one(warm, spec, render.prompt, on_step, buffer)
-    except ImageCancelled:
-        send(Cancelled(ticket))
-    except ImageTimeout:
-        send(
-            Failed(
-                ticket,
-                f"took longer than {spec.timeout_seconds:g} s (timeout_seconds)",
-                timed_out=True,
-            )
-        )
-    except EngineError as e:
-        send(Failed(ticket, str(e)))
-    else:
-        rendering = replace(rendering, utilization_percent=nvml.utilization_percent())
-        send(Rendered(ticket, rendering))
+    with ExitStack() as stack:
+        stack.enter_context(_alarm(seconds))
+        buffers = [stack.enter_context(_pixels(image)) for image in images]
+        specs = [image.render.spec for image in images]
+        results = warm.render(specs, images[0].render.prompt, on_step, buffers)
+    return [
+        Failed(ticket, str(result)) if isinstance(result, EngineError) else result
+        for ticket, result in zip(tickets, results, strict=True)
+    ]
+
+
+@contextmanager
+def _pixels(image: Image) -> Iterator[memoryview]:
+    """The memory that came with it, uint8 [height, width, 3]."""
+    size = image.render.spec.height * image.render.spec.width * 3
+    with mmap.mmap(image.memory, size) as pixels, memoryview(pixels) as buffer:
+        yield buffer
 
 
 @contextmanager
