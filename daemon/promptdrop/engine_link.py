@@ -139,7 +139,9 @@ class EngineLink:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its host or the way there ended, which is no image's fault."""
+        """Whether its host or the way there ended, which is no image's fault; we did not kill it."""
+        if self.killed:
+            return False
         return self.gone.is_lost if self.gone else self.life.is_lost
 
     def render(self, ticket: int, render: Render, now: float) -> None:
