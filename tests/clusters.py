@@ -74,14 +74,21 @@ class Cluster:
         self.hosts.append(host)
         return host
 
+    def kill_hosts(self) -> None:
+        """All hosts but the head."""
+        for host in self.hosts:
+            host.kill()
+        self.hosts.clear()
+
     def close(self) -> None:
         """Nothing stays."""
-        for host in [*self.hosts, *([self.head] if self.head else [])]:
-            host.kill()
+        self.kill_hosts()
+        if self.head:
+            self.head.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *arguments: str, prefix: tuple[str, ...] = (), **env: str) -> Host:
-        log_file = self.folder / f"ray-{len(self.hosts)}.log"
+        log_file = self.folder / f"ray-{os.urandom(4).hex()}.log"
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 [*prefix, str(RAY), "start", "--block", "--num-gpus=0", STORE, *arguments],

@@ -24,11 +24,18 @@ PACKAGE = Path(__file__).parent.parent / "daemon" / "promptdrop"
 MakeDaemon = Callable[..., Daemon]
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head; hosts are the test's."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    """A head that all tests share but those that kill it."""
     with clusters.running() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def cluster(head: Cluster) -> Iterator[Cluster]:
+    """The hosts are the test's own."""
+    yield head
+    head.kill_hosts()
 
 
 def settings(cluster: Cluster, **engine: Any) -> dict[str, Any]:
@@ -178,10 +185,18 @@ def test_engines_stay_warm_when_the_daemon_is_killed(
     } == before  # a stop keeps them, too
 
 
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """A cluster whose head may be killed."""
+    with clusters.running() as cluster:
+        yield cluster
+
+
 def test_a_daemon_without_its_cluster_goes_on_accepting(
-    cluster: Cluster, make_daemon: MakeDaemon
+    own_cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
     """The head and all hosts are killed: drops are claimed, status says why; with them it goes on."""
+    cluster = own_cluster
     host = cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1))
     daemon.start().until_ready()
