@@ -37,6 +37,7 @@ from promptdrop.messages import (
     Release,
     Render,
     Rendered,
+    Request,
     Stage,
     Stop,
     Trouble,
@@ -177,18 +178,30 @@ class Relay:
                     return
 
     def _pass_on(self) -> None:
-        """The daemon's requests, one after another: their order is kept."""
+        """The daemon's requests, as many at once as there are; then the next: their order is kept."""
         try:
-            while not isinstance(request := self._connection.recv(), Stop):
-                if isinstance(request, Render):
-                    memory = recv_handle(self._connection)
-                    size = request.spec.height * request.spec.width * 3
-                    self._memories[request.ticket] = memory, size
-                ray.get(self._actor.tell.remote(self._listener, request))
+            while requests := self._requests():
+                ray.get(self._actor.tell.remote(self._listener, requests))
         except (EOFError, OSError):
             self._is_closed = True
         except RayError:
             pass  # the other thread learns it too, and says so
+
+    def _requests(self) -> list[Request]:
+        """Wait for requests; none: the daemon sends no more."""
+        requests: list[Request] = []
+        while not requests or self._connection.poll():
+            request: Request = self._connection.recv()
+            if isinstance(request, Stop):
+                break
+            if isinstance(request, Render):
+                memory = recv_handle(self._connection)
+                self._memories[request.ticket] = (
+                    memory,
+                    request.spec.height * request.spec.width * 3,
+                )
+            requests.append(request)
+        return requests
 
     def _forget(self, ticket: int, pixels: bytes | None = None) -> None:
         """An image has ended: what was rendered goes into its memory."""

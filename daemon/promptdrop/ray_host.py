@@ -20,6 +20,7 @@ from promptdrop.config import Config
 from promptdrop.engine_link import EngineLink
 from promptdrop.messages import (
     Answer,
+    Begin,
     Cancel,
     Cancelled,
     CountTokens,
@@ -88,11 +89,11 @@ class EngineHost:
             self._wake()
             return self._listener
 
-    def tell(self, listener: int, request: Request) -> None:
-        """Pass a request on to the engine."""
+    def tell(self, listener: int, requests: list[Request]) -> None:
+        """Pass requests on to the engine."""
         with self._changed:
             if listener == self._listener:
-                self._wanted.append(request)
+                self._wanted.extend(requests)
                 self._wake()
 
     def listen(self, listener: int, seconds: float) -> list[Said]:
@@ -186,6 +187,8 @@ class EngineHost:
                 pass  # it died; its Gone says so
             elif isinstance(wanted, Render):
                 self._link.render(wanted.ticket, wanted, now)
+            elif isinstance(wanted, Begin):
+                self._link.begin()
             elif isinstance(wanted, CountTokens):
                 self._link.count_tokens(wanted.ticket, wanted.prompts, now)
             elif isinstance(wanted, Cancel):
