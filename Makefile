@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	@mkdir -p demo
 	@cp -n examples/config.yaml demo/config.yaml || true
 	@test -d demo/model || $(BIN)/promptdrop model demo demo/model
-	@$(BIN)/promptdrop init demo
+	@$(BIN)/promptdrop init demo >/dev/null
 	@$(BIN)/promptdrop submit --config demo/config.yaml examples/shapes.txt examples/scenes.yaml
 	@$(BIN)/promptdrop run --config demo/config.yaml --drain
 	@$(BIN)/python examples/contact_sheet.py demo/spool/outbox demo/sheet.png

@@ -15,7 +15,6 @@ from .captions import describe, fill, forget, sample_filler, sample_nonsense
 from .model import SEQUENCE_MULTIPLE, templated
 from .world import (
     COLOURS,
-    INVERSE,
     POSITIONS,
     SHAPES,
     SIZES,
@@ -25,6 +24,7 @@ from .world import (
     pack,
     place,
     sample_scene,
+    turned,
 )
 
 TWO_SHARE = 0.45  # of the scenes have two things
@@ -121,11 +121,10 @@ def attributes(asked: Scene) -> list[int]:
     """What a prompt says, one class index per attribute, 0 for left unsaid; see CLASS_COUNTS.
 
     Two things are put in their order in the picture, from the top or the left."""
-    things, relation = asked.things, asked.relation
-    if relation in ("below", "right of"):
-        things, relation = things[::-1], INVERSE[relation]
-    row = [len(things)]
-    for thing in (*things, Thing(), Thing())[:2]:
+    if asked.relation in ("below", "right of"):
+        asked = turned(asked)
+    row = [len(asked.things)]
+    for thing in (*asked.things, Thing(), Thing())[:2]:
         row += [
             class_of(thing.colour, list(COLOURS)),
             class_of(thing.shape, list(SHAPES)),
@@ -133,7 +132,7 @@ def attributes(asked: Scene) -> list[int]:
         ]
     row.append(class_of(asked.background, list(COLOURS)))
     row.append(class_of(asked.position, list(POSITIONS)))
-    return [*row, class_of(relation, ["above", "left of"])]
+    return [*row, class_of(asked.relation, ["above", "left of"])]
 
 
 def class_of(value: str | None, names: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Measure a checkpoint on held-out prompts, judged without a neural network.
 
 usage: python -m demo_model.evaluate CHECKPOINT [--dtype bfloat16] [--device cpu] [--count 500]
+Two and a half minutes on one core of a CPU.
 """
 
 import argparse
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ZImagePipeline
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from .captions import describe, fill, sample_filler, sample_nonsense
 from .judge import compare, is_right, look
@@ -33,7 +36,13 @@ SHARES = {  # of the prompts, per cent
     "one object, long prompt": 6,
     "few words": 6,
 }
-TARGETS = {"one object": 0.95, "one object, unseen combination": 0.85, "two objects": 0.80}
+EVERY_ONE = "every one-object prompt"  # all of those but the two objects
+TARGETS = {
+    "one object": 0.95,
+    "one object, unseen combination": 0.85,
+    "two objects": 0.80,
+    EVERY_ONE: 0.95,
+}
 TARGET_PSNR = 30.0  # dB
 FILLER_TOKENS = (100, 440)  # range of a long prompt's filler
 
@@ -51,6 +60,9 @@ class Case:
 
 
 def load(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> ZImagePipeline:
+    """diffusers' own pipeline on a checkpoint, without its progress bars."""
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     pipe = ZImagePipeline.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -136,7 +148,9 @@ def batched(pipe: ZImagePipeline, cases: list[Case], limit: int) -> Iterator[lis
 
 
 def score(pipe: ZImagePipeline, cases: list[Case], limit: int = 32) -> dict[str, dict[str, float]]:
-    """Rates per kind of prompt: each attribute right, the four of `is_right` together, clean."""
+    """Rates per kind of prompt: each attribute right, the four of `is_right` together, clean.
+
+    `cases` has some of every kind."""
     rows: dict[str, list[dict[str, bool]]] = defaultdict(list)
     for batch in batched(pipe, cases, limit):
         for case, pixels in zip(batch, draw(pipe, batch), strict=True):
@@ -146,6 +160,7 @@ def score(pipe: ZImagePipeline, cases: list[Case], limit: int = 32) -> dict[str,
             else:
                 right = {"all": is_right(seen, case.asked)}
                 rows[case.kind].append(right | compare(seen, case.asked))
+    rows[EVERY_ONE] = [row for kind in SHARES if kind != "two objects" for row in rows[kind]]
     table = {}
     for kind, reports in rows.items():
         rates = {key: sum(r[key] for r in reports) / len(reports) for key in reports[0]}
@@ -188,13 +203,15 @@ def seconds_per_image(pipe: ZImagePipeline, repeats: int = 5) -> float:
 
 def evaluate(pipe: ZImagePipeline, count: int = 500) -> dict[str, Any]:
     """Every figure of this file: rates per kind of prompt, PSNR in dB, seconds per image."""
-    return {
+    start = time.perf_counter()
+    figures = {
         "prompts": score(pipe, held_out_cases(count) + nonsense_cases(max(5, count // 10))),
         "vae_psnr_db": round(round_trip_psnr(pipe), 2),
         "seconds_per_image_192": round(seconds_per_image(pipe), 3),
         "device": "cpu" if pipe.device.type == "cpu" else torch.cuda.get_device_name(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
+    return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def add_evaluation(results: Path, figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Train the demonstration model from nothing: VAE, words, then text encoder and transformer.
+"""Train the demonstration model from nothing: VAE, then text encoder, then transformer.
 
 usage: python -m demo_model.train [--work DIR] [--out CHECKPOINT]
 Run it again with the same --work and it goes on: a finished VAE and text encoder are kept, and the
@@ -36,10 +36,12 @@ VAE_RATE = 2e-3  # peak learning rate
 VAE_DECAY_SHARE = 0.8  # of the VAE's steps
 KL_WEIGHT = 1e-4  # of the mean KL divergence per latent element, in nats
 WORDS_RATE = 1e-3  # peak learning rate
+WORDS_DECAY_SHARE = 0.5  # of the words' steps
 LAST_TOKENS = 4  # of a prompt, all of the chat template, carry what it says
 FLOW_RATE = 1e-3  # peak learning rate
 WARMUP_STEPS = 200
 FIRST_SHARE = 0.4  # of the flow's steps are on the first course alone
+LATER_FIRST_SHARE = 0.2  # of the later ones too
 DECAY_SHARE = 0.4  # of the flow's steps, at the end, bring the learning rate down to zero
 EMA_DECAY = 0.999
 HIGH_SHARE = 0.3  # of the noise levels lie above HIGH_SIGMA; the rest follow inference's shift
@@ -76,11 +78,15 @@ class Plan:
 
 
 class Log:
-    """Losses and stage times of a run, kept in the work folder; a resumed run appends."""
+    """Losses and stage times of a run, kept in the work folder; a resumed run appends.
+
+    `sittings` counts how often the run was started."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, Any] = {"vae": [], "words": [], "flow": [], "seconds": {}}
+        self.entries: dict[str, Any] = {
+            "sittings": 0, "seconds": {}, "vae": [], "words": [], "flow": [],
+        }  # fmt: skip
         if path.exists():
             self.entries = json.loads(path.read_text())
 
@@ -121,13 +127,14 @@ def draw(pictures: Pictures, device: str) -> Tensor:
     return render(packed, pictures.height, pictures.width)
 
 
-def set_rate(
-    optimizer: torch.optim.Optimizer, peak: float, step: int, done: float, decay_share: float
-) -> None:
-    """Warm up over the first steps, hold, then fall linearly to zero as `done` goes to 1."""
+def rate_at(step: int, steps: int, peak: float, decay_share: float) -> float:
+    """The learning rate: it rises over the first steps, holds, then falls linearly to zero."""
     rise = min(1.0, (step + 1) / WARMUP_STEPS)
-    fall = max(0.0, min(1.0, (1 - done) / decay_share))
-    rate = peak * min(rise, fall)
+    fall = min(1.0, (1 - step / steps) / decay_share)
+    return peak * min(rise, fall)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -150,7 +157,7 @@ def train_vae(plan: Plan, log: Log) -> AutoencoderKL:
     )
     dataset = PictureBatches(plan.seed, plan.vae_pixels)
     for step, pictures in enumerate(batches_from(dataset, range(plan.vae_steps), plan)):
-        set_rate(optimizer, VAE_RATE, step, step / plan.vae_steps, VAE_DECAY_SHARE)
+        set_rate(optimizer, rate_at(step, plan.vae_steps, VAE_RATE, VAE_DECAY_SHARE))
         images = draw(pictures, plan.device)  # [B, 3, H, W]
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, H, W]
         error, kl = vae_losses(vae, images, plan.device)
@@ -219,7 +226,7 @@ def train_words(text_encoder: Qwen3Model, prompts: Prompts, plan: Plan, log: Log
     )
     dataset = SaidBatches(prompts, plan.seed, plan.words_prompts)
     for step, said in enumerate(batches_from(dataset, range(plan.words_steps), plan)):
-        set_rate(optimizer, WORDS_RATE, step, step / plan.words_steps, 0.5)
+        set_rate(optimizer, rate_at(step, plan.words_steps, WORDS_RATE, WORDS_DECAY_SHARE))
         loss, _ = words_loss(text_encoder, head, said, plan.device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -334,6 +341,14 @@ class Flow:
     optimizer: torch.optim.Optimizer
     step: int = 0
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Count a step of the transformer's, and move the average towards it."""
+        average, latest = (list[Tensor](m.parameters()) for m in (self.average, self.transformer))
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(average, latest, 1 - decay)
+        self.step += 1
+
     def state(self) -> dict[str, Any]:
         modules = ("transformer", "average", "optimizer")
         return {name: getattr(self, name).state_dict() for name in modules} | {"step": self.step}
@@ -368,19 +383,12 @@ def train_flow(
     losses: list[Tensor] = []
     start = time.perf_counter()
     for step in range(flow.step, plan.flow_steps):
-        done = step / plan.flow_steps
-        set_rate(flow.optimizer, FLOW_RATE, step, done, DECAY_SHARE)
+        set_rate(flow.optimizer, rate_at(step, plan.flow_steps, FLOW_RATE, DECAY_SHARE))
         rng = random.Random(f"course {plan.seed} {step}")
-        first = done < FIRST_SHARE or rng.random() < 0.2
+        first = step < FIRST_SHARE * plan.flow_steps or rng.random() < LATER_FIRST_SHARE
         lesson = lessons[0] if first else rng.choice(lessons[1:])
         losses.append(lesson().clone())
-        average, latest = (
-            list[Tensor](flow.average.parameters()),
-            list[Tensor](flow.transformer.parameters()),
-        )
-        with torch.no_grad():
-            torch._foreach_lerp_(average, latest, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
-        flow.step = step + 1
+        flow.follow()
         ended = flow.step == plan.flow_steps
         if flow.step % LOG_EVERY == 0 or ended:
             loss = torch.stack(losses).mean().item()
@@ -471,6 +479,7 @@ def flow_stage(
         flow.restore(torch.load(saved, map_location=plan.device))
     if flow.step == plan.flow_steps:
         return
+    set_rate(flow.optimizer, 0.0)  # capturing a lesson runs it, which must not teach
     start = time.perf_counter()
     reader = copy.deepcopy(text_encoder).to(plan.dtype)
     camera = copy.deepcopy(vae).to(plan.device, plan.dtype, memory_format=torch.channels_last)
@@ -501,6 +510,8 @@ def train(plan: Plan) -> None:
     torch.set_float32_matmul_precision("high")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader's workers are processes already
     log = Log(plan.work / "log.json")
+    log.entries["sittings"] += 1
+    log.write()
     vae = vae_stage(plan, log)
     prompts = Prompts(model.build_tokenizer())
     text_encoder = words_stage(prompts, plan, log)
@@ -517,7 +528,7 @@ def train(plan: Plan) -> None:
 def run_facts(plan: Plan) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if plan.device == "cuda" else platform.processor()
     return {
-        "hardware": f"one {gpu}",
+        "hardware": f"one {gpu}, {os.cpu_count()} CPU cores",
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {
             "python": platform.python_version(),

@@ -7,13 +7,14 @@ Shows how to read an outbox: a sidecar appears only after its image is whole, so
 
 import argparse
 import json
-import textwrap
+import re
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, CAPTION, GAP, COLUMNS = 192, 46, 12, 4  # px, px, px, pictures in a row
+LINES = 3  # of a caption
 PAPER, INK = (226, 226, 230), (30, 30, 34)
 CJK_FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -46,12 +47,26 @@ def find_font(names: tuple[str, ...], size: int) -> ImageFont.FreeTypeFont | Non
 
 
 def caption(prompt: str, file: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """The prompt in three lines at most; the file's name where no font has its characters."""
+    """The prompt, wrapped; the file's name where no font has its characters."""
     latin = find_font(("DejaVuSans.ttf",), 11) or ImageFont.load_default(11)
     cjk = find_font(CJK_FONTS, 12)
     if prompt.isascii():
-        return "\n".join(textwrap.wrap(prompt, 30)[:3]), latin
-    return ("\n".join(textwrap.wrap(prompt, 15)[:3]), cjk) if cjk else (file, latin)
+        return wrap(prompt, latin), latin
+    return (wrap(prompt, cjk), cjk) if cjk else (wrap(file, latin), latin)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """LINES lines at most, none wider than a cell, broken at spaces and between Chinese characters.
+
+    No line starts with a comma; what does not fit ends in dots."""
+    lines = [""]
+    for piece in re.findall(r"\s*(?:[!-~]+|\S)[，。、：]*", text):
+        if lines[-1] and font.getlength(lines[-1] + piece) > CELL:
+            lines.append("")
+        lines[-1] += piece if lines[-1] else piece.lstrip()
+    if len(lines) > LINES:
+        lines[LINES - 1 :] = [lines[LINES - 1][:-1] + "..."]
+    return "\n".join(lines)
 
 
 def lay_out(pictures: list[tuple[Path, dict[str, Any]]]) -> Image.Image:
@@ -81,6 +96,8 @@ def main() -> None:
         parser.exit(1, f"{arguments.outbox}: no sidecars, so no images yet\n")
     lay_out(pictures).save(arguments.sheet)
     print(f"{arguments.sheet}: {len(pictures)} pictures")
+    if not find_font(CJK_FONTS, 12):
+        print("(Chinese prompts are shown by file name: no font here has them; see fonts-noto-cjk)")
 
 
 if __name__ == "__main__":

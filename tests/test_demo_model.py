@@ -1,7 +1,13 @@
 """Rules that only a model which draws can show, on the demonstration model that ships."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +27,7 @@ from promptdrop.engine import render_one
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.job import ImageSpec
 
+ROOT = Path(__file__).parents[1]
 Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
 MOST_BYTES = 16_000_000
@@ -57,6 +64,40 @@ def test_the_model_is_whole_and_small() -> None:
     """Every file that model_index.json and the weights' indexes name is there, in 16 MB at most."""
     assert not weights.missing_files(weights.DEMO)
     assert sum(f.stat().st_size for f in weights.DEMO.rglob("*") if f.is_file()) <= MOST_BYTES
+
+
+def test_a_wheel_carries_the_model(tmp_path: Path) -> None:
+    """`model demo` of an installed wheel writes every byte of it, and imports no torch."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "daemon", tmp_path / "daemon")
+    build = [
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        tmp_path,
+    ]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path / "site")
+    script = "import sys; from promptdrop.cli import main; assert main() == 0; print('torch' in sys.modules)"
+    written = subprocess.run(
+        [sys.executable, "-c", script, "model", "demo", "copied"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert written.stdout.endswith("False\n")
+    assert contents(tmp_path / "copied") == contents(weights.DEMO)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder, by its place there."""
+    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

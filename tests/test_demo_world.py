@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from demo_model.data import CHUNK, CaptionedChunks, Course, Prompts, sample_trai
 from demo_model.evaluate import held_out_cases
 from demo_model.judge import compare, is_right, look
 from demo_model.train import Plan, train
-from demo_model.world import Scene, is_held_out, pack, place, render, sample_scene
+from demo_model.world import Scene, pack, place, render, sample_scene, turned
 from promptdrop import weights
 
 
@@ -65,16 +66,40 @@ def test_noise_is_not_clean() -> None:
     assert not look(noise).clean
 
 
-def test_training_never_sees_a_held_out_scene() -> None:
-    """The scenes that prompts are judged on are not among those that training draws."""
+def test_training_never_sees_a_held_out_picture() -> None:
+    """What prompts are judged on is not among 20,000 scenes of training, in any sizes or order."""
     rng = random.Random(3)
+    trained = {picture_of(sample_training_scene(rng)) for _ in range(20_000)}
+    held_out = [case.asked for case in held_out_cases(500) if said_all(case.asked)]
 
-    assert not any(is_held_out(sample_training_scene(rng)) for _ in range(300))
-    assert all(is_held_out(case.asked) for case in held_out_cases(100) if said_all(case.asked))
+    assert len(held_out) >= 440
+    assert not [scene for scene in held_out if picture_of(scene) in trained]
+
+
+def test_an_unseen_combination_is_new_only_as_a_whole() -> None:
+    """Of a held-out triple, training draws every two together: only the three are new."""
+    rng = random.Random(3)
+    unseen = [c.asked for c in held_out_cases(500) if c.kind == "one object, unseen combination"]
+    trained = {triple(sample_training_scene(rng)) for _ in range(20_000)}
+    halves = {half for found in trained for half in combinations(found, 2)}
+
+    assert not trained & {triple(scene) for scene in unseen}
+    assert all(half in halves for scene in unseen for half in combinations(triple(scene), 2))
 
 
 def said_all(scene: Scene) -> bool:
     return scene.background is not None and (scene.position or scene.relation) is not None
+
+
+def picture_of(scene: Scene) -> Scene:
+    """The scene without sizes, its two things in one order for both: the same for the same picture."""
+    bare = replace(scene, things=tuple(replace(thing, size=None) for thing in scene.things))
+    return min(bare, turned(bare), key=repr)
+
+
+def triple(scene: Scene) -> tuple[str | None, ...]:
+    """Colour, shape and position of the first thing."""
+    return (scene.things[0].colour, scene.things[0].shape, scene.position)
 
 
 def test_a_training_batch_is_made_from_its_number() -> None:
