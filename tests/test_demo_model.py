@@ -71,27 +71,22 @@ def test_a_wheel_carries_the_model(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "daemon", tmp_path / "daemon")
-    build = [
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        tmp_path,
-        tmp_path,
-    ]
-    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(tmp_path / "site")
-    script = "import sys; from promptdrop.cli import main; assert main() == 0; print('torch' in sys.modules)"
+    script = (
+        "import sys; from promptdrop import cli; assert cli.main() == 0;"
+        " print(cli.__file__, 'torch' in sys.modules)"
+    )
     written = subprocess.run(
         [sys.executable, "-c", script, "model", "demo", "copied"],
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         cwd=tmp_path, check=True, capture_output=True, text=True,
     )  # fmt: skip
 
-    assert written.stdout.endswith("False\n")
+    assert written.stdout.splitlines()[-1] == f"{tmp_path}/site/promptdrop/cli.py False"
     assert contents(tmp_path / "copied") == contents(weights.DEMO)
 
 
