@@ -1,12 +1,13 @@
 """config.yaml: ranges, unknown keys, null, what SIGHUP may change."""
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from promptdrop import config
+from promptdrop import cli, config
 from promptdrop.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -30,6 +31,23 @@ def test_the_shipped_file_holds_every_key_with_its_default() -> None:
     for section in sections:
         for key in type(getattr(shipped, section)).model_fields:
             assert f"  {key}:" in text, f"{section}.{key}"
+
+
+def test_init_writes_the_models_own_size(tmp_path: Path) -> None:
+    """`init --model DIR` warms up and renders what the model's VAE was made for, 1024 else."""
+    vae = {"sides": {"sample_size": 256}, "none": {}, "odd": {"sample_size": 100}}
+    for name, values in vae.items():
+        (tmp_path / "of" / name / "vae").mkdir(parents=True)
+        (tmp_path / "of" / name / "vae" / "config.json").write_text(json.dumps(values))
+        status = cli.main(["init", str(tmp_path / name), "--model", str(tmp_path / "of" / name)])
+        written = config.load(tmp_path / name / "config.yaml")
+        side = 256 if name == "sides" else 1024
+
+        assert status == 0
+        assert written.model_path == tmp_path / "of" / name
+        assert written.model.id == name
+        assert (written.defaults.width, written.defaults.height) == (side, side)
+        assert written.engine.warmup == (f"{side}x{side}",)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -312,14 +313,28 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _with_model(template: str, model: str | None) -> str:
-    """The template with `model.path` for a directory, `model.id` for a hub's id."""
-    if model is None:
-        return template
-    if Path(model).is_dir() or model.startswith(("/", ".", "~")):
+    """The template with `model.path` and its size for a directory, `model.id` for a hub's id."""
+    from promptdrop import weights
+
+    values: dict[str, Any] = {} if model is None else {"id": model}
+    if model and (Path(model).is_dir() or model.startswith(("/", ".", "~"))):
         path = Path(model).expanduser().resolve()
-        template = template.replace("  path: null  ", f"  path: {json.dumps(str(path))}  ", 1)
-        model = path.name
-    return template.replace("  id: Tongyi-MAI/Z-Image-Turbo", f"  id: {json.dumps(model)}", 1)
+        values = {"id": path.name, "path": str(path)}
+        if side := weights.side_of(path):
+            values |= {"warmup": [f"{side}x{side}"], "width": side, "height": side}
+    for key, value in values.items():
+        template = _with_value(template, key, value)
+    return template
+
+
+def _with_value(template: str, key: str, value: Any) -> str:
+    """The template with another value in a key's first line, the comment kept in its column."""
+
+    def line(found: re.Match[str]) -> str:
+        given, comment = f"{found[1]}{json.dumps(value, ensure_ascii=False)}  ", found[3] or ""
+        return (given.ljust(len(found[1] + found[2])) + comment).rstrip()
+
+    return re.sub(rf"^(  {key}: )([^#\n]*)(#.*)?$", line, template, count=1, flags=re.MULTILINE)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -357,9 +372,8 @@ def _print_results(supervisor: Any) -> None:
     for end in supervisor.finished:
         if end.outcome != "done":
             terminal.say(f"{end.outcome}: {end.file}: {end.error}")
-    terminal.say(
-        f"{len(rows)} images in {os.path.relpath(supervisor.spool.outbox)}; each has its sidecar beside it"
-    )
+    count = "1 image" if len(rows) == 1 else f"{len(rows)} images"
+    terminal.say(f"{count} in {os.path.relpath(supervisor.spool.outbox)}, each beside its sidecar")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -505,7 +519,12 @@ def _status(arguments: argparse.Namespace) -> int:
     while True:
         status = client.read_status(spool)
         if status is None:
-            terminal.complain(f"no daemon runs on {spool.root}; start it with: promptdrop run")
+            run = (
+                f"promptdrop run --config {arguments.config}"
+                if arguments.config
+                else "promptdrop run"
+            )
+            terminal.complain(f"no daemon runs on {spool.root}; start it with: {run}")
             return 1
         if arguments.watch and terminal.is_terminal():
             print("\033[H\033[2J", end="")

@@ -140,6 +140,17 @@ def revision_of(directory: Path) -> str | None:
         return None
 
 
+def side_of(directory: Path) -> int | None:
+    """The side in pixels of the squares a model was made for, by its VAE's `sample_size`.
+
+    None where that is missing or no side of an image."""
+    try:
+        side = _json(directory / "vae" / "config.json").get("sample_size")
+    except (OSError, ValueError):
+        return None
+    return side if isinstance(side, int) and side in range(64, 2049, 16) else None
+
+
 def cache_places(model_id: str, hub: Hub, revision: str | None) -> list[Path]:
     """Every directory in which the hubs' libraries keep this model, the configured hub's first."""
     if model_id.count("/") != 1 or model_id.startswith(("/", ".", "~")):
