@@ -210,6 +210,8 @@ def evaluate(pipe: ZImagePipeline, count: int = 500) -> dict[str, Any]:
         "seconds_per_image_192": round(seconds_per_image(pipe), 3),
         "device": "cpu" if pipe.device.type == "cpu" else torch.cuda.get_device_name(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
