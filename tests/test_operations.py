@@ -555,14 +555,17 @@ def test_priority_goes_first(daemon: Daemon) -> None:
 
 
 def test_submit_wait_exits_with_the_outcome(make_daemon: MakeDaemon) -> None:
-    """0 for done; 1 for failed, partial and refused, with the reason."""
+    """0 for done; 1 for failed, partial and refused, with the reason. Each --prompt is a job."""
     daemon = make_daemon({"engine": {"max_attempts": 1}})
     daemon.start().until_ready()
     done = daemon.run("submit", "--wait", "--prompt", "a cat", "--count", "2", "--seed", "7")
     failed = daemon.run("submit", "--wait", "--prompt", "!raise")
     refused = daemon.run("submit", "--wait", "--prompt", "a cat", "--width", "65")
+    two = daemon.run("submit", "--wait", "--prompt", "a dog", "--prompt", "a fox")
     usage = daemon.run("submit", "--wait")
 
+    assert two.returncode == 0
+    assert two.stdout.count("done ") == 2
     assert (done.returncode, failed.returncode, refused.returncode) == (0, 1, 1)
     assert usage.returncode == 2
     assert "scripted by !raise" in failed.stdout

@@ -143,7 +143,14 @@ def _parser() -> argparse.ArgumentParser:
         'promptdrop submit prompts.txt --wait\npromptdrop submit --prompt "a lighthouse" --size 16:9 --count 4',
     )
     submit.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    submit.add_argument("--prompt", metavar="TEXT")
+    submit.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        dest="prompts",
+        metavar="TEXT",
+        help="a job of its own; may be given again",
+    )
     submit.add_argument("--folder", default="", metavar="SUB", help="sub-folder of the inbox")
     submit.add_argument(
         "--wait", action="store_true", help="until the jobs have ended; the exit status is theirs"
@@ -411,10 +418,10 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def _submit(arguments: argparse.Namespace) -> int:
     from promptdrop import client, names, terminal
 
-    if not arguments.files and arguments.prompt is None:
+    if not arguments.files and not arguments.prompts:
         raise UsageError("expected a FILE or --prompt TEXT")
     fields = _fields(arguments)
-    if fields and arguments.prompt is None:
+    if fields and not arguments.prompts:
         raise UsageError(f"--{next(iter(fields))} goes with --prompt; a FILE says it inside")
     spool = _spool(arguments)
     if arguments.folder and not spool.config.inbox.recursive:
@@ -425,9 +432,9 @@ def _submit(arguments: argparse.Namespace) -> int:
                 f"{file}: not a job file's name; expected one of {' '.join(names.JOB_SUFFIXES)}"
             )
     jobs = [(file.read_bytes(), file.name) for file in arguments.files]
-    if arguments.prompt is not None:
-        data = json.dumps({"prompt": arguments.prompt, **fields}).encode()
-        jobs.append((data, client.name_of_prompt(arguments.prompt)))
+    for prompt in arguments.prompts:
+        data = json.dumps({"prompt": prompt, **fields}).encode()
+        jobs.append((data, client.name_of_prompt(prompt)))
     dropped = [client.drop(spool, data, name, _sub(arguments.folder)) for data, name in jobs]
     for one in dropped:
         terminal.say(f"submitted {names.printable(one.path)}")
