@@ -18,7 +18,18 @@ from demo_model.data import CHUNK, CaptionedChunks, Course, Prompts, sample_trai
 from demo_model.evaluate import held_out_cases
 from demo_model.judge import compare, is_right, look
 from demo_model.train import Plan, train
-from demo_model.world import Scene, pack, place, render, sample_scene, turned
+from demo_model.world import (
+    COLOURS,
+    INVERSE,
+    POSITIONS,
+    SHAPES,
+    Scene,
+    pack,
+    place,
+    render,
+    sample_scene,
+    turned,
+)
 from promptdrop import weights
 
 
@@ -57,6 +68,37 @@ def test_the_judge_tells_a_wrong_picture() -> None:
         asked, other = (sample_scene(rng, two=i % 2 == 1) for _ in range(2))
 
         assert not is_right(look(drawn(other, 160, 192, rng)), asked)
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_the_judge_tells_a_picture_wrong_in_one_way(two: bool) -> None:
+    """One attribute other than asked makes a picture wrong, and of its kind only."""
+    rng = random.Random(5)
+    for kind in ("colour", "shape", "background", "place"):
+        for _ in range(25):
+            asked = sample_scene(rng, two)
+            other = otherwise(asked, kind, rng)
+            report = compare(look(drawn(other, 160, 192, rng)), asked)
+
+            assert [k for k, right in report.items() if not right] == [kind], (asked, other)
+
+
+def otherwise(scene: Scene, kind: str, rng: random.Random) -> Scene:
+    """A scene that differs in one kind of attribute: its first thing's, its background or place."""
+    taken = {thing.colour for thing in scene.things} | {scene.background}
+    colour = rng.choice([c for c in COLOURS if c not in taken])
+    first, *rest = scene.things
+    shape = rng.choice([s for s in SHAPES if s not in {thing.shape for thing in scene.things}])
+    if kind == "place" and scene.relation:
+        return replace(scene, relation=INVERSE[scene.relation])
+    if kind == "place":
+        return replace(scene, position=rng.choice([p for p in POSITIONS if p != scene.position]))
+    changed = {
+        "colour": replace(scene, things=(replace(first, colour=colour), *rest)),
+        "shape": replace(scene, things=(replace(first, shape=shape), *rest)),
+        "background": replace(scene, background=colour),
+    }
+    return changed[kind]
 
 
 def test_noise_is_not_clean() -> None:
