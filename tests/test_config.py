@@ -134,8 +134,6 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        {"backend": "ray"},
-        {"workers": 2},
         {"quantization": "fp8"},
         {"offload": "model"},
     ],

@@ -84,6 +84,15 @@ def connect(address: str) -> None:
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
 
 
+def end(actor: Any) -> None:
+    """Kill an actor and wait until it is dead: ray.kill only asks for it."""
+    try:
+        ray.kill(actor)
+        ray.get(actor.hello.remote(), timeout=KILL_SECONDS)
+    except RayError:
+        pass  # as it should: nobody answers any more
+
+
 class Relay:
     """One engine's link, carried over the cluster. Ends when either end does."""
 
@@ -105,8 +114,8 @@ class Relay:
     def release(self) -> None:
         """End the engine and its actor."""
         try:
-            ray.kill(self._actor or ray.get_actor(self._opened.actor))
-        except (RayError, ValueError):
+            end(self._actor or ray.get_actor(self._opened.actor))
+        except ValueError:
             pass  # it is not there
 
     def _kill(self) -> None:

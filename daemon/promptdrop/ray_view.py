@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ray.util import list_named_actors
 
 from promptdrop.errors import PromptdropError
-from promptdrop.ray_gateway import connect, reason_of
+from promptdrop.ray_gateway import connect, end, reason_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def release(address: str, prefix: str) -> int:
     with _connected(address):
         named = [name for name in list_named_actors() if name.startswith(prefix)]
         for name in named:
-            ray.kill(ray.get_actor(name))
+            end(ray.get_actor(name))
     return len(named)
 
 
