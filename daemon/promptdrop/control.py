@@ -14,6 +14,8 @@ from promptdrop import fs
 
 PAUSE = "pause"
 _LIMIT = 1 << 20  # bytes of a command
+_TARGETS = 100  # of one command: paths of 1,279 bytes, each of them escaped, still fit
+_AT_ONCE = 100  # commands heeded at one look, however many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,11 @@ _KINDS: dict[str, type[Cancel] | type[Retry]] = {"cancel": Cancel, "retry": Retr
 
 
 def send(folder: Path, command: Command) -> None:
-    """Leave a command for the daemon, in one step."""
+    """Leave a command for the daemon: one file for each hundred targets, each in one step."""
     kind = next(name for name, kind in _KINDS.items() if isinstance(command, kind))
-    document = json.dumps({"command": kind, "targets": command.targets})
-    fs.write_once(folder / f"{kind}-{secrets.token_hex(6)}.json", document.encode())
+    for n in range(0, len(command.targets), _TARGETS):
+        document = json.dumps({"command": kind, "targets": command.targets[n : n + _TARGETS]})
+        fs.write_once(folder / f"{kind}-{secrets.token_hex(6)}.json", document.encode())
 
 
 def pause(folder: Path) -> None:
@@ -56,13 +59,15 @@ def resume(folder: Path) -> None:
 
 def is_paused(folder: Path) -> bool:
     """Whether `pause` stands."""
-    return (folder / PAUSE).exists()
+    return os.path.lexists(folder / PAUSE)
 
 
 def read(folder: Path) -> tuple[Command, ...]:
-    """The commands that are not `done`; what is no command is removed."""
-    commands = []
+    """The first commands that are not `done`; what is no command is removed."""
+    commands: list[Command] = []
     for entry in sorted(fs.entries(folder), key=lambda entry: entry.name):
+        if len(commands) == _AT_ONCE:
+            break
         if entry.name.endswith(".json") and not entry.name.startswith("."):
             command = _parse(Path(entry.path))
             if command:
@@ -91,4 +96,4 @@ def _parse(path: Path) -> Command | None:
         return None
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         return None
-    return kind(tuple(targets), path.name)
+    return kind(tuple(dict.fromkeys(targets)), path.name)

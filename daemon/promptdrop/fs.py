@@ -32,23 +32,24 @@ class NotPlain(OSError):
     """Not a regular file, or swapped for another while it was opened."""
 
 
-def rename(source: Path, target: Path, folder: int = _AT_FDCWD) -> None:
+def rename(source: Path, target: Path) -> None:
     """Rename within a file system, never onto an existing name.
 
-    folder: the descriptor of the directory that `source` is relative to.
     Raises FileExistsError: the target exists. FileNotFoundError: the source is gone.
     """
     try:
-        _rename_exclusively(source, target, folder)
+        _rename_exclusively(source, target)
     except OSError as e:
-        if e.errno in (errno.EEXIST, errno.EXDEV) or not _took_place(source, target, folder):
+        if e.errno in (errno.EEXIST, errno.EXDEV) or not _took_place(source, target):
             raise
 
 
-def rename_below(root: Path, sub: str, file: str, target: Path) -> None:
-    """Rename root/sub/file, where others may swap folders for links: none below `root` is followed.
+@contextmanager
+def below(root: Path, sub: str) -> Iterator[Path]:
+    """The folder root/sub, where others may swap folders for links: none below `root` is followed.
 
-    Raises NotPlain: `sub` is no folder by now. FileExistsError, FileNotFoundError as `rename`.
+    The path holds while the context lasts, whatever becomes of the names (proc(5), /proc/self/fd).
+    Raises NotPlain: `sub` is no folder by now. FileNotFoundError: it is gone.
     """
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -61,10 +62,10 @@ def rename_below(root: Path, sub: str, file: str, target: Path) -> None:
             except NotADirectoryError:
                 raise NotPlain(errno.ENOTDIR, "no folder by now", str(root / sub)) from None
             os.close(outer)
-        rename(Path(file), target, folder)
+        yield Path(f"/proc/self/fd/{folder}")
     except OSError as e:
-        if e.filename == file:
-            e.filename = str(root / sub / file)
+        if str(e.filename).startswith(f"/proc/self/fd/{folder}/"):
+            e.filename = str(root / sub / Path(e.filename).name)  # a message must say where
         raise
     finally:
         os.close(folder)
@@ -86,7 +87,7 @@ def move(source: Path, target: Path) -> None:
     sync_directory(source.parent)
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o664) -> None:
+def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file that replaces any older one in one step and survives a power cut."""
     with temporary(path.parent, mode) as (file, name):
         file.write(data)
@@ -95,7 +96,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o664) -> None:
     sync_directory(path.parent)
 
 
-def write_once(path: Path, data: bytes, mode: int = 0o664) -> None:
+def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a new file durably. Raises FileExistsError: the name is taken."""
     with temporary(path.parent, mode) as (file, name):
         file.write(data)
@@ -104,7 +105,7 @@ def write_once(path: Path, data: bytes, mode: int = 0o664) -> None:
     sync_directory(path.parent)
 
 
-def write_quickly(path: Path, data: bytes, mode: int = 0o664) -> None:
+def write_quickly(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace a file in one step, for what may be lost in a power cut. One writer at a time.
 
     The temporary has a name of its own: what a crash leaves is taken away by the next write.
@@ -135,7 +136,7 @@ def temporary(
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
-            share(name, mode, directory)
+            _share(fd, mode, directory)
             yield file, name
     except BaseException as e:
         if isinstance(e, OSError) and e.filename is None:
@@ -191,16 +192,9 @@ def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
 
     Raises NotPlain: a link, pipe, socket, device, or swapped while opening. OSError as open(2).
     """
-    before = os.lstat(path)
-    if not stat.S_ISREG(before.st_mode):
-        raise NotPlain(errno.EINVAL, "not a regular file", str(path))
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with os.fdopen(fd, "rb") as file:
-        after = os.fstat(fd)
-        if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
-            raise NotPlain(errno.EINVAL, "changed while it was opened", str(path))
+    with _open_plain(path) as file:
         data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
-        return data, os.fstat(fd)
+        return data, os.fstat(file.fileno())
 
 
 def read_whole(path: Path | str) -> bytes:
@@ -233,33 +227,45 @@ def share(path: Path, mode: int, folder: Path) -> None:
     """Give a file or folder this mode and the group of `folder`, as far as we may.
 
     Every program of the group can then fetch and delete it, also where setgid is not set.
+    Nothing is done to what a link names.
     """
     try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        _refused(e)  # another owner's, not for us to read; or a link
+        return
+    try:
+        _share(fd, mode, folder)
+    finally:
+        os.close(fd)
+
+
+def _share(fd: int, mode: int, folder: Path) -> None:
+    try:
         group = os.stat(folder).st_gid
-        if os.lstat(path).st_gid != group:
-            os.chown(path, -1, group)
+        if os.fstat(fd).st_gid != group:
+            os.fchown(fd, -1, group)
     except OSError as e:
         _refused(e)  # we are not of that group: the file keeps ours, and doctor says so
     try:
-        os.chmod(path, mode)
+        os.fchmod(fd, mode)
     except OSError as e:
         _refused(e)  # another owner's, or a share with forced modes (CIFS, FUSE): those stand
 
 
 def _refused(error: OSError) -> None:
     """Pass over what is not ours to change, or what a file system does not have."""
-    if error.errno not in (errno.EPERM, errno.EACCES, *_UNSUPPORTED):
+    if error.errno not in (errno.EPERM, errno.EACCES, errno.ELOOP, *_UNSUPPORTED):
         raise error
 
 
-def exists(path: Path, folder: int | None = None) -> bool:
+def exists(path: Path) -> bool:
     """Whether something has this name, a dangling link too. Raises OSError: nobody can tell now.
 
-    folder: the descriptor of the directory that `path` is relative to.
     Path.exists and os.path.lexists say no then, and what is taken for gone may be given up.
     """
     try:
-        os.lstat(path, dir_fd=folder)
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
@@ -359,26 +365,26 @@ def _rename_or_copy(source: Path, target: Path) -> None:
         os.unlink(source)
 
 
-def _rename_exclusively(source: Path, target: Path, folder: int) -> None:
+def _rename_exclusively(source: Path, target: Path) -> None:
     if _renameat2 is not None:
         arguments = (os.fsencode(source), os.fsencode(target))
-        if not _renameat2(folder, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
+        if not _renameat2(_AT_FDCWD, arguments[0], _AT_FDCWD, arguments[1], _RENAME_NOREPLACE):
             return
         code = ctypes.get_errno()
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code), str(source), None, str(target))
     if exists(target):  # the best there is without RENAME_NOREPLACE
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target, src_dir_fd=None if folder == _AT_FDCWD else folder)
+    os.rename(source, target)
 
 
-def _took_place(source: Path, target: Path, folder: int) -> bool:
+def _took_place(source: Path, target: Path) -> bool:
     """Whether a rename that was reported as failed was done: network file systems repeat requests.
 
     A server that has done the first of two answers ENOENT to the second; one whose answer is lost
     looks like EIO or ETIMEDOUT (rename(2), "BUGS").
     """
-    return exists(target) and not exists(source, None if folder == _AT_FDCWD else folder)
+    return exists(target) and not exists(source)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -390,11 +396,27 @@ def _copy(source: Path, target: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         os.mknod(target, status.st_mode, status.st_rdev)
         return
-    with open(source, "rb") as original, temporary(target.parent, 0o664) as (file, name):
+    with _open_plain(source) as original, temporary(target.parent, 0o600) as (file, name):
         shutil.copyfileobj(original, file, 1 << 20)
-        shutil.copystat(source, name)
+        # By descriptor, and without the bits that would make it a program of our own user's.
+        os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode) & 0o777)
+        os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
         sync(file)
         rename(name, target)
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    """Raises NotPlain: a link, pipe, socket, device, or swapped while opening."""
+    before = os.lstat(path)
+    if not stat.S_ISREG(before.st_mode):
+        raise NotPlain(errno.EINVAL, "not a regular file", str(path))
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    file = os.fdopen(fd, "rb")
+    after = os.fstat(fd)
+    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+        file.close()
+        raise NotPlain(errno.EINVAL, "changed while it was opened", str(path))
+    return file
 
 
 def _is_rest_of_move(source: Path, target: Path) -> bool:

@@ -142,6 +142,10 @@ class Intake:
         self._taking += 1
         self._off("clerk", partial(self._resolve, claimed, None, None), self._resolved)
 
+    def has_room(self) -> bool:
+        """Whether one more file may be taken now."""
+        return self._taking < TAKING
+
     def turn_away(self, path: str, error: RequestError) -> None:
         """Move SUB/FILE from the inbox to failed/, with the reason."""
         sub, _, file = path.rpartition("/")

@@ -69,7 +69,10 @@ def is_ignored_folder(name: str) -> bool:
 
 def printable(name: str) -> str:
     r"""`name` as shown to people and written to JSON: undecodable bytes as \xNN, controls escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    try:
+        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        text = name  # half a surrogate pair: of a command, no file has such a name
     return "".join(
         c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(c)[1:-1]
         for c in text

@@ -201,7 +201,8 @@ def recover(job: Job) -> None:
                 complete(job, int(image))
             else:  # torn, by a disk that lied about fsync: the image is rendered again
                 fs.remove_file(Path(entry.path))
-    fs.remove_temporaries(job.outbox_folder)
+    if os.path.isdir(job.outbox_folder):
+        fs.remove_temporaries(job.outbox_folder)
 
 
 def infotext(spec: ImageSpec, model: str) -> str:
@@ -250,7 +251,7 @@ def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:
             n += 1
             record["image"]["file"] = names.numbered(stem, suffix, n)
             _write_record(job, image, record)
-    if fs.exists(folder):
+    if folder.is_dir():
         fs.sync_directory(folder)
     return record
 

@@ -9,6 +9,7 @@ off the daemon's loop; an OSError that escapes is trouble with a disk, never a j
 """
 
 import bisect
+import errno
 import fcntl
 import hashlib
 import json
@@ -64,6 +65,7 @@ _LOCK_TRIES = 10  # `status` holds the lock for microseconds when it looks who i
 _TREE_MODE = 0o2775  # inbox, outbox, failed and control: the whole group may write
 _LONG = ("prompt", "negative_prompt", "meta")  # of an image, each recorded once for the job
 _OWN_MODE = 0o2755  # what only the daemon writes
+_NEVER = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # no cure of a disk makes such a path good
 _ID = re.compile(r"\d{8}T\d{12}-[0-9a-f]{6}\Z")  # what else lies among our folders is a stranger's
 
 
@@ -327,7 +329,8 @@ class Spool:
 
     def init(self) -> None:
         """Make every folder, configured ones too. For `promptdrop init`."""
-        for path in (self.root, self.inbox, self.outbox, self.failed):
+        _make(self.root, _OWN_MODE)
+        for path in (self.outbox, self.failed):
             _make(path)
         self.prepare()
 
@@ -347,8 +350,8 @@ class Spool:
         Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
         """
         self._refuse_nesting()
-        for path in (self.root, self.inbox):
-            _make(path)
+        _make(self.root, _OWN_MODE)  # nobody else may put another inbox or state in its place
+        _make(self.inbox)
         for path in (self.own, self.cache, *(self.own / state for state in STATES)):
             _make(path, _OWN_MODE)
         _make(self.control)
@@ -364,7 +367,7 @@ class Spool:
 
     def lock(self) -> None:
         """Own the spool until this process ends. Raises SpoolBusy naming the other daemon."""
-        fd = os.open(self.own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        fd = os.open(self.own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         for attempt in range(_LOCK_TRIES):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -519,7 +522,8 @@ class Spool:
         os.makedirs(folder)
         source = self.inbox / sub / file
         try:
-            fs.rename_below(self.inbox, sub, file, folder / file)
+            with fs.below(self.inbox, sub) as inner:
+                fs.rename(inner / file, folder / file)
         except OSError:
             fs.remove_empty_tree(home)  # never the file, if it came after all
             raise
@@ -534,7 +538,8 @@ class Spool:
         suffix = self.config.watch.ready_suffix
         if suffix and not fs.exists(self.inbox / sub / file):
             try:
-                fs.rename_below(self.inbox, sub, f"{file}{suffix}", home / "ready")
+                with fs.below(self.inbox, sub) as inner:
+                    fs.rename(inner / f"{file}{suffix}", home / "ready")
             except OSError:
                 pass  # gone, or claimed with it before a crash; the file itself is ours
 
@@ -543,7 +548,8 @@ class Spool:
 
         A job that did not end well is forgotten: its file may come back.
         """
-        path = self._memory_of(claimed)
+        if (path := self._memory_of(claimed)) is None:
+            return None
         known = read_json(path)
         if known and known["id"] != claimed.id:
             return str(known["file"])
@@ -552,18 +558,21 @@ class Spool:
         fs.write_quickly(path, json.dumps(note).encode())
         return None
 
-    def _memory_of(self, claimed: "Job | Unresolved") -> Path:
-        drop = claimed.home / "drop" / claimed.sub / claimed.file
-        data, _ = fs.read_plain(drop, None)
+    def _memory_of(self, claimed: "Job | Unresolved") -> Path | None:
+        """None: moved already, swapped before its claim, or grown since by a writer that held it."""
+        limit = self.config.limits.job_file_kib * 1024
+        try:
+            data, _ = fs.read_plain(claimed.home / "drop" / claimed.sub / claimed.file, limit)
+        except (FileNotFoundError, fs.NotPlain):
+            return None
+        if len(data) > limit:
+            return None
         digest = hashlib.sha256(os.fsencode(claimed.sub) + b"\0" + data).hexdigest()
         return self.cache / "taken" / digest[:2] / digest
 
     def _forget_bytes(self, job: "Job | Unresolved") -> None:
-        try:
-            path = self._memory_of(job)
-        except (FileNotFoundError, fs.NotPlain):
-            return  # moved already, before a crash; or swapped before its claim
-        if read_json(path).get("id") == job.id:
+        path = self._memory_of(job)
+        if path and read_json(path).get("id") == job.id:
             fs.remove_file(path)
 
     def _forget_old_bytes(self) -> None:
@@ -633,7 +642,10 @@ class Spool:
         return self._taken[folder]
 
     def _mirror(self, sub: str, mode: int) -> Path:
-        """The outbox folder of an inbox sub-folder, made if need be; never a job's folder."""
+        """The outbox folder of an inbox sub-folder, made if need be; never a job's folder.
+
+        Nor one that somebody keeps to himself: his jobs go to SUB~2, and nobody else's wait.
+        """
         folder = self.outbox
         for part in Path(sub).parts:
             stem, n = names.safe(part), 1
@@ -641,7 +653,7 @@ class Spool:
                 name = names.numbered(stem, "", n, names.NAME_BYTES + 10)
                 real = self._names_in(folder).real_name(name)
                 existing = folder / (real or name)
-                if real is None or (existing.is_dir() and not self._is_job_folder(existing)):
+                if real is None or (_is_for_us(existing) and not self._is_job_folder(existing)):
                     break
                 n += 1
             if real is None:
@@ -718,6 +730,15 @@ class Spool:
         if fs.exists(job.home):
             fs.write_durably(job.home / "cancelled", b"")
 
+    def take_cancel(self, path: str) -> None:
+        """SUB/NAME.cancel has done its work; where it cannot be taken away, it names no job any more."""
+        sub, _, file = path.rpartition("/")
+        try:
+            with fs.below(self.inbox, sub) as folder:
+                fs.remove_file(folder / file)
+        except (FileNotFoundError, PermissionError, fs.NotPlain):
+            pass  # taken back, in a folder that is not ours to change, or swapped
+
     def finish(self, job: Job) -> JobOutcome:
         """Move the dropped file to its last place, write job.json, let the job go."""
         outcome = outcome_of(job)
@@ -781,7 +802,7 @@ class Spool:
     def _share_drop(self, drop: Path, folder: Path) -> None:
         """A dropped file that is about to move to `folder` is for the whole group from then on."""
         # Of a file with other names its mode is not ours to change: those are somebody's own.
-        if fs.exists(drop) and os.lstat(drop).st_nlink == 1:
+        if (status := _status_of(drop)) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             fs.share(drop, self._mode, folder)
 
     @property
@@ -818,7 +839,7 @@ class Spool:
 
     def _plan_failing(self, plan: Path, job: Job | Unresolved, record: ErrorRecord) -> Path:
         stem, suffix = names.split(job.file)
-        folder = self.failed / job.sub
+        folder = self._failed_folder(job.sub)
         n = 1
         while True:
             name = names.numbered(stem, suffix, n, 255 - len(".error.json"))
@@ -832,6 +853,19 @@ class Spool:
         }
         fs.write_durably(plan, json.dumps(document).encode())
         return target
+
+    def _failed_folder(self, sub: str) -> Path:
+        """failed/SUB; SUB~2 where a file has its name, or somebody keeps that folder to himself."""
+        folder = self.failed
+        for part in Path(sub).parts:
+            n = 1
+            while True:
+                inner = folder / names.numbered(part, "", n)
+                if not fs.exists(inner) or _is_for_us(inner):
+                    break
+                n += 1
+            folder = inner
+        return folder
 
     def _write_summary(self, job: Job, outcome: JobOutcome) -> None:
         folder = self._ensure_folder(job)
@@ -853,13 +887,31 @@ class Spool:
 
         Raises UsageError: nothing there can be retried.
         """
-        path = self.failed / target
+        self._require_inside(target)
         if home := self._parked_home(target):
             return self._unpark(home)
-        if Path(target).is_absolute() or ".." in Path(target).parts or not path.is_file():
+        if not (self.failed / target).is_file():
             raise UsageError(f"{names.printable(target)}: no such file in {self.failed}")
-        self._drop_again(path, target)
+        self._drop_again(target)
         return None
+
+    def _require_inside(self, target: str) -> None:
+        """Raises UsageError: nothing that could be in failed/. Anybody of the group says what is retried."""
+        sub, _, file = target.rpartition("/")
+        try:
+            is_inside = bool(file) and ".." not in (file, *Path(sub).parts) and target[0] != "/"
+            if is_inside and fs.exists(self.failed / sub):
+                with fs.below(self.failed, sub) as folder:
+                    status = _status_of(folder / file)
+                is_inside = status is None or stat.S_ISREG(status.st_mode)
+        except ValueError:  # NUL, or half a surrogate pair
+            is_inside = False
+        except OSError as e:
+            if not isinstance(e, fs.NotPlain) and e.errno not in _NEVER:
+                raise
+            is_inside = False
+        if not is_inside:
+            raise UsageError(f"{names.printable(target[:300])}: no file in {self.failed}")
 
     def _parked_home(self, target: str) -> Path | None:
         known = str(read_json(_reason_file(self.failed / target)).get("id"))
@@ -874,7 +926,9 @@ class Spool:
         job = self._load(home, [entry.name for entry in fs.entries(home)])
         plan = read_json(home / "failing.json")
         if plan and not fs.exists(job.drop):
-            fs.move(self.failed / plan["target"], job.drop)
+            sub, _, file = plan["target"].rpartition("/")
+            with fs.below(self.failed, sub) as folder:
+                fs.move(folder / file, job.drop)
         for entry in fs.entries(home):
             image, _, kind = entry.name.partition(".")
             is_placeholder = (
@@ -892,21 +946,23 @@ class Spool:
         self._live.add(job.folder)
         return self._load(pending, [entry.name for entry in fs.entries(pending)])
 
-    def _drop_again(self, path: Path, target: str) -> None:
+    def _drop_again(self, target: str) -> None:
         """A refused file goes back to the inbox. Its reason goes first: a crash repeats the command."""
         sub, _, file = target.rpartition("/")
         stem, suffix = names.split(file)
         fs.make_directories(self.inbox / sub, _TREE_MODE, below=self.inbox)
-        fs.remove_file(_reason_file(path))
-        n = 1
-        while fs.exists(path):
-            try:
-                fs.move(path, self.inbox / sub / names.numbered(stem, suffix, n))
-            except FileExistsError:
-                n += 1
-                continue
-            if ready := self.config.watch.ready_suffix:
-                (self.inbox / sub / f"{names.numbered(stem, suffix, n)}{ready}").touch()
+        with fs.below(self.failed, sub) as failed, fs.below(self.inbox, sub) as inbox:
+            fs.remove_file(_reason_file(failed / file))
+            n = 1
+            while fs.exists(failed / file):
+                name = names.numbered(stem, suffix, n)
+                try:
+                    fs.move(failed / file, inbox / name)
+                except FileExistsError:
+                    n += 1
+                    continue
+                if ready := self.config.watch.ready_suffix:
+                    (inbox / f"{name}{ready}").touch()
 
     # --- after a crash ------------------------------------------------------------------------
 
@@ -930,13 +986,14 @@ class Spool:
                 jobs.append(left)
             elif left:
                 unresolved.append(left)
-        for folder in (
-            self.own,
-            self.control,
-            self.failed,
-            *(d for d in self.failed.rglob("*") if d.is_dir()),
-        ):
+        for folder in (self.own, self.control):
             fs.remove_temporaries(folder)
+        for parent, _, files in os.walk(
+            self.failed
+        ):  # what others keep to themselves it passes over
+            for file in files:
+                if file.startswith(fs.TEMPORARY):
+                    _remove_if_ours(Path(parent, file))
         return jobs, unresolved
 
     def _look_into(self, homes: list[str]) -> Iterator[tuple[list[str], Job | None]]:
@@ -1000,11 +1057,19 @@ class Spool:
         """Make the recorded folder again; if a stranger filled it before us, choose another."""
         folder = self.outbox / job.folder
         has_records = any(entry.name[0].isdigit() for entry in fs.entries(job.home))
-        strangers = [e for e in fs.entries(folder) if not e.name.startswith(fs.TEMPORARY)]
-        if strangers and not has_records and not self._is_ours(job, folder):
+        if not has_records and self._is_strangers(job, folder):
             self._choose_folder(job)
-        self._ensure_folder(job)
+        if not fs.exists(folder):
+            self._ensure_folder(job)
         self._live.add(job.folder)
+
+    def _is_strangers(self, job: Job, folder: Path) -> bool:
+        if not fs.exists(folder):
+            return False
+        if not _is_for_us(folder):
+            return True
+        filled = [e for e in fs.entries(folder) if not e.name.startswith(fs.TEMPORARY)]
+        return bool(filled) and not self._is_ours(job, folder)
 
     def _is_ours(self, job: Job, folder: Path) -> bool:
         """Whether job.json there is this job's own, written just before the crash."""
@@ -1223,6 +1288,29 @@ def _make(path: Path, mode: int = _TREE_MODE) -> None:
         raise ConfigError(
             f"{path} cannot be made: {e.strerror}: {describe_permissions(path.parent)}"
         ) from None
+
+
+def _is_for_us(path: Path) -> bool:
+    """Whether it is a folder that we can list and fill. Raises OSError: nobody can tell now."""
+    if not path.is_dir():
+        return False
+    is_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)  # nobody's will, but a disk's
+    return is_read_only or os.access(path, os.R_OK | os.W_OK | os.X_OK)
+
+
+def _status_of(path: Path) -> os.stat_result | None:
+    """None: gone."""
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _remove_if_ours(path: Path) -> None:
+    try:
+        fs.remove_file(path)
+    except PermissionError:
+        pass  # in a folder where we may not
 
 
 def _is_text(name: str) -> bool:

@@ -64,6 +64,7 @@ OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the dis
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
 GC_THRESHOLDS = 20_000, 10, 1_000_000
 ACCEPT_SECONDS = 0.02  # of one turn, for jobs left from before
+RETRY_SECONDS = 0.1  # of the clerk's time at once, for a command with many targets
 LISTED = 100  # jobs, files and ends in the status
 
 State = Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
@@ -146,6 +147,7 @@ class Supervisor:
         self.spool.require_mount()
         self.spool.prepare()
         self.spool.lock()
+        os.umask(0o022 | os.umask(0o022))  # what we make for ourselves, only we may change
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._startup()
@@ -311,20 +313,18 @@ class Supervisor:
                 self._obey(command)
         if scan := survey.scan:
             self._turned_away &= scan.cancels.keys()
-            for path, since in scan.cancels.items():
-                if path not in self._obeying | self._turned_away:
-                    self._heed_cancel(path, since)
+            heeded = self._obeying | self._turned_away
+            if cancels := {path: t for path, t in scan.cancels.items() if path not in heeded}:
+                self._heed_cancels(cancels)
 
     def _obey(self, command: control.Command) -> None:
+        if isinstance(command, control.Retry):
+            self._obey_retry(command, list(command.targets))
+            return
         self._obeying.add(command.file)
-        work: Callable[[], Any]
-        then: Callable[[Any], None]
-        if isinstance(command, control.Cancel):
-            done = partial(control.done, self.spool.control, command.file)
-            work, then = partial(self._record_cancel, command.targets, done), self._cancel
-        else:
-            work, then = partial(self._retry, command, list(command.targets), []), self._retried
-        self._off("clerk", work, partial(self._obeyed, command.file, then))
+        done = partial(control.done, self.spool.control, command.file)
+        work = partial(self._record_cancel, command.targets, done)
+        self._off("clerk", work, partial(self._obeyed, command.file, self._cancel))
 
     def _obeyed(self, file: str, then: Callable[[Any], None], result: Any) -> None:
         self._obeying.discard(file)
@@ -338,25 +338,27 @@ class Supervisor:
         done()
         return targets
 
-    def _heed_cancel(self, path: str, since: float) -> None:
-        """SUB/NAME.cancel in the inbox: withdraw the one job it names, or say why not."""
-        self._obeying.add(path)
+    def _heed_cancels(self, cancels: dict[str, float]) -> None:
+        """SUB/NAME.cancel in the inbox -> since when: all at once, there may be thousands."""
+        self._obeying |= cancels.keys()
         jobs = [running.job for running in self._running.values()]
-        then = partial(self._named_by_cancel, path, since)
-        self._off("clerk", partial(_named, path, jobs), partial(self._obeyed, path, then))
+        then = partial(self._named_by_cancels, cancels)
+        self._off("clerk", partial(_named, cancels, jobs), then)
 
-    def _named_by_cancel(self, path: str, since: float, named: list[str]) -> None:
-        if len(named) == 1:
-            self._obeying.add(path)
-            done = partial(fs.remove_file, self.spool.inbox / path)
-            work = partial(self._record_cancel, named, done)
-            self._off("clerk", work, partial(self._obeyed, path, self._cancel))
-        elif time.monotonic() >= since + self.config.watch.give_up_seconds:
-            self._turned_away.add(path)
-            why = (
-                f"names {len(named)} jobs: {', '.join(named)}" if named else "names no job in hand"
-            )
-            self._intake.turn_away(path, RequestError(why))
+    def _named_by_cancels(self, cancels: dict[str, float], named: dict[str, list[str]]) -> None:
+        """Withdraw the one job that each names, or say why not: a few at a time, others drop too."""
+        self._obeying -= cancels.keys()
+        too_late = time.monotonic() - self.config.watch.give_up_seconds
+        for path, since in cancels.items():
+            ids = named[path]
+            if len(ids) == 1:
+                self._obeying.add(path)
+                work = partial(self._record_cancel, ids, partial(self.spool.take_cancel, path))
+                self._off("clerk", work, partial(self._obeyed, path, self._cancel))
+            elif since <= too_late and self._intake.has_room():
+                self._turned_away.add(path)
+                why = f"names {len(ids)} jobs: {', '.join(ids[:20])}" if ids else ""
+                self._intake.turn_away(path, RequestError(why or "names no job in hand"))
 
     def _cancel(self, targets: Sequence[str]) -> None:
         for running in [self._running[target] for target in targets if target in self._running]:
@@ -376,28 +378,38 @@ class Supervisor:
     ) -> list[Job | str]:
         """On the clerk's thread. `left` and `results` last over trouble with a disk.
 
-        Returns jobs to go on with, and texts that say why something is not retried.
+        Returns jobs to go on with, and texts that say why something is not retried. What takes
+        longer is left for the clerk's next turn, when `_retried` asks for it.
         """
         self.spool.require_folders()
-        while left:
+        until = time.monotonic() + RETRY_SECONDS
+        while left and time.monotonic() < until:
             try:
                 results += [job] if (job := self.spool.retry(left[0])) else []
-            except (UsageError, FileNotFoundError) as e:
-                results.append(f"cannot retry {names.printable(left[0])}: {e}")
+            except (UsageError, FileNotFoundError, PermissionError) as e:
+                results.append(f"cannot retry {names.printable(left[0][:300])}: {e}")
             left.pop(0)
-        control.done(self.spool.control, command.file)
+        if not left:
+            control.done(self.spool.control, command.file)
         return results
 
-    def _retried(self, results: list[Job | str]) -> None:
+    def _retried(self, command: control.Retry, left: list[str], results: list[Job | str]) -> None:
         for result in results:
             if isinstance(result, Job):
-                file, left = names.printable(result.path), len(result.todo())
-                log.get().info("job.retried", job=result.id, file=file, images=left)
+                file, images = names.printable(result.path), len(result.todo())
+                log.get().info("job.retried", job=result.id, file=file, images=images)
                 self.accept(result)
             else:
                 log.get().warning("job.not_retried", reason=result)
+        if left:
+            self._obey_retry(command, left)
         self._intake.last_activity = time.monotonic()
         self._intake.wake()
+
+    def _obey_retry(self, command: control.Retry, left: list[str]) -> None:
+        self._obeying.add(command.file)
+        then = partial(self._obeyed, command.file, partial(self._retried, command, left))
+        self._off("clerk", partial(self._retry, command, left, []), then)
 
     # --- jobs ---------------------------------------------------------------------------------
 
@@ -997,15 +1009,18 @@ def one_line(status: Status) -> str:
     return ", ".join(parts)
 
 
-def _named(path: str, jobs: Iterable[Job]) -> list[str]:
-    """The ids of the jobs that SUB/NAME.cancel fits: NAME is a FILE, a JOB or an id."""
-    name = names.split(path)[0]
-    wanted, last = names.fold(name), names.fold(name.rpartition("/")[2])
-    return [
-        job.id
-        for job in jobs
-        if wanted in (names.fold(job.path), names.fold(job.folder)) or last == job.id.casefold()
-    ]
+def _named(cancels: Iterable[str], jobs: Iterable[Job]) -> dict[str, list[str]]:
+    """The ids of the jobs that each SUB/NAME.cancel fits: NAME is a FILE, a JOB or an id."""
+    known: dict[str, list[str]] = {}
+    for job in jobs:
+        for name in {names.fold(job.path), names.fold(job.folder), f"/{job.id.casefold()}"}:
+            known.setdefault(name, []).append(job.id)
+    named = {}
+    for path in cancels:
+        name = names.fold(names.split(path)[0])
+        ids = known.get(name, []) + known.get(f"/{name.rpartition('/')[2]}", [])
+        named[path] = list(dict.fromkeys(ids))
+    return named
 
 
 def _kind(running: Running, image: int) -> tuple[Any, ...] | None:
