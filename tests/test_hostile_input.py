@@ -42,6 +42,17 @@ def test_a_folder_swapped_for_a_link_gives_nothing_away(spool: Spool, tmp_path: 
     assert not list((spool.own / "pending").iterdir())
 
 
+def test_a_folder_in_the_place_of_a_file_stays_where_it_is(spool: Spool) -> None:
+    """Swapped in just before the claim: it is no file, and what it holds is not ours to move."""
+    (spool.inbox / "a.txt").mkdir()
+    (spool.inbox / "a.txt/b.bin").write_text("mine\n")
+
+    with pytest.raises(fs.NotPlain):
+        spool.claim("", "a.txt")
+    assert (spool.inbox / "a.txt/b.bin").read_text() == "mine\n"
+    assert not list((spool.own / "pending").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_file_swapped_before_its_claim_is_moved_not_read(
     daemon: Daemon, tmp_path: Path, kind: str

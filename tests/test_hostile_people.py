@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,4 +250,56 @@ def test_a_folder_with_the_name_of_a_failed_file(daemon: Daemon) -> None:
 
     assert daemon.error("a.txt~2/b.txt")["outcome"] == "refused"
     works(daemon)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("place", ["inbox", "failed", "outbox"])
+def test_a_tree_deeper_than_python_recurses_ends_nobody(daemon: Daemon, place: str) -> None:
+    """`mkdir -p a/a/a ...`, 1,900 deep: the daemon starts, works and stops, doctor answers."""
+    top = getattr(daemon, place) / "a"
+    here = os.open(getattr(daemon, place), os.O_RDONLY)
+    for _ in range(1900):
+        os.mkdir("a", dir_fd=here)
+        inner = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    try:
+        daemon.start().until_ready()
+        works(daemon)
+        listed = [daemon.run(command) for command in ("doctor", "status")]
+        daemon.run("retry", "--all")
+        stopped = daemon.stop()
+    finally:
+        subprocess.run(["rm", "-rf", str(top)], check=True)
+
+    assert all("Traceback" not in done.stderr for done in listed)
+    assert "Traceback" not in daemon.log_file.read_text()
+    assert stopped == 0
+
+
+def test_a_broken_lease_ends_nobody(daemon: Daemon) -> None:
+    """Whoever opens a file for writing in the moment of our probe makes the kernel send SIGIO."""
+    daemon.start().until_ready()
+    assert daemon.process
+    daemon.process.send_signal(signal.SIGIO)
+    works(daemon)
+
+    assert daemon.stop() == 0
+
+
+def test_jobs_as_deep_as_we_go(make_daemon: MakeDaemon) -> None:
+    """Five hundred folders down files are still rendered, refused and cancelled, and leave nothing."""
+    daemon = make_daemon({"watch": {"give_up_seconds": 5}})
+    deep = "a/" * 510
+    daemon.drop(f"{deep}good.txt", "a cat\n")
+    daemon.drop(f"{deep}bad.txt", "")
+    daemon.drop(f"{deep}slow.txt", "--prompt '!slow 0.3 a cat' --steps 100\n")
+    (daemon.inbox / f"{deep}slow.cancel").touch()
+    daemon.start().until_ready()
+
+    assert daemon.job(f"{deep}good")["outcome"] == "done"
+    assert daemon.job(f"{deep}slow")["outcome"] == "cancelled"
+    assert daemon.error(f"{deep}bad.txt")["outcome"] == "refused"
+    until(lambda: not daemon.unfinished(), "the end of all jobs")
     assert daemon.stop() == 0

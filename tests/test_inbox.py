@@ -214,3 +214,14 @@ def test_the_mode_follows_the_file_system(kind: str, wanted: Any, mode: str) -> 
 
     assert chosen == mode
     assert wanted != "auto" or kind in why
+
+
+def test_a_cancel_has_its_own_time(tmp_path: Path, inbox: Inbox) -> None:
+    """It counts from when the file it names is taken, however long that took to settle."""
+    (tmp_path / "a.txt").write_text("a cat\n")
+    (tmp_path / "a.cancel").touch()
+    for now in (0.0, 50.0, 100.0):
+        assert inbox.scan(now, Watch(), True).cancels == {}
+    (tmp_path / "a.txt").unlink()
+
+    assert inbox.scan(101.0, Watch(), True).cancels == {"a.cancel": 100.0}

@@ -84,7 +84,7 @@ def _inbox(spool: Spool) -> Iterator[Finding]:
             "inbox",
             f"{spool.inbox} and {spool.own} are on different file systems; a claim is one rename, so mount the file system on {spool.root} instead",
         )
-    for folder, _, _ in os.walk(spool.inbox):
+    for folder, _ in fs.walk(spool.inbox):
         if why := why_not_moved(Path(folder)):
             yield Finding("bad", "inbox", why)
     for what, path in (("outbox", spool.outbox), ("failed", spool.failed)):

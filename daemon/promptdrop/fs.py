@@ -280,6 +280,23 @@ def files(folder: Path) -> Iterator[Path]:
             yield Path(entry.path)
 
 
+def walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Every folder at and below `root` that can be read, with what it holds; no link is followed.
+
+    To any depth: os.walk and Path.rglob recurse, and anybody can make a tree that is too deep for that.
+    """
+    folders = [str(root)]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as scan:
+                listed = list(scan)
+            folders += [entry.path for entry in listed if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue  # gone, kept from us, or a path that is too long
+        yield folder, listed
+
+
 def remove_empty_tree(path: Path) -> None:
     """Remove a directory of our own with all folders in it, unless one of them holds a file."""
     for parent, _, _ in os.walk(path, topdown=False):

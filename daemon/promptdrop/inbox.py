@@ -139,6 +139,7 @@ class Inbox:
         self._cancels = cancels
         for path in _named(cancels, found):
             waiting[path] = "waits until the file it names is taken"
+            cancels[path] = now  # its own time begins when that is gone
         offers.sort(key=lambda offer: (self._seen[offer.path].since, offer.path))
         cancels = {path: since for path, since in cancels.items() if path not in waiting}
         return Scan(now, tuple(offers), waiting, blocked, next_look, len(found), cancels)
@@ -208,14 +209,20 @@ class Watcher:
             observer.start()
             for path, recursive in folders.items():
                 if there[path] is not None:
-                    observer.schedule(
-                        self._handler, str(path), recursive=recursive, event_filter=_EVENTS
-                    )
+                    self._schedule(observer, str(path), recursive)
         except OSError:
             observer.stop()  # out of inotify watches: the periodic scan still finds everything
             return
         self._observer = observer
         self._watched = {path: identity for path, identity in there.items() if identity}
+
+    def _schedule(self, observer: BaseObserver, path: str, recursive: bool) -> None:
+        try:
+            observer.schedule(self._handler, path, recursive=recursive, event_filter=_EVENTS)
+        except (
+            RecursionError
+        ):  # deeper than os.walk gets: below `path` only the periodic scan looks
+            observer.schedule(self._handler, path, recursive=False, event_filter=_EVENTS)
 
     def _is_alive(self) -> bool:
         """Whether every thread is: one that hears and one for each folder."""
@@ -262,8 +269,8 @@ def is_open_for_writing(path: str | Path) -> bool:
 
 def strangers(root: Path) -> Iterator[tuple[str, str]]:
     """What in the inbox is named like a job or folder but is never entered: (path, why)."""
-    for folder, _, _ in os.walk(root):
-        for entry in fs.entries(Path(folder)):
+    for _, listed in fs.walk(root):
+        for entry in listed:
             path = os.path.relpath(entry.path, root)
             if entry.is_symlink():
                 yield path, "a symbolic link is not followed"

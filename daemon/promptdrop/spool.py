@@ -524,6 +524,9 @@ class Spool:
         try:
             with fs.below(self.inbox, sub) as inner:
                 fs.rename(inner / file, folder / file)
+                if stat.S_ISDIR(os.lstat(folder / file).st_mode):  # swapped in, and no file to move
+                    fs.rename(folder / file, inner / file)
+                    raise fs.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
         except OSError:
             fs.remove_empty_tree(home)  # never the file, if it came after all
             raise
@@ -988,12 +991,10 @@ class Spool:
                 unresolved.append(left)
         for folder in (self.own, self.control):
             fs.remove_temporaries(folder)
-        for parent, _, files in os.walk(
-            self.failed
-        ):  # what others keep to themselves it passes over
-            for file in files:
-                if file.startswith(fs.TEMPORARY):
-                    _remove_if_ours(Path(parent, file))
+        for _, listed in fs.walk(self.failed):
+            for entry in listed:
+                if entry.name.startswith(fs.TEMPORARY) and entry.is_file(follow_symlinks=False):
+                    _remove_if_ours(Path(entry.path))
         return jobs, unresolved
 
     def _look_into(self, homes: list[str]) -> Iterator[tuple[list[str], Job | None]]:
@@ -1190,7 +1191,8 @@ def summary(job: Job, outcome: JobOutcome) -> JobSummary:
 
 def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every file in failed/ that has a reason beside it: (path below failed/, its error record)."""
-    for reason in sorted(failed.rglob("*.error.json")):
+    found = (Path(entry.path) for _, listed in fs.walk(failed) for entry in listed)
+    for reason in sorted(path for path in found if path.name.endswith(".error.json")):
         target = reason.with_name(reason.name.removesuffix(".error.json"))
         if target.is_file():
             yield _relative(target, failed), read_json(reason)

@@ -161,6 +161,8 @@ class Supervisor:
     def _startup(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        # Somebody opened a file for writing just as inbox.is_open_for_writing asked: fcntl(2), leases.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
         self._intake.decide_watch()
         log.get().info(
             "daemon.started",
