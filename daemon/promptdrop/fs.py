@@ -193,7 +193,11 @@ def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
     Raises NotPlain: a link, pipe, socket, device, or swapped while opening. OSError as open(2).
     """
     with _open_plain(path) as file:
-        data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
+        try:
+            data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
+        except OSError as e:
+            e.filename = str(path)  # of a read; a message must say where
+            raise
         return data, os.fstat(file.fileno())
 
 

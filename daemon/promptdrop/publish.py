@@ -51,6 +51,7 @@ class Publication:
     _data: bytes | None = field(default=None, init=False)
     _sha256: str = field(default="", init=False)
     _save_ms: float = field(default=0.0, init=False)
+    _temporary: Path | None = field(default=None, init=False)
     _recorded: bool = field(default=False, init=False)
 
     def run(self) -> str:
@@ -62,9 +63,11 @@ class Publication:
             folder = self.job.outbox_folder
             fs.make_directories(folder, self._directory_mode, below=self.job.outbox)
             self._sha256 = hashlib.sha256(self._data).hexdigest()
-            temporary = fs.write_temporary(folder, self._data, self._mode)
+            # Once: state that cannot be written all night must not fill the outbox meanwhile.
+            if self._temporary is None or not fs.exists(self._temporary):
+                self._temporary = fs.write_temporary(folder, self._data, self._mode)
             self._save_ms += (time.monotonic() - began) * 1e3
-            _write_record(self.job, self.spec.image, self._record(temporary.name))
+            _write_record(self.job, self.spec.image, self._record(self._temporary.name))
             self._recorded = True
         return complete(self.job, self.spec.image)
 
