@@ -300,15 +300,21 @@ def _resolve(documents: Iterable[Node], config: Config, problems: Problems) -> R
             continue
         top = _read(document, "", JobFields, config, problems)
         _read_priority(top, config, priorities, problems)
-        for level in _entries(top, {**defaults, **top.values}, config, problems):
-            values = level.values
-            total += len(values["prompts"]) * max(len(values["seeds"]), values["count"])
+        for entry, values in _entries(top, defaults | top.values, config, problems):
+            asked = len(values["prompts"]) * max(len(values["seeds"]), values["count"])
+            total += asked
             if total > limit:  # before anything is multiplied
                 name = "count" if values["count"] > 1 else "seed" if values["seeds"] else "prompts"
                 value = f"count={values['count']}: " if name == "count" else ""
-                level.add(problems, name, value + _too_many(limit))
+                entry.add(problems, name, value + _too_many(limit))
                 problems.raise_if_any()
-            if not problems:
+            if problems:
+                continue
+            if asked == 1:  # as of 10,000 rows
+                images.append(
+                    _image(len(images) + 1, values["prompts"][0], values["seeds"][0], values)
+                )
+            else:
                 images.extend(_expand(values, len(images)))
     return Request(tuple(images), next(iter(priorities), config.defaults.priority))
 
@@ -334,13 +340,14 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 def _entries(
     top: _Level, base: dict[str, Any], config: Config, problems: Problems
-) -> Iterator[_Level]:
-    """Each entry of `images` over the fields at the top, or the document itself."""
-    given = [name for name in ("prompt", "prompts", "images") if name in top.values]
-    if "prompts" in given and len(given) > 1:
-        top.add(problems, "prompts", f"{' and '.join(given)} cannot stand together; keep one")
-    if "images" not in given:
-        yield _complete(top, top, base, config, problems)
+) -> Iterator[tuple[_Level, dict[str, Any]]]:
+    """Each entry of `images` over the fields at the top, or the document itself, and its values."""
+    if "prompts" in top.values:
+        given = [name for name in ("prompt", "prompts", "images") if name in top.values]
+        if len(given) > 1:
+            top.add(problems, "prompts", f"{' and '.join(given)} cannot stand together; keep one")
+    if "images" not in top.values:
+        yield top, _complete(top, top, base, config, problems)
         return
     for index, node in enumerate(top.values.pop("images")):
         label = f"images[{index}]"
@@ -349,7 +356,7 @@ def _entries(
             problems.add(message, node.line, label)
             continue
         entry = _read(node, f"{label}.", ImageFields, config, problems)
-        yield _complete(top, entry, {**base, **entry.values}, config, problems)
+        yield entry, _complete(top, entry, base | entry.values, config, problems)
 
 
 def _read(
@@ -366,7 +373,8 @@ def _read(
             level.values[name] = _images(level, child, config, problems)
         elif (value := _valid(level, name, value, known[name], problems)) is not None:
             level.values[name] = value
-    _shape(level, config, problems)
+    if "size" in level.values:
+        _shape(level, config, problems)
     return level
 
 
@@ -423,7 +431,7 @@ def _scalar(name: str, node: Scalar) -> Any:
 
 def _lines(text: str) -> str:
     """Line ends as LF: a CR in a prompt would be a token of its own."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _valid(
@@ -502,9 +510,7 @@ def _show(node: Node) -> str:
 
 def _shape(level: _Level, config: Config, problems: Problems) -> None:
     """Put width and height in the place of `size`."""
-    size = level.values.pop("size", None)
-    if size is None:
-        return
+    size = level.values.pop("size")
     sides = config.sides(size)
     if not all(64 <= side <= 4096 and side % 16 == 0 for side in sides):
         ratio = f" (it would be {sides[0]}x{sides[1]})" if ":" in size and all(sides) else ""
@@ -536,14 +542,13 @@ def _read_priority(
 
 def _complete(
     top: _Level, entry: _Level, values: dict[str, Any], config: Config, problems: Problems
-) -> _Level:
-    """The entry over the top over the defaults, with `prompts` and `seeds` as lists."""
-    level = _Level(entry.node, entry.label, values)
+) -> dict[str, Any]:
+    """`values`, the entry over the top over the defaults, with `prompts` and `seeds` as lists."""
     if "prompts" not in values:
         prompt = values.get("prompt")
         values["prompts"] = [prompt]
         if prompt is None:
-            level.add(problems, "prompt", "prompt is required")
+            entry.add(problems, "prompt", "prompt is required")
     seed = values.get("seed")
     values["seeds"] = seed if isinstance(seed, list) else [seed]
     if isinstance(seed, list) and "count" not in {**top.values, **entry.values}:
@@ -551,7 +556,7 @@ def _complete(
     if contradiction := _contradiction(values, seed, config):
         name, message = contradiction
         (entry if name in entry.values else top).add(problems, name, message)
-    return level
+    return values
 
 
 def _contradiction(
@@ -577,17 +582,21 @@ def _expand(values: dict[str, Any], before: int) -> Iterator[ImageSpec]:
         for seed in values["seeds"]:
             for offset in range(values["count"]):
                 number += 1
-                yield ImageSpec(
-                    number,
-                    prompt,
-                    values["negative_prompt"],
-                    values["width"],
-                    values["height"],
-                    values["steps"],
-                    float(values["guidance_scale"]),
-                    None if seed is None else seed + offset,
-                    values["scheduler"],
-                    values["format"],
-                    float(values["timeout_seconds"]),
-                    values["meta"],
-                )
+                yield _image(number, prompt, None if seed is None else seed + offset, values)
+
+
+def _image(number: int, prompt: str, seed: int | None, values: dict[str, Any]) -> ImageSpec:
+    return ImageSpec(
+        number,
+        prompt,
+        values["negative_prompt"],
+        values["width"],
+        values["height"],
+        values["steps"],
+        float(values["guidance_scale"]),
+        seed,
+        values["scheduler"],
+        values["format"],
+        float(values["timeout_seconds"]),
+        values["meta"],
+    )

@@ -153,7 +153,7 @@ def _rows(text: str, separator: str, problems: Problems) -> Iterator[tuple[int, 
     line = 1
     try:
         for row in reader:
-            if any(cell.strip() for cell in row):
+            if "".join(row).strip():
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as e:
