@@ -1,6 +1,8 @@
 """The settle rule, by hand: real files, and a clock that is an argument."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,29 @@ def test_a_writer_holds_a_file_back_for_a_while(tmp_path: Path, inbox: Inbox) ->
 
     assert held.waiting == {"a.txt": "open for writing"}
     assert offered(at_last) == ["a.txt"]
+
+
+def test_a_writer_who_comes_while_we_look_kills_nobody(tmp_path: Path) -> None:
+    """The kernel tells the holder of a lease that somebody wants to write, by a signal."""
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    append = "import os\nwhile True: os.close(os.open('a.txt', os.O_WRONLY | os.O_APPEND))"
+    look = (
+        "import time; from promptdrop.inbox import is_open_for_writing as look; end = time.monotonic() + 60\n"
+        "held = free = 0\n"
+        "while (held < 20 or free < 20_000) and time.monotonic() < end:\n"
+        "    held, free = (held + 1, free) if look('a.txt') else (held, free + 1)\n"
+        "print(held)"
+    )
+    with subprocess.Popen([sys.executable, "-c", append], cwd=tmp_path) as writer:
+        try:
+            looked = subprocess.run([sys.executable, "-c", look], cwd=tmp_path, stdout=subprocess.PIPE, check=False)  # fmt: skip
+        finally:
+            writer.kill()
+    if looked.returncode == 0 and not int(looked.stdout):
+        pytest.skip("this file system has no leases")
+
+    assert looked.returncode == 0
 
 
 def test_only_regular_files_with_job_names(tmp_path: Path, inbox: Inbox) -> None:

@@ -7,6 +7,7 @@ CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), 
 import errno
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,15 +252,16 @@ def is_open_for_writing(path: str | Path) -> bool:
     """Whether somebody on this host has the file open for writing, where the system can tell.
 
     A read lease is refused with EAGAIN then (fcntl(2), F_SETLEASE); any other refusal (not our
-    file, a network file system) says nothing.
+    file, a network file system) says nothing. Closing gives the lease back.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
+        # Whoever opens the file meanwhile makes the kernel signal us: by default SIGIO, which kills.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # ignored unless a program asks for it
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as e:
         return e.errno == errno.EAGAIN
     finally:
