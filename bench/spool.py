@@ -4,10 +4,11 @@
 
 For each number of pending jobs of one image: seconds to recover them, resident memory, and the longest
 and the median turn of the loop while 100 images of 64x64 are rendered (gradient engine). For each number of
-images in the outbox (100 to a folder): the median claim, from the rename out of the inbox to the outbox
-folder, and the first one, which lists the outbox once. One job of --images images. Files dropped at
-once: seconds to the first claim, claims per second. Last, the CPU time of a look at an inbox of --files,
-against watchdog's PollingObserver and a loop of glob and stat. Nothing here is asserted: read the curves.
+images in the outbox (finished jobs of 100): the median claim, from the rename out of the inbox to the
+outbox folder, the first one, which lists the outbox once, and the turns while 100 images are rendered.
+One job of --images images. Files dropped at once: seconds to the first claim, claims per second. Last,
+against watchdog's PollingObserver and a loop of glob and stat, the CPU time of picking up one new file in
+an inbox of --files, and so many at once in an empty one. Nothing here is asserted: read the curves.
 """
 
 import argparse
@@ -17,15 +18,14 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from watchdog.events import FileSystemEventHandler
-from watchdog.observers.polling import PollingObserver
-from watchdog.utils.dirsnapshot import DirectorySnapshot, DirectorySnapshotDiff
+from watchdog.events import FileCreatedEvent
+from watchdog.observers.api import EventQueue, ObservedWatch
+from watchdog.observers.polling import PollingEmitter
 
 from promptdrop import config, log
 from promptdrop.inbox import Inbox
@@ -185,86 +185,54 @@ def measure_claims(home: Path, claims: int) -> dict[str, float]:
     return {"claim_first_ms": times[0] * 1e3, "claim_median_ms": statistics.median(times[1:]) * 1e3}
 
 
-def looks(files: int) -> dict[str, float]:
-    """CPU seconds of one look at an inbox of so many files in which nothing is new."""
-    with scratch() as home:
-        for n in range(files):
-            (home / f"{n}.txt").write_text("a\n")
-        watch = config.Watch(settle_seconds=0, writer_seconds=0)
-        inbox = Inbox(home)
-        for now in (1.0, 2.0):
-            inbox.scan(now, watch, True)
-        seen = {path: path.stat().st_mtime_ns for path in home.rglob("*.txt")}
-        snapshots = [DirectorySnapshot(str(home))]
+def pick_up(files: int, there: int) -> dict[str, float]:
+    """CPU ms to know that so many new files are there and stand still: seen twice, the same both times.
 
-        def polling_observer() -> None:  # what PollingEmitter.queue_events does at each turn
-            snapshots.append(DirectorySnapshot(str(home)))
-            DirectorySnapshotDiff(snapshots[-2], snapshots[-1])
-            del snapshots[0]
-
-        def glob_loop() -> None:
-            for path in home.rglob("*.txt"):
-                _ = seen.get(path) != path.stat().st_mtime_ns
-
-        return {
-            "promptdrop_ms": _cpu_ms(lambda: inbox.scan(3.0, watch, True)),
-            "polling_observer_ms": _cpu_ms(polling_observer),
-            "glob_loop_ms": _cpu_ms(glob_loop),
-        }
-
-
-def pick_up(files: int) -> dict[str, float]:
-    """Seconds from the moment a folder of so many files appears until the last one is known of.
-
-    Ours and the loop look twice, as they must to tell a file that is still being written;
-    PollingObserver looks as often as it can, and knows of no such rule.
+    there: files that were known before. Ours also asks of each new file whether somebody has it open
+    for writing.
     """
     with scratch() as home:
-        watched, full = home / "inbox", home / "full"
-        for folder in (watched, full):
+        watched, new = home / "inbox", home / "new"
+        for folder, names in ((watched, range(there)), (new, range(there, there + files))):
             folder.mkdir()
-        for n in range(files):
-            (full / f"{n}.txt").write_text("a\n")
-        heard, done = set(), threading.Event()
-
-        class Handler(FileSystemEventHandler):
-            def on_created(self, event):  # type: ignore[no-untyped-def]
-                heard.add(event.src_path)
-                if len(heard) > files:  # the folder too
-                    done.set()
-
-        observer = PollingObserver(timeout=0.01)
-        observer.schedule(Handler(), str(watched), recursive=True)
-        observer.start()
-        time.sleep(1)
-        began = time.monotonic()
-        full.rename(watched / "full")
-        done.wait(300)
-        polling_observer = time.monotonic() - began
-        observer.stop()
-        observer.join()
-        began = time.monotonic()
-        looks = [{path: path.stat() for path in watched.rglob("*.txt")} for _ in range(2)]
-        settled = [path for path, status in looks[0].items() if looks[1].get(path) == status]
-        glob_loop = time.monotonic() - began
+            for n in names:
+                (folder / f"{n}.txt").write_text("a\n")
         inbox, watch = Inbox(watched), config.Watch(settle_seconds=0)
-        began = time.monotonic()
-        inbox.scan(began, watch, True)
-        offers = inbox.scan(began + 1, watch, True).offers
-        ours = time.monotonic() - began
-        assert len(offers) == len(settled) == files
-        return {
-            "promptdrop_s": ours, "polling_observer_s": polling_observer, "glob_loop_s": glob_loop,
-        }  # fmt: skip
+        for now in (1.0, 2.0):
+            inbox.scan(now, watch, True)
+        events = EventQueue()
+        emitter = PollingEmitter(events, ObservedWatch(str(watched), recursive=True))
+        emitter.on_thread_start()  # its first picture of the folder
+        known = {path: path.stat() for path in watched.rglob("*.txt")}
+        new.rename(watched / "new")
+        found: dict[str, int] = {}
 
+        def promptdrop() -> None:
+            inbox.scan(3.0, watch, True)
+            found["promptdrop"] = len(inbox.scan(4.0, watch, True).offers)
 
-def _cpu_ms(look: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
-        began = time.thread_time()
-        look()
-        times.append((time.thread_time() - began) * 1e3)
-    return statistics.median(times)
+        def polling_observer() -> None:
+            created, changed = set(), set()
+            for _ in range(2):
+                emitter.queue_events(0)
+                while not events.empty():
+                    event, _ = events.get()
+                    kind = created if isinstance(event, FileCreatedEvent) else changed
+                    kind.add(event.src_path)
+            found["polling_observer"] = len(created - changed)
+
+        def glob_loop() -> None:
+            looks = [{path: path.stat() for path in watched.rglob("*.txt")} for _ in range(2)]
+            still = {path for path, status in looks[0].items() if looks[1].get(path) == status}
+            found["glob_loop"] = len(still - known.keys())
+
+        costs = {}
+        for way in (promptdrop, polling_observer, glob_loop):
+            began = time.thread_time()
+            way()
+            costs[f"{way.__name__}_ms"] = (time.thread_time() - began) * 1e3
+        assert set(found.values()) == {files}, found
+        return costs
 
 
 @contextmanager
@@ -275,17 +243,24 @@ def scratch() -> Iterator[Path]:
 
 
 def fill_outbox(spool: Spool, images: int) -> None:
-    """Folders of 100 empty images."""
+    """Finished jobs of 100 empty images."""
     for n in range(images // 100):
         folder = spool.outbox / f"old{n:06d}"
         folder.mkdir()
         for image in range(100):
             os.close(os.open(folder / f"old{n:06d}-{image:04d}.png", os.O_CREAT | os.O_WRONLY))
+        (folder / "job.json").write_text("{}")
 
 
 def say(what: str, number: int, figures: dict[str, float]) -> None:
     """One line of the report."""
     print(f"{what} {number:>9,}: " + ", ".join(f"{k} {v:,.2f}" for k, v in figures.items()), flush=True)  # fmt: skip
+
+
+def median_of(found: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Of each figure."""
+    runs = list(found)
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def draw(file: Path, curves: dict[str, Points]) -> None:
@@ -312,7 +287,7 @@ def draw(file: Path, curves: dict[str, Points]) -> None:
         x, _ = place(x_value, 10**y0)
         parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x_value:,.0f}</text>')  # fmt: skip
     colours = ("#0b6", "#06c", "#c60", "#909", "#c03", "#555")
-    for (name, curve), colour in zip(curves.items(), colours, strict=False):
+    for (name, curve), colour in zip(curves.items(), colours, strict=True):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         x, y = place(*curve[-1])
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/><text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')  # fmt: skip
@@ -353,8 +328,11 @@ def main() -> None:
             spool.init()
             fill_outbox(spool, images)
             found = in_a_child(measure_claims, home, 50)
+            make_pending(spool, RENDERED)
+            found |= in_a_child(measure_pending, home)
         say("images in the outbox", images, found)
         note("a claim, ms (by outbox)", images, found["claim_median_ms"])
+        note("median turn, ms (by outbox)", images, found["turn_median_ms"])
     for what, count, text, measure in (
         ("dropped at once", wanted.dropped, "", measure_drop),
         ("images of one job", wanted.images, f"prompt: a red fox\ncount: {wanted.images}\n", measure_one_job),
@@ -368,15 +346,12 @@ def main() -> None:
                     (spool.inbox / name).write_text(text or "a red fox\n")
                 say(what, count, in_a_child(measure, home, wanted.seconds))
     if wanted.files:
-        found = looks(wanted.files)
-        say("a look at an inbox of", wanted.files, found)
-        for other in ("polling_observer", "glob_loop"):
-            print(f"  {other}: {found[f'{other}_ms'] / found['promptdrop_ms']:.1f} times ours")
-        found = pick_up(wanted.files)
-        say("pick-up of files at once", wanted.files, found)
-        print(
-            f"  polling_observer: {found['polling_observer_s'] / found['promptdrop_s']:.1f} times ours"
-        )
+        for new, there in ((1, wanted.files), (wanted.files, 0)):
+            found = median_of(pick_up(new, there) for _ in range(5))
+            say(f"pick-up of {new:,} in an inbox of", new + there, found)
+            for other in ("polling_observer", "glob_loop"):
+                times = found[f"{other}_ms"] / found["promptdrop_ms"]
+                print(f"  {other}: {times:.1f} times ours", flush=True)
     if wanted.svg:
         draw(wanted.svg, curves)
 

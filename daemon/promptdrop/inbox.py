@@ -101,7 +101,7 @@ class Inbox:
 
     def scan(self, now: float, watch: Watch, recursive: bool) -> Scan:
         """Look at everything once. Raises OSError: the inbox itself cannot be read."""
-        offers: list[Offer] = []
+        arrived: list[tuple[float, str, Offer]] = []
         waiting: dict[str, str] = {}
         next_look = float("inf")
         found = set()
@@ -127,7 +127,8 @@ class Inbox:
             next_look = min(next_look, due)
             if why is None or give_up:
                 seen.offered = True
-                offers.append(Offer(sub, entry.name, seen.signature, now, why if give_up else None))
+                offer = Offer(sub, entry.name, seen.signature, now, why if give_up else None)
+                arrived.append((seen.since, path, offer))
             else:
                 waiting[path] = why
         for path in self._seen.keys() - found:
@@ -141,9 +142,9 @@ class Inbox:
         for path in _named(cancels, found):
             waiting[path] = "waits until the file it names is taken"
             cancels[path] = now  # its own time begins when that is gone
-        offers.sort(key=lambda offer: (self._seen[offer.path].since, offer.path))
+        offers = tuple(offer for _, _, offer in sorted(arrived))  # a path comes once
         cancels = {path: since for path, since in cancels.items() if path not in waiting}
-        return Scan(now, tuple(offers), waiting, blocked, next_look, len(found), cancels)
+        return Scan(now, offers, waiting, blocked, next_look, len(found), cancels)
 
     def object(self, path: str, objection: str) -> None:
         """The offered file would be refused; it may still be arriving, so it waits."""
