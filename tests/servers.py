@@ -62,14 +62,19 @@ def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
 
 
 @contextmanager
-def samba(spool: Path, home: Path) -> Iterator[int]:
-    """smbd with the share of docs/network-share.md as it stands there; yields the port."""
+def samba(spool: Path, home: Path, member: str = "root", *others: str) -> Iterator[int]:
+    """smbd with the share of docs/network-share.md as it stands there, for `member`'s own group.
+
+    Yields the port. `member` and `others` have PASSWORD.
+    """
     need("smbd", "smbclient", "smbpasswd")
     if os.geteuid() != 0:
         pytest.skip("smbd needs root to become its users")
     shown = re.search(r"```ini smb.conf\n(.*?)```", NETWORK_SHARE.read_text(), re.S)
     assert shown, "docs/network-share.md shows an smb.conf"
-    share = shown[1].replace("/srv/promptdrop/spool", str(spool)).replace("promptdrop\n", "root\n")
+    share = (
+        shown[1].replace("/srv/promptdrop/spool", str(spool)).replace("promptdrop\n", f"{member}\n")
+    )
     home.mkdir()
     folders = ("pid", "lock", "state", "cache", "ncalrpc", "private")
     lines = [f"   {name} {'dir' if name in ('ncalrpc', 'private') else 'directory'} = {home}/{name}" for name in folders]  # fmt: skip
@@ -82,10 +87,11 @@ def samba(spool: Path, home: Path) -> Iterator[int]:
         f"   smb ports = {port}\n   interfaces = lo\n   bind interfaces only = yes\n   log file = {home}/log\n"
         + "\n".join(lines) + "\n" + share
     )  # fmt: skip
-    subprocess.run(
-        ["smbpasswd", "-c", str(conf), "-s", "-a", "root"],
-        input=f"{PASSWORD}\n{PASSWORD}\n".encode(), check=True, capture_output=True,
-    )  # fmt: skip
+    for user in (member, *others):
+        subprocess.run(
+            ["smbpasswd", "-c", str(conf), "-s", "-a", user],
+            input=f"{PASSWORD}\n{PASSWORD}\n".encode(), check=True, capture_output=True,
+        )  # fmt: skip
     smbd = which("smbd") or "smbd"
     command = [smbd, "--foreground", "--no-process-group", "--debug-stdout", "-s", str(conf)]
     with serving(command, port, home / "smbd.log"):

@@ -135,6 +135,20 @@ def test_a_writer_holds_a_file_back_for_a_while(tmp_path: Path, inbox: Inbox) ->
     assert offered(at_last) == ["a.txt"]
 
 
+def test_a_writer_holds_a_refusal_back_for_a_while(tmp_path: Path, inbox: Inbox) -> None:
+    """rsync --inplace writes nothing before it has 256 KiB, over a slow line for longer than we wait."""
+    path = tmp_path / "a.txt"
+    with path.open("w"):
+        if not is_open_for_writing(path):
+            pytest.skip("this file system has no leases")
+        inbox.scan(0.0, WATCH, True)
+        held = inbox.scan(10.0, WATCH, True)
+        at_last = inbox.scan(61.0, WATCH, True)
+
+    assert held.waiting == {"a.txt": "would be refused: is empty; open for writing"}
+    assert [offer.give_up for offer in at_last.offers] == ["is empty"]
+
+
 def test_a_writer_who_comes_while_we_look_kills_nobody(tmp_path: Path) -> None:
     """The kernel tells the holder of a lease that somebody wants to write, by a signal."""
     path = tmp_path / "a.txt"

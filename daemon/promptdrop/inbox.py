@@ -178,15 +178,18 @@ class Inbox:
             return seen.obstacle, float("inf"), False
         if seen.obstacle and now < seen.obstacle_until:
             return seen.obstacle, seen.obstacle_until, False
+        waits_for_writer = now < settles + watch.writer_seconds
         objection = seen.objection or ("is empty" if seen.signature[1] == 0 else None)
         if objection:
             gives_up = seen.since + max(watch.give_up_seconds, watch.settle_seconds)
-            if now >= gives_up and seen.looks >= LOOKS:
-                return objection, now, True
-            return f"would be refused: {objection}", max(gives_up, now), False
+            why = f"would be refused: {objection}"
+            if now < gives_up or seen.looks < LOOKS:
+                return why, max(gives_up, now), False
+            if waits_for_writer and is_open_for_writing(entry.path):
+                return f"{why}; open for writing", now + WRITER_SECONDS, False
+            return objection, now, True
         if now < settles or seen.looks < LOOKS:
             return "still settling", max(settles, now), False
-        waits_for_writer = now < settles + watch.writer_seconds
         if waits_for_writer and is_open_for_writing(entry.path):
             return "open for writing", now + WRITER_SECONDS, False
         return None, float("inf"), False
