@@ -223,6 +223,23 @@ def test_a_thousand_files_do_not_keep_a_single_one_waiting(make_daemon: MakeDaem
     assert published.index("bob/one/one-0001.png") < 200
 
 
+def test_ten_thousand_images_do_not_keep_a_single_one_waiting(daemon: Daemon) -> None:
+    """Once claimed, bob's is begun next: behind what the engine has in hand, not behind the rest."""
+    daemon.drop("alice/many.yaml", "prompt: '!slow 0.02'\ncount: 10000\n")
+    daemon.start().until_begun(20)
+    daemon.drop("bob/one.txt", "bob\n")
+    daemon.job("bob/one")
+    order = begun_in_order(daemon)
+    events = daemon.log()
+    claimed = next(n for n, e in enumerate(events) if e.get("file") == "bob/one.txt")
+    before = [e for e in events[:claimed] if e["event"] == "image.published"]
+    left = daemon.status()["queue"]["images"]
+
+    assert order.index("one") <= len(before) + 8  # in the engine or on their way to the disk
+    assert left > 9000
+    assert daemon.stop() == 0
+
+
 def test_a_higher_priority_goes_in_front_at_the_next_image(daemon: Daemon) -> None:
     """Also of the image that the engine was given ahead of time."""
     daemon.drop("low.txt", "!slow 0.7\n" * 4)
