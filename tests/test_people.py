@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -64,6 +65,33 @@ def test_an_inbox_nothing_can_be_moved_out_of_is_named(daemon: Daemon) -> None:
 
     assert "is read-only for us" in at_start
     assert "mode 0555" in status["reason"]
+    assert daemon.job("a")["outcome"] == "done"
+    assert daemon.stop() == 0
+
+
+def test_a_sticky_inbox_is_named(daemon: Daemon) -> None:
+    """At start, in the status and by doctor; another user's file waits, and the cure they name works."""
+    if os.geteuid() != 0:
+        pytest.skip("needs a second user")
+    wrapper = ["setpriv", "--bounding-set=-fowner", *obedient()]
+    os.chown(daemon.drop("a.txt", "a\n"), 65534, -1)
+    os.chown(daemon.inbox, 65534, -1)
+    daemon.inbox.chmod(0o1777)
+    daemon.start(wrapper=wrapper)
+    at_start = daemon.until_log("inbox.unusable")["reason"]
+    waiting = daemon.until_waiting("a.txt", "cannot be moved")
+    doctor = subprocess.run(
+        [*wrapper, "doctor", "--config", daemon.config],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    daemon.inbox.chmod(0o777)
+
+    for said in (at_start, waiting, doctor.stdout):
+        assert "is sticky" in said
+        assert f"chmod -t {daemon.inbox}" in said
+    assert doctor.returncode == 1
     assert daemon.job("a")["outcome"] == "done"
     assert daemon.stop() == 0
 

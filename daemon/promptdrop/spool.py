@@ -66,6 +66,7 @@ _TREE_MODE = 0o2775  # inbox, outbox, failed and control: the whole group may wr
 _LONG = ("prompt", "negative_prompt", "meta")  # of an image, each recorded once for the job
 _OWN_MODE = 0o2755  # what only the daemon writes
 _NEVER = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # no cure of a disk makes such a path good
+_CAP_FOWNER = 3  # linux/capability.h
 _ID = re.compile(r"\d{8}T\d{12}-[0-9a-f]{6}\Z")  # what else lies among our folders is a stranger's
 
 
@@ -1215,9 +1216,17 @@ def why_not_moved(folder: Path) -> str | None:
         return f"{described} is on a file system mounted read-only; mount it read-write"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{described} is read-only for us; give it to our group and: chmod g+rwx {folder}"
-    if status.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid):
+    is_sticky = status.st_mode & stat.S_ISVTX and os.geteuid() != status.st_uid
+    if is_sticky and not _may_act_as_owner():
         return f"{described} is sticky: only the owner of a file may move it out; chmod -t {folder}"
     return None
+
+
+def _may_act_as_owner() -> bool:
+    """CAP_FOWNER, which root may have been left without: capabilities(7)."""
+    with open("/proc/self/status", "rb") as lines:
+        effective = next(line for line in lines if line.startswith(b"CapEff:"))
+    return bool(int(effective.split()[1], 16) >> _CAP_FOWNER & 1)
 
 
 def _summary_image(job: Job, spec: ImageSpec) -> SummaryImage:

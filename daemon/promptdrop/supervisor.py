@@ -360,7 +360,8 @@ class Supervisor:
             elif since <= too_late and self._intake.has_room():
                 self._turned_away.add(path)
                 why = f"names {len(ids)} jobs: {', '.join(ids[:20])}" if ids else ""
-                self._intake.turn_away(path, RequestError(why or "names no job in hand"))
+                why = why or "names no job that waits or is being rendered"
+                self._intake.turn_away(path, RequestError(why))
 
     def _cancel(self, targets: Sequence[str]) -> None:
         for running in [self._running[target] for target in targets if target in self._running]:
