@@ -62,7 +62,8 @@ RETRY_SECONDS = 30.0  # until an engine that could not be started, while others 
 IDLE_DEATHS = 5  # deaths in a row without an image in hand after which the engine is given up
 OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
-GC_THRESHOLDS = 20_000, 10, 1_000_000
+# One of the middle generation, of at most 50,000 objects, costs 10 to 20 ms.
+GC_THRESHOLDS = 5_000, 10, 1_000_000
 ACCEPT_SECONDS = 0.02  # of one turn, for jobs left from before
 RETRY_SECONDS = 0.1  # of the clerk's time at once, for a command with many targets
 LISTED = 100  # jobs, files and ends in the status
