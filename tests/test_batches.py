@@ -168,8 +168,8 @@ def test_a_cancelled_job_leaves_the_others_of_its_batch(make_daemon: MakeDaemon)
     """They are rendered to the end; of the cancelled one nothing is published."""
     daemon = make_daemon(FOUR)
     with waiting(daemon, 2):
-        daemon.drop("a.json", job("!slow 0.3 a cat"))
-        daemon.drop("b.json", job("a dog"))
+        daemon.drop("a.json", job("!slow 0.2 a cat", steps=30))
+        daemon.drop("b.json", job("a dog", steps=30))
     until(lambda: len(list(daemon.own.glob("active/*/0001.begun"))) == 2, "both begun")
     daemon.run("cancel", "b.json")
 

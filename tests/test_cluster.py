@@ -301,3 +301,17 @@ def test_status_shows_the_cluster(cluster: Cluster, make_daemon: MakeDaemon) -> 
     assert "a.txt 1/1" in done.stdout
     assert daemon.job("a")["outcome"] == "done"
     assert daemon.stop() == 0
+
+
+def test_images_are_rendered_together_on_other_hosts(
+    make_daemon: MakeDaemon, cluster: Cluster
+) -> None:
+    """`engine.batch` is each engine's; what follows at once is waited for there too."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1, batch=4))
+    daemon.start().until_ready()
+    daemon.drop("a.jsonl", prompts(*["a cat"] * 8))
+
+    each_once(daemon, "a", 8)
+    assert [sidecar["batch"] for sidecar in daemon.sidecars("a")] == [4] * 8
+    assert daemon.stop() == 0
