@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -48,6 +49,8 @@ from promptdrop.worker import die_with_parent
 NAMESPACE = "promptdrop"
 LISTEN_SECONDS = 10.0  # of one question; no answer at all after twice that: the host is lost
 PLACE_SECONDS = 2.0  # between two looks whether a host was found
+KNOCK_SECONDS = 1.0  # between two looks whether the head is there
+KNOCKS = 5  # in vain, after which it is given up
 KILL_SECONDS = 5.0  # until a host that does not kill its engine is killed itself
 
 
@@ -63,6 +66,7 @@ def main(fd: int, address: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ray.init has set its own
         signal.signal(number, signal.SIG_IGN)
     control.send(pickle.dumps(Connected()))
+    threading.Thread(target=_watch_head, args=(control,), name="watch", daemon=True).start()
     relays: dict[str, Relay] = {}
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, PACKET, 1)
@@ -81,7 +85,29 @@ def main(fd: int, address: str) -> None:
 
 def connect(address: str) -> None:
     """Become a driver of the cluster. Raises RayError, RuntimeError, OSError, ValueError."""
+    if ":" in address:
+        knock(address)  # ray.init would try for a minute and a half
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def knock(address: str) -> None:
+    """Whether somebody listens at HOST:PORT. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+
+
+def _watch_head(control: socket.socket) -> None:
+    """A thread: Ray itself gives a head up after a minute, and ends the process without a word."""
+    address, failures = ray.get_runtime_context().gcs_address, 0
+    while failures < KNOCKS:
+        time.sleep(KNOCK_SECONDS)
+        try:
+            knock(address)
+            failures = 0
+        except OSError as e:
+            failures, reason = failures + 1, f"the head at {address} does not answer: {e}"
+    control.send(pickle.dumps(Trouble(reason)))
+    os._exit(1)
 
 
 def end(actor: Any) -> None:
