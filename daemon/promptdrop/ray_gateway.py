@@ -87,7 +87,15 @@ def connect(address: str) -> None:
     """Become a driver of the cluster. Raises RayError, RuntimeError, OSError, ValueError."""
     if ":" in address:
         knock(address)  # ray.init would try for a minute and a half
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except ConnectionError as e:  # Ray says no more than that
+        raise ConnectionError(
+            f"{e}; somebody listens there: is the token of RAY_AUTH_TOKEN_PATH the cluster's,"
+            f" and its Ray {ray.__version__}?"
+        ) from e
 
 
 def knock(address: str) -> None:
