@@ -33,6 +33,11 @@ class Host:
     """`ray start --block` in a session of its own."""
 
     process: subprocess.Popen[bytes]
+    log: Path
+
+    def until_started(self) -> None:
+        """Wait until Ray says so."""
+        until(lambda: "Ray runtime started" in self.log.read_text(), "a host of the cluster")
 
     def kill(self) -> None:
         """SIGKILL; Ray's processes die with it (PR_SET_PDEATHSIG)."""
@@ -58,20 +63,23 @@ class Cluster:
 
     def start_head(self, prefix: tuple[str, ...] = ()) -> None:
         """Start the head, without cores of its own."""
-        self.head = self._start(
+        self.head = self.start_ray(
             "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false",
             f"--node-ip-address={self.node_ip}", prefix=prefix,
         )  # fmt: skip
+        self.head.until_started()
 
     def add_host(
         self, cores: int = 1, prefix: tuple[str, ...] = (), ip: str = "127.0.0.1", **env: str
     ) -> Host:
         """A host for so many engines."""
-        host = self._start(
+        host = self.start_ray(
             f"--address={self.address}", f"--num-cpus={cores}", f"--node-ip-address={ip}",
             prefix=prefix, **env,
         )  # fmt: skip
         self.hosts.append(host)
+        # One after another: hosts of one machine that start at once choose the same sockets.
+        host.until_started()
         return host
 
     def kill_hosts(self) -> None:
@@ -87,7 +95,7 @@ class Cluster:
             self.head.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, *arguments: str, prefix: tuple[str, ...] = (), **env: str) -> Host:
+    def start_ray(self, *arguments: str, prefix: tuple[str, ...] = (), **env: str) -> Host:
         log_file = self.folder / f"ray-{os.urandom(4).hex()}.log"
         with log_file.open("wb") as log:
             process = subprocess.Popen(
@@ -95,9 +103,7 @@ class Cluster:
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **HASTE, "RAY_TMPDIR": str(self.folder), **self.environment, **env},
             )  # fmt: skip
-        # One after another: hosts of one machine that start at once choose the same sockets.
-        until(lambda: b"Ray runtime started" in log_file.read_bytes(), "a host of the cluster")
-        return Host(process)
+        return Host(process, log_file)
 
 
 def free_port() -> int:

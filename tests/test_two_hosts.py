@@ -150,3 +150,11 @@ def test_a_wrong_token_is_refused(
     assert status["state"] == "waiting"
     assert "token" in status["reason"].lower()
     assert daemon.stop() == 0
+    host = cluster.start_ray(
+        f"--address={cluster.address}", f"--node-ip-address={WORKER}",
+        prefix=network.enter("b"), RAY_AUTH_TOKEN_PATH=str(wrong),
+    )  # fmt: skip
+    cluster.hosts.append(host)
+
+    assert host.process.wait(120) != 0
+    assert "Ray runtime started" not in host.log.read_text()
