@@ -134,11 +134,12 @@ def installation(folder: Path) -> dict[Path, str]:
         path.mkdir(parents=True)
     (folder / "pyvenv.cfg").write_text("home = /opt/python/bin\n")
     (bin_folder / "python").symlink_to(f"/opt/python/bin/{version}")
-    (bin_folder / "promptdrop").write_text(
-        "#!/opt/promptdrop/.venv/bin/python\nimport sys\n"
-        "from promptdrop.cli import main\nsys.exit(main())\n"
-    )
-    (bin_folder / "promptdrop").chmod(0o755)
+    for command, module in (("promptdrop", "promptdrop.cli"), ("ray", "ray.scripts.scripts")):
+        (bin_folder / command).write_text(
+            "#!/opt/promptdrop/.venv/bin/python\nimport sys\n"
+            f"from {module} import main\nsys.exit(main())\n"
+        )
+        (bin_folder / command).chmod(0o755)
     (site / "promptdrop.pth").write_text("/opt/promptdrop/daemon\n/opt/promptdrop/packages\n")
     return {
         Path(sys.base_prefix): "/opt/python",

@@ -406,3 +406,63 @@ def test_metrics_stay_on_this_machine(service: MakeService) -> None:
     assert denied == {"0.0.0.0/0", "::/0"}
     assert allowed == {"127.0.0.0/8", "::1/128"}
     assert "promptdrop_engine_ready" in opened.stdout, opened.stderr
+
+
+# --- a cluster ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["promptdrop-ray-head.service", "promptdrop-ray-worker.service"])
+def test_the_units_of_a_cluster(tmp_path: Path, name: str) -> None:
+    """Hardened as far as a network allows, a token asked for, no statistics, no dashboard, no open port."""
+    text = (SYSTEMD / name).read_text()
+    copy = tmp_path / name
+    copy.write_text(text.replace("/opt/promptdrop/.venv/bin/ray", "/bin/true"))
+    score = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(copy)]
+    verify = ["systemd-analyze", "verify", "--man=no", str(copy)]
+    scored = subprocess.run(score, capture_output=True, text=True, check=False)
+    verified = subprocess.run(verify, capture_output=True, text=True, check=False)
+
+    assert scored.returncode == 0, scored.stdout
+    assert (verified.returncode, verified.stderr) == (0, "")
+    for wanted in (
+        "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=/etc/promptdrop/ray.token", "--block",
+        "RAY_USAGE_STATS_ENABLED=0", "--disable-usage-stats", "--node-manager-port=6380",
+        "--object-manager-port=6381", "--min-worker-port=6400", "KillMode=control-group",
+    ):  # fmt: skip
+        assert wanted in text
+    assert "ray stop" not in re.sub(r"#.*", "", text)
+
+
+def test_a_cluster_under_its_units(machine: Machine, service: MakeService) -> None:
+    """docs/cluster.md on one machine: head, token, the daemon with cluster.conf; an image comes out.
+
+    The engine has no GPU here, so it asks for a core, which the head's own command does not offer.
+    """
+    pytest.importorskip("ray", reason="ray is not installed: pip install promptdrop[ray]")
+    one = service({
+        "model": {"device": "cpu"},
+        "engine": {"backend": "ray"},
+        "ray": {"address": "127.0.0.1:6379"},
+    })  # fmt: skip
+    machine.write("/etc/promptdrop/ray.env", "PROMPTDROP_ADDRESS=127.0.0.1\n")
+    machine.shell(
+        "umask 077; head -c 32 /dev/urandom | base64 -w0 > /etc/promptdrop/ray.token;"
+        "chown promptdrop: /etc/promptdrop/ray.token;"
+        "cd /opt/promptdrop/systemd; install -m 644 promptdrop-ray-head.service /etc/systemd/system/;"
+        f"install -D -m 644 cluster.conf /etc/systemd/system/{one.unit}.d/cluster.conf;"
+        "sed -i s/--num-cpus=0/--num-cpus=1/ /etc/systemd/system/promptdrop-ray-head.service;"
+        "systemctl daemon-reload"
+    )
+    try:
+        machine.run("systemctl", "start", "promptdrop-ray-head")
+        one.start()
+        one.drop("a.txt", "a cat\n")
+        job = one.until_done("a")
+        status = one.read(".promptdrop/status.json")
+
+        assert job["outcome"] == "done"
+        assert status["engine"]["host"]
+        assert machine.show("promptdrop-ray-head.service", "ActiveState") == "active"
+    finally:
+        one.systemctl("stop", check=False)
+        machine.run("systemctl", "stop", "promptdrop-ray-head", check=False)
