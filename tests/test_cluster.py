@@ -315,3 +315,16 @@ def test_images_are_rendered_together_on_other_hosts(
     each_once(daemon, "a", 8)
     assert [sidecar["batch"] for sidecar in daemon.sidecars("a")] == [4] * 8
     assert daemon.stop() == 0
+
+
+def test_doctor_asks_for_the_head(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """Models are the hosts' own business; that nobody answers is said before the night."""
+    there = make_daemon(settings(cluster))
+    address = f"127.0.0.1:{clusters.free_port()}"
+    nowhere = make_daemon({**settings(cluster), "ray": {"address": address}}, home="nowhere")
+    good, bad = there.run("doctor"), nowhere.run("doctor")
+
+    assert f"{cluster.address} answers" in good.stdout
+    assert good.returncode == 0, good.stdout
+    assert f"{address}: no head answers: [Errno 111] Connection refused" in bad.stdout
+    assert bad.returncode == 1

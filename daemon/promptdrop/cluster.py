@@ -15,6 +15,7 @@ from promptdrop.errors import ConfigError
 from promptdrop.messages import PACKET, Connected, Kill, Open, Release, Trouble
 from promptdrop.pool import Slot
 
+KNOCK_SECONDS = 1.0  # for the head to answer, and between two looks whether it does
 RELEASE_SECONDS = 10.0  # for the gateway to give the devices back
 
 
@@ -22,6 +23,12 @@ def require_ray() -> None:
     """Raise ConfigError where ray is not installed."""
     if find_spec("ray") is None:
         raise ConfigError("engine.backend: ray: ray is not installed; pip install promptdrop[ray]")
+
+
+def knock(address: str) -> None:
+    """Whether somebody listens at HOST:PORT. Raises OSError: nobody does."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def actor_prefix(settings: Config) -> str:

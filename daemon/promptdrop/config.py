@@ -215,7 +215,7 @@ class Metrics(Section):
 class Ray(Section):
     """Of `engine.backend: ray` alone."""
 
-    address: Annotated[str, Field(min_length=1)] = "auto"
+    address: Annotated[str, Field(pattern=r"^(auto|[^\s:]+:\d{1,5})$")] = "auto"
 
 
 class Log(Section):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from promptdrop import cluster, engine, fs, names, pool, weights
 from promptdrop import config as configuration
-from promptdrop import engine, fs, names, weights
 from promptdrop.config import Config
 from promptdrop.errors import PromptdropError
 from promptdrop.inbox import strangers, watch_mode
@@ -31,8 +31,11 @@ def examine(settings: Config) -> Iterator[Finding]:
     spool = Spool(settings)
     yield from _guarded("configuration", lambda: _configuration(settings))
     yield from _folders(spool)
-    yield from _guarded("model", lambda: _model(settings))
-    yield from _guarded("device", lambda: _device(settings))
+    if settings.engine.backend == "ray":
+        yield from _guarded("cluster", lambda: _cluster(settings))
+    else:
+        yield from _guarded("model", lambda: _model(settings))
+        yield from _guarded("device", lambda: _device(settings))
     yield _daemon(spool)
 
 
@@ -113,7 +116,23 @@ def _model(settings: Config) -> Finding:
     return Finding("ok", "model", f"{settings.model.id} in {weights.resolve(settings)}")
 
 
+def _cluster(settings: Config) -> Finding:
+    """Models and devices are the hosts' own: they say at loading what is missing."""
+    cluster.require_ray()
+    address = settings.ray.address
+    if ":" not in address:
+        return Finding(
+            "note", "cluster", f"ray.address: {address}: looked for when the daemon starts"
+        )
+    try:
+        cluster.knock(address)
+    except OSError as e:
+        return Finding("bad", "cluster", f"ray.address: {address}: no head answers: {e}")
+    return Finding("ok", "cluster", f"{address} answers; its hosts: promptdrop cluster status")
+
+
 def _device(settings: Config) -> Finding:
+    pool.ChildProcesses(settings)  # as many engines as there are GPUs
     wanted, present = settings.model.device, _nvidia_devices()
     if wanted == "cpu" or (wanted == "auto" and not present):
         return Finding(

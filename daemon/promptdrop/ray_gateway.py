@@ -24,6 +24,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from promptdrop import __version__
+from promptdrop.cluster import KNOCK_SECONDS, knock
 from promptdrop.messages import (
     PACKET,
     Answer,
@@ -49,7 +50,6 @@ from promptdrop.worker import die_with_parent
 NAMESPACE = "promptdrop"
 LISTEN_SECONDS = 10.0  # of one question; no answer at all after twice that: the host is lost
 PLACE_SECONDS = 2.0  # between two looks whether a host was found
-KNOCK_SECONDS = 1.0  # between two looks whether the head is there
 KNOCKS = 5  # in vain, after which it is given up
 KILL_SECONDS = 5.0  # until a host that does not kill its engine is killed itself
 
@@ -96,12 +96,6 @@ def connect(address: str) -> None:
             f"{e}; somebody listens there: is the token of RAY_AUTH_TOKEN_PATH the cluster's,"
             f" and its Ray {ray.__version__}?"
         ) from e
-
-
-def knock(address: str) -> None:
-    """Whether somebody listens at HOST:PORT. Raises OSError."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def _watch_head(control: socket.socket) -> None:
