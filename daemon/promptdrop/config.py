@@ -121,6 +121,7 @@ class EngineSection(Section):
     stall_seconds: Seconds | None = None
     load_timeout_seconds: Seconds = 900.0
     stop_seconds: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    unload_after_seconds: Seconds | None = None
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     on_timeout: Literal["fail", "placeholder"] = "fail"
     empty_cache_every: Annotated[int, Field(ge=1)] = 10

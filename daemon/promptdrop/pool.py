@@ -16,6 +16,7 @@ from promptdrop.loop import reason_of
 from promptdrop.messages import Answer
 from promptdrop.metrics import gpu_count
 
+UNLOADED = "unloaded, idle"  # what the status says
 DEPTH = 2  # batches in an engine: the one being rendered and the next, so the device never waits
 
 
@@ -29,6 +30,7 @@ class Slot:
     lives: int = 0
     idle_deaths: int = 0  # deaths in a row without an image in hand
     sent: int = 0  # images, for empty_cache_every
+    is_unloading: bool = False  # this life was ended to give its device back
     has_news: bool = False  # images were sent that may not be begun yet
     due: float = 0.0  # when its next life begins, on the daemon's monotonic clock
     trouble: str | None = None  # why it has no engine, or one that cannot work
@@ -138,6 +140,7 @@ class Pool:
     def __init__(self, settings: Config, backend: Backend) -> None:
         self.settings = settings  # replaced by SIGHUP's
         self.slots: list[Slot] = []
+        self.is_unloaded = False  # until there is something to do
         self._backend = backend
 
     @property
@@ -181,7 +184,7 @@ class Pool:
         due, limits = [self._backend.next_deadline()], self.limits
         for slot in self.slots:
             if slot.engine is None:
-                due.append(slot.due)
+                due.append(float("inf") if self.is_unloaded else slot.due)
             elif not slot.trouble:
                 due.append(slot.engine.next_deadline(limits))
         return min(due)
@@ -191,6 +194,7 @@ class Pool:
     ) -> Iterator[tuple[Slot, EngineLink, Answer | Ended]]:
         """What engines have said, and which have ended; starts those that are due."""
         self._backend.hear(now)
+        may_start = may_start and not self.is_unloaded
         while may_start and len(self.slots) < self._backend.wanted(self.slots):
             self.slots.append(Slot(len(self.slots) + 1))
         for slot in self.slots:
@@ -231,7 +235,7 @@ class Pool:
             slot.rest(again, now + self.settings.watch.rescan_seconds)
             log.get().error("engine.not_started", engine=slot.name, reason=again)
             return
-        slot.trouble = None
+        slot.trouble, slot.is_unloading = None, False
         slot.lives += 1
         log.get().info("engine.starting", engine=slot.name, pid=slot.engine.pid, life=slot.lives)
 
@@ -258,6 +262,21 @@ class Pool:
             if slot.engine and slot.has_news:
                 slot.engine.begin()
                 slot.has_news = False
+
+    def unload(self, now: float) -> None:
+        """End engines without work, and begin none until told otherwise: others may use the devices."""
+        self.is_unloaded = True
+        for slot in self.slots:
+            if slot.engine:
+                slot.is_unloading, slot.lives = True, 0  # the next life replaces none
+                slot.engine.kill(UNLOADED, now)
+
+    @property
+    def are_loaded(self) -> bool:
+        """Whether all there are have been loaded: none is on its way."""
+        return any(slot.warm for slot in self.slots) and all(
+            slot.warm or slot.engine is None for slot in self.slots
+        )
 
     def first_warm(self) -> EngineLink | None:
         """An engine to ask."""

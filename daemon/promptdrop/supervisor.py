@@ -37,7 +37,7 @@ from promptdrop.messages import (
     Tokens,
 )
 from promptdrop.metrics import RollingWindow
-from promptdrop.pool import Backend, ChildProcesses, Ended, Pool, Slot
+from promptdrop.pool import UNLOADED, Backend, ChildProcesses, Ended, Pool, Slot
 from promptdrop.publish import Publication
 from promptdrop.queue import Queue
 from promptdrop.records import (
@@ -117,6 +117,8 @@ class Supervisor:
         self._tickets: dict[int, Running] = {}  # images in the engines
         self._measuring: dict[int, Running] = {}  # jobs whose prompts an engine counts
         self._unmeasured: list[Running] = []
+
+        self._idle_since = 0.0  # when the engines were last needed, on the monotonic clock
 
         self._window = RollingWindow(settings.metrics.window)
         self._published = 0
@@ -198,6 +200,7 @@ class Supervisor:
             self._accept_left_over(now)
             self._intake.look(now)
         self._feed(now)
+        self._maybe_unload(now)
         self._maybe_end(now)
         self._report(now)
 
@@ -209,6 +212,8 @@ class Supervisor:
             due.append(now + self._notifier.watchdog_seconds / 2)
         if self._stop_at is not None:
             due.append(self._stop_at)
+        if (after := self.config.engine.unload_after_seconds) and not self._pool.is_unloaded:
+            due.append(max(now, self._idle_since + after))
         if self._running:
             due.append(self._status_at + STATUS_SECONDS)
         if self._shared is not self._shown and not (self._sharing or self._recovering):
@@ -311,6 +316,8 @@ class Supervisor:
             )
             if survey.paused:
                 self._recall_prefetched()
+            else:
+                self._load()
         for command in survey.commands:
             if command.file not in self._obeying:
                 self._obey(command)
@@ -637,8 +644,30 @@ class Supervisor:
                 "engine.not_started", engine=slot.name, reason=reason, retry_seconds=RETRY_SECONDS
             )
 
+    def _maybe_unload(self, now: float) -> None:
+        """Give the devices back when they were not needed for a while, and take them again."""
+        if (after := self.config.engine.unload_after_seconds) is None:
+            return
+        waits = bool(len(self._queue) or self._unmeasured) and not self._is_held()
+        if waits or self._tickets or self._measuring:
+            self._load()
+            self._idle_since = now
+        elif not self._pool.are_loaded:
+            self._idle_since = now
+        elif now >= self._idle_since + after and not self._pool.is_unloaded:
+            self._pool.unload(now)
+
+    def _load(self) -> None:
+        self._idle_since = time.monotonic()
+        if self._pool.is_unloaded:
+            self._pool.is_unloaded = False
+            self._loop.wake()
+
     def _bury(self, slot: Slot, dead: EngineLink) -> None:
         """An engine is dead: charge whom it had in hand. Another takes its place."""
+        if slot.is_unloading:
+            log.get().info("engine.unloaded", engine=slot.name, pid=dead.pid)
+            return
         how = dead.how_it_ended()
         event = "engine.lost" if dead.is_lost else "engine.died"
         log.get().error(event, engine=slot.name, pid=dead.pid, how=how, in_hand=len(dead.in_hand))
@@ -844,7 +873,7 @@ class Supervisor:
         elif not (
             self._recovering or self._left_over or self._running or self._refusing or self._obeying
         ):
-            ready = self._pool.first_warm() is not None
+            ready = self._pool.is_unloaded or self._pool.first_warm() is not None
             if self._intake.is_quiet() and ready:
                 self._end(0)
             elif self._intake.obstacle and ready and self._intake.is_idle():
@@ -875,7 +904,10 @@ class Supervisor:
         if now < self._status_at + STATUS_SECONDS:
             return
         last = self.finished[-1].id if self.finished else None
-        stages = [(slot.trouble, slot.engine and slot.engine.stage) for slot in self._pool.slots]
+        stages = [
+            (slot.trouble, self._pool.is_unloaded, slot.engine and slot.engine.stage)
+            for slot in self._pool.slots
+        ]
         waiting = tuple(islice(self._intake.waiting.items(), LISTED))
         jobs = len(self._running)
         key = (self._state(), self._reason(), self._published, jobs, last, stages, waiting)
@@ -921,6 +953,8 @@ class Supervisor:
             return "paused"
         if self._pool.trouble or self._trouble or self._loop.trouble:
             return "waiting"
+        if self._pool.is_unloaded:
+            return "ready"
         if not self._pool.first_warm():
             return "starting"
         return "rendering" if self._tickets else "ready"
@@ -955,16 +989,17 @@ class Supervisor:
     def _status_engine(self, slot: Slot) -> StatusEngine:
         link, info = slot.engine, slot.info
         state: Literal["starting", "ready", "replacing", "stopped"]
-        if link is None:
+        if link is None or self._pool.is_unloaded:
             state = "stopped"
         elif link.is_ready:
             state = "ready"
         else:
             state = "starting" if slot.lives == 1 else "replacing"
+        stage = state if link is None or link.is_ready else link.stage
         return StatusEngine(
             name=slot.name,
             state=state,
-            stage=state if link is None or link.is_ready else link.stage,
+            stage=UNLOADED if self._pool.is_unloaded else stage,
             reason=slot.trouble,
             pid=link.pid if link else None,
             host=link.host if link else None,
@@ -1004,7 +1039,7 @@ def one_line(status: Status) -> str:
         return f"{status.state}: {status.reason}"
     if status.state == "starting":
         return f"{status.engine.stage}; {status.queue.images} images queued"
-    parts: list[str] = [status.state]
+    parts: list[str] = [UNLOADED if status.engine.stage == UNLOADED else status.state]
     if status.current:
         parts.append(f"{status.current.file} {status.current.image}/{status.current.images}")
     parts.append(f"{status.queue.images} images queued")
