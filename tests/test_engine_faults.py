@@ -412,9 +412,14 @@ def test_a_daemon_whose_engine_cannot_load_does_not_wait_for_its_end(
     known_after = datetime.fromisoformat(ending["timestamp"]) - datetime.fromisoformat(
         loading["timestamp"]
     )
+    stopped = daemon.log("daemon.stopped")[0]
+    ended_after = datetime.fromisoformat(stopped["timestamp"]) - datetime.fromisoformat(
+        ending["timestamp"]
+    )
 
     assert "scripted by !load-linger" in ending["reason"]
     assert known_after.total_seconds() < 1
+    assert ended_after.total_seconds() < 1
     assert not alive(daemon.engine_pid())
 
 
