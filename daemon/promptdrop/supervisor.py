@@ -58,7 +58,7 @@ from promptdrop.spool import DEATHS_FAILED, STATUS, Job, Spool, Unresolved, why_
 STATUS_SECONDS = 1.0  # shortest time between two writes of status.json
 HEARTBEAT_SECONDS = 10.0  # longest
 PROGRESS_SECONDS = 0.1
-RETRY_SECONDS = 30.0  # until an engine that could not be started, while others work, is tried again
+REST_SECONDS = 30.0  # until an engine that could not be started, while others work, is tried again
 IDLE_DEATHS = 5  # deaths in a row without an image in hand after which the engine is given up
 OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
@@ -636,12 +636,12 @@ class Supervisor:
 
     def _cannot_start(self, slot: Slot, reason: str, exit_status: int) -> None:
         """The daemon ends, at once, however long the engine takes to die; unless others can work."""
-        slot.rest(reason, time.monotonic() + RETRY_SECONDS)
+        slot.rest(reason, time.monotonic() + REST_SECONDS)
         if self._pool.is_hopeless():
             self._end(exit_status, reason)
         else:
             log.get().error(
-                "engine.not_started", engine=slot.name, reason=reason, retry_seconds=RETRY_SECONDS
+                "engine.not_started", engine=slot.name, reason=reason, retry_seconds=REST_SECONDS
             )
 
     def _maybe_unload(self, now: float) -> None:
