@@ -24,7 +24,7 @@ from promptdrop.infotext import format_infotext, parse_infotext
 BOUNDED = settings(
     max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
-SLACK = 3  # a loaded machine is slow, not wrong
+SLACK = 10  # a loaded machine and a collector with a test run to look at
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 PROMPT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
     str.strip
@@ -69,7 +69,8 @@ def test_a_tag_cannot_colour_a_terminal() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_dearest_inputs_are_answered_in_time(name: str) -> None:
-    """100 ms up to 64 KiB, 3 s at the size limit; with slack, of this thread's own time."""
+    """Work that grows with more than the size would show: ten times the bounds that bench/requests.py
+    measures, 100 ms up to 64 KiB and 3 s at the size limit, of this thread's own time."""
     suffix, text_of = HOSTILE[name]
     for size, seconds in zip(SIZES, (0.1, 3.0), strict=True):
         data = text_of(size).encode()[:size]
