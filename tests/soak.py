@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from harness import Daemon, until
+from harness import Daemon, merged, until
 from promptdrop import control
 from promptdrop.spool import failures
 
@@ -283,11 +283,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=45, help="stop making trouble after these")
+    parser.add_argument("--workers", type=int, default=1, help="engines")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4)))
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="promptdrop-soak-") as home:
-        daemon = Daemon(Path(home), SETTINGS)
+        daemon = Daemon(Path(home), merged(SETTINGS, {"engine": {"workers": given.workers}}))
         began = time.monotonic()
         campaign = Campaign(
             daemon, given.seed, given.images, given.kills, began + given.minutes * 60
