@@ -266,11 +266,14 @@ class Campaign:
 
     def _until_published(self, images: int) -> None:
         assert self.daemon.process
-        until(
-            lambda: self.daemon.status().get("images_published", 0) >= images,
-            f"{images} images",
-            600,
-        )
+
+        def are_published() -> bool:
+            status = self.daemon.status()
+            return bool(
+                status and self._is_its_own(status) and status["images_published"] >= images
+            )
+
+        until(are_published, f"{images} images", 600)
 
     def _memory_mib(self) -> float:
         assert self.daemon.process
