@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import pytest
 import clusters
 from clusters import Cluster
 from harness import Daemon, until
+from promptdrop import cluster as cluster_module
+from promptdrop import config, pool
 
 pytest.importorskip("ray", reason="ray is not installed: pip install promptdrop[ray]")
 pytestmark = pytest.mark.timeout(300)
@@ -328,3 +332,19 @@ def test_doctor_asks_for_the_head(cluster: Cluster, make_daemon: MakeDaemon) -> 
     assert good.returncode == 0, good.stdout
     assert f"{address}: no head answers: [Errno 111] Connection refused" in bad.stdout
     assert bad.returncode == 1
+
+
+def test_who_has_no_way_into_the_cluster_sleeps(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    """No engine is due while none may begin: the daemon does not spin until the head is back."""
+    address = f"127.0.0.1:{clusters.free_port()}"
+    daemon = make_daemon(settings(Cluster(tmp_path, int(address.rpartition(":")[2]))))
+    loaded = config.load(daemon.config)
+    engines = pool.Pool(loaded, cluster_module.RayCluster(loaded))
+    now = time.monotonic()
+    try:
+        list(engines.hear(now, may_start=True))
+
+        assert len(engines.slots) == 2
+        assert engines.next_deadline() > now
+    finally:
+        engines.close(is_done=False)

@@ -17,6 +17,7 @@ from promptdrop.messages import Answer
 from promptdrop.metrics import gpu_count
 
 UNLOADED = "unloaded, idle"  # what the status says
+FULL_SECONDS = 0.1  # until an engine is begun that its backend could not take in now
 DEPTH = 2  # batches in an engine: the one being rendered and the next, so the device never waits
 
 
@@ -66,7 +67,8 @@ class Backend(Protocol):
         """How many slots there shall be; never fewer than there are."""
 
     def begin(self, slot: Slot, settings: Config) -> EngineLink:
-        """A new life. Raises OSError: out of descriptors, processes or memory."""
+        """A new life. Raises OSError: out of descriptors, processes or memory; BlockingIOError: not
+        all at once."""
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
         """Whether nobody will render, now that no engine of these is warm or on its way there."""
@@ -142,6 +144,7 @@ class Pool:
         self.slots: list[Slot] = []
         self.is_unloaded = False  # until there is something to do
         self._backend = backend
+        self._may_begin = False  # an engine, at the last look
 
     @property
     def trouble(self) -> str | None:
@@ -184,7 +187,7 @@ class Pool:
         due, limits = [self._backend.next_deadline()], self.limits
         for slot in self.slots:
             if slot.engine is None:
-                due.append(float("inf") if self.is_unloaded else slot.due)
+                due.append(slot.due if self._may_begin else float("inf"))
             elif not slot.trouble:
                 due.append(slot.engine.next_deadline(limits))
         return min(due)
@@ -195,12 +198,13 @@ class Pool:
         """What engines have said, and which have ended; starts those that are due."""
         self._backend.hear(now)
         may_start = may_start and not self.is_unloaded
+        self._may_begin = may_start and self._backend.may_begin
         while may_start and len(self.slots) < self._backend.wanted(self.slots):
             self.slots.append(Slot(len(self.slots) + 1))
         for slot in self.slots:
             if slot.engine:
                 yield from self._hear(slot, slot.engine, now)
-            elif may_start and now >= slot.due and self._backend.may_begin:
+            elif self._may_begin and now >= slot.due:
                 self._start(slot, now)
 
     def _hear(
@@ -230,6 +234,9 @@ class Pool:
         """Out of descriptors, processes or memory: tried again, like trouble with a disk."""
         try:
             slot.engine = self._backend.begin(slot, self.settings)
+        except BlockingIOError:
+            slot.due = now + FULL_SECONDS
+            return
         except OSError as e:
             again = "the engine process cannot be started: " + reason_of(e)
             slot.rest(again, now + self.settings.watch.rescan_seconds)
@@ -273,9 +280,10 @@ class Pool:
 
     @property
     def are_loaded(self) -> bool:
-        """Whether all there are have been loaded: none is on its way."""
+        """Whether all there are have been loaded: none is on its way; who waits for a host is not."""
         return any(slot.warm for slot in self.slots) and all(
-            slot.warm or slot.engine is None for slot in self.slots
+            slot.warm or slot.engine is None or slot.engine.loads_since is None
+            for slot in self.slots
         )
 
     def first_warm(self) -> EngineLink | None:
