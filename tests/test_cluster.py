@@ -348,3 +348,44 @@ def test_who_has_no_way_into_the_cluster_sleeps(make_daemon: MakeDaemon, tmp_pat
         assert engines.next_deadline() > now
     finally:
         engines.close(is_done=False)
+
+
+def test_what_an_engine_is_not_made_of_leaves_it_warm(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """A restart with other timeouts finds the same process; with another batch, a new one, at once."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1))
+    daemon.start().until_ready()
+    (first,) = engine_processes(cluster)
+    assert daemon.stop() == 0
+    daemon.write_config({"engine": {"load_timeout_seconds": 800}, "log": {"level": "debug"}})
+    daemon.start()
+    daemon.until_log("engine.ready", times=2)
+    (second,) = engine_processes(cluster)
+    assert daemon.stop() == 0
+    daemon.write_config({"engine": {"batch": 2}})
+    daemon.start()
+    daemon.until_log("engine.ready", times=3)
+    (third,) = engine_processes(cluster)
+
+    assert first == second
+    assert third != first
+    assert daemon.log("engine.died") == daemon.log("engine.not_started") == []
+    assert daemon.stop() == 0
+
+
+def test_an_actor_out_of_descriptors_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """An error that its keeper does not know ends it, instead of leaving an engine with nobody to keep it."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1))
+    daemon.start()
+    pid = daemon.until_log("engine.placed")["pid"]
+    daemon.until_ready()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+    daemon.drop("a.jsonl", prompts("a cat", "a dog"))
+    each_once(daemon, "a", 2)
+
+    assert daemon.log("engine.placed")[-1]["pid"] != pid
+    assert attempts(daemon, "a") == [1, 1]
+    assert daemon.stop() == 0

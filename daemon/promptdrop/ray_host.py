@@ -8,12 +8,13 @@ daemon, so that a new one finds the engine warm.
 import os
 import select
 import socket
-import sys
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from promptdrop import __version__, engine_process
 from promptdrop.config import Config
@@ -46,7 +47,6 @@ class Host:
     name: str
     pid: int
     version: str
-    python: str
 
 
 class EngineHost:
@@ -54,12 +54,12 @@ class EngineHost:
 
     def __init__(self) -> None:
         self._said: deque[Said] = deque()
-        self._wanted: deque[Config | Request] = deque()  # for the keeper
-        self._listener = (
-            0  # whoever attached last; others are told that they are not heard any more
-        )
-        self._settings: Config | None = None  # of the engine that runs
+        self._wanted: deque[Request] = deque()  # for the keeper
+        # Whoever attached last; others are told that they are not heard any more.
+        self._listener = 0
         self._link: EngineLink | None = None
+        self._settings: Config | None = None  # of the engine that runs
+        self._next: Config | None = None  # of the one that begins once there is none
         self._stale: set[int] = set()  # tickets of a daemon that is gone
         self._changed = threading.Condition()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -68,24 +68,25 @@ class EngineHost:
 
     def hello(self) -> Host:
         """Answered once the actor has found a host."""
-        python = ".".join(map(str, sys.version_info[:2]))
-        return Host(socket.gethostname(), os.getpid(), __version__, python)
+        return Host(socket.gethostname(), os.getpid(), __version__)
 
     def attach(self, settings: Config) -> int:
         """Make this caller the one that is heard; returns its number. The engine is started, or,
-        where one runs with these very settings, found as it is: nothing of its work is anybody's."""
-        settings = settings.model_copy(update={"root": _cache_folder()})
+        where one runs that is made of the same, found as it is: nothing of its work is anybody's."""
         with self._changed:
             self._listener += 1
             self._said.clear()
-            if (link := self._link) and self._settings == settings and not link.killed:
+            self._wanted.clear()
+            link = self._link
+            if link and not link.killed and _makings(self._settings) == _makings(settings):
                 self._stale |= link.in_hand.keys()
                 self._wanted.extend(Cancel(ticket) for ticket in link.in_hand)
                 self._say(Ready(link.info) if link.info else Stage(link.stage))
             else:
+                self._next = settings
                 if link:
-                    link.kill("other settings", time.monotonic())
-                self._wanted.append(settings)
+                    link.kill("another takes its place", time.monotonic())
+            self._changed.notify_all()
             self._wake()
             return self._listener
 
@@ -111,10 +112,15 @@ class EngineHost:
             return said
 
     def kill(self, listener: int) -> None:
-        """SIGKILL the engine process. What it said and its end are heard as ever."""
+        """SIGKILL the engine process, or begin none. What it said and its end are heard as ever."""
         with self._changed:
-            if listener == self._listener and self._link:
+            if listener != self._listener:
+                return
+            is_to_begin, self._next = self._next is not None, None
+            if self._link:
                 self._link.kill("as asked", time.monotonic())
+            elif is_to_begin:
+                self._say(Gone("it had not begun", is_lost=False))
 
     def _is_urgent(self, listener: int) -> bool:
         is_heard = listener == self._listener
@@ -132,22 +138,33 @@ class EngineHost:
             pass  # it is awake
 
     def _keep(self) -> None:
-        """The keeper's thread: start the engine, pass on what is wanted, hear what it says."""
-        while True:
-            waiting = select.poll()
-            waiting.register(self._wake_read, select.POLLIN)
-            if link := self._link:
-                for descriptor in link.readers():
-                    writes = select.POLLOUT if descriptor in link.writers() else 0
-                    waiting.register(descriptor, select.POLLIN | writes)
-            waiting.poll()
-            try:
-                os.read(self._wake_read, 4096)
-            except BlockingIOError:
-                pass  # it was the engine
-            with self._changed:
-                self._hear()
-                self._do_what_is_wanted()
+        """The keeper's thread. Any exception ends the actor, and so the engine: an engine that
+        nobody keeps would be waited for in vain."""
+        try:
+            while True:
+                self._turn()
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _turn(self) -> None:
+        """Wait; then hear what the engine says, pass on what is wanted, start the next one."""
+        waiting = select.poll()
+        waiting.register(self._wake_read, select.POLLIN)
+        if link := self._link:
+            for descriptor in link.readers():
+                writes = select.POLLOUT if descriptor in link.writers() else 0
+                waiting.register(descriptor, select.POLLIN | writes)
+        waiting.poll()
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            pass  # it was the engine
+        with self._changed:
+            self._hear()
+            if self._next and not self._link:
+                self._begin(self._next)
+            self._pass_on()
 
     def _hear(self) -> None:
         if (link := self._link) is None:
@@ -170,20 +187,22 @@ class EngineHost:
                 image.pixels.close()
             self._link, self._settings = None, None
             self._stale.clear()
-            self._say(Gone(link.how_it_ended(), is_lost=False))
+            if not self._next:  # else it was another listener's
+                self._say(Gone(link.how_it_ended(), is_lost=False))
 
-    def _do_what_is_wanted(self) -> None:
+    def _begin(self, settings: Config) -> None:
+        self._next = None
+        try:
+            here = settings.model_copy(update={"root": _cache_folder()})
+            self._link, self._settings = engine_process.start(here), settings
+        except OSError as e:
+            self._say(Gone(f"the engine process cannot be started: {e}", is_lost=True))
+
+    def _pass_on(self) -> None:
         now = time.monotonic()
         while self._wanted:
-            wanted = self._wanted[0]
-            if isinstance(wanted, Config):
-                if self._link:
-                    return  # not until the one that was killed is dead
-                try:
-                    self._link, self._settings = engine_process.start(wanted), wanted
-                except OSError as e:
-                    self._say(Gone(f"the engine process cannot be started: {e}", is_lost=True))
-            elif self._link is None:
+            wanted = self._wanted.popleft()
+            if self._link is None:
                 pass  # it died; its Gone says so
             elif isinstance(wanted, Render):
                 self._link.render(wanted.ticket, wanted, now)
@@ -193,7 +212,15 @@ class EngineHost:
                 self._link.count_tokens(wanted.ticket, wanted.prompts, now)
             elif isinstance(wanted, Cancel):
                 self._link.cancel(wanted.ticket)
-            self._wanted.popleft()
+
+
+def _makings(settings: Config | None) -> tuple[Any, ...] | None:
+    """All that an engine is made of; where other settings differ, it may stay."""
+    if settings is None:
+        return None
+    engine = settings.engine
+    speed = engine.compile, engine.quantization, engine.offload, engine.batch
+    return settings.model, settings.model_path, engine.warmup, speed
 
 
 def _cache_folder() -> Path:
