@@ -375,6 +375,52 @@ def test_what_an_engine_is_not_made_of_leaves_it_warm(
     assert daemon.stop() == 0
 
 
+def test_a_new_life_finds_warm_engines_of_any_number(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """`workers: auto`, and the host of engine-1 is lost: engine-2 is found where it is."""
+    first = cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers="auto"))
+    daemon.start()
+    daemon.until_log("engine.ready", engine="engine-1")
+    cluster.add_host()
+    daemon.until_log("engine.ready", engine="engine-2")
+    first.kill()
+    daemon.until_log("engine.lost", engine="engine-1")
+    (warm,) = until(
+        lambda: (found := engine_processes(cluster)) and len(found) == 1 and found,
+        "one engine process",
+    )
+    assert daemon.stop() == 0
+    daemon.start()
+    daemon.until_log("engine.ready", times=2, engine="engine-2")
+
+    assert engine_processes(cluster) == [warm]
+    assert daemon.stop() == 0
+
+
+def test_an_actor_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """A host's process that no longer answers is known to be hung; who waits for a host says so once."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+    daemon.start()
+    pid = daemon.until_log("engine.placed")["pid"]
+    daemon.until_log("engine.ready")
+    assert daemon.process
+    daemon.process.kill()
+    daemon.process.wait()
+    os.kill(pid, signal.SIGSTOP)
+    daemon.start()
+    daemon.until_log("engine.ready", times=2)
+    daemon.drop("a.txt", "a cat\n")
+    each_once(daemon, "a", 1)
+    waiting = [line["stage"] for line in daemon.log("engine.stage") if "core" in line["stage"]]
+
+    assert daemon.log("engine.placed")[-1]["pid"] != pid
+    assert len(waiting) <= 4  # two engines, two lives of the daemon
+    assert daemon.stop() == 0
+
+
 def test_an_actor_out_of_descriptors_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
     """An error that its keeper does not know ends it, instead of leaving an engine with nobody to keep it."""
     cluster.add_host()
@@ -389,3 +435,86 @@ def test_an_actor_out_of_descriptors_is_replaced(cluster: Cluster, make_daemon: 
     assert daemon.log("engine.placed")[-1]["pid"] != pid
     assert attempts(daemon, "a") == [1, 1]
     assert daemon.stop() == 0
+
+
+def test_a_gateway_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """The way into the cluster hangs: another is opened, and nobody is charged."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1, image_timeout_seconds=600))
+    daemon.start().until_ready()
+    daemon.drop("a.jsonl", prompts(*["!slow 0.3 a cat"] * 3))
+    daemon.until_begun()
+    assert daemon.process
+    (gateway,) = [
+        child
+        for child in psutil.Process(daemon.process.pid).children()
+        if "promptdrop.ray_gateway" in child.cmdline()
+    ]
+    gateway.suspend()
+    daemon.until_log("cluster.lost")
+    each_once(daemon, "a", 3)
+
+    assert attempts(daemon, "a") == [1] * 3
+    assert not gateway.is_running()
+    assert daemon.stop() == 0
+
+
+def test_fewer_workers_and_a_release_give_devices_back(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """A new life with fewer `workers` ends the others; `cluster release` ends what a stopped daemon left."""
+    cluster.add_host()
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+    daemon.start()
+    engines(daemon)
+    assert daemon.stop() == 0
+    assert len(engine_processes(cluster)) == 2
+    daemon.write_config({"engine": {"workers": 1}})
+    daemon.start()
+    daemon.until_log("engine.ready", times=3)
+    until(lambda: len(engine_processes(cluster)) == 1, "the end of the other engine")
+    refused = daemon.run("cluster", "release")
+    assert daemon.stop() == 0
+    done = daemon.run("cluster", "release")
+
+    assert refused.returncode == 2
+    assert done.stderr + done.stdout == "1 engine released\n"
+    until(lambda: not engine_processes(cluster), "the end of all engines")
+
+
+def test_engines_are_unloaded_though_others_wait_for_a_host(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """Who waits for a host is not on its way; the next drop has both begin again."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers="auto", unload_after_seconds=0.5))
+    daemon.start()
+    daemon.until_log("engine.unloaded", times=2)
+    until(lambda: not engine_processes(cluster), "the end of all engines")
+    daemon.drop("a.txt", "a cat\n")
+    each_once(daemon, "a", 1)
+
+    assert daemon.log("engine.died") == daemon.log("engine.unkillable") == []
+    assert daemon.stop() == 0
+
+
+def test_any_number_of_engines_begin_at_once(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """More than the way to the gateway takes in one go: each waits for a host, none is an error."""
+    daemon = make_daemon(settings(cluster, workers=64))
+    daemon.start()
+    daemon.until_log("engine.stage", times=64)
+
+    assert daemon.log("engine.not_started") == []
+    assert daemon.stop() == 0
+
+
+def test_spools_with_one_path_have_engines_of_their_own(make_daemon: MakeDaemon) -> None:
+    """Machines may share a name and a path; a spool keeps its engines' names."""
+    names = []
+    for _ in range(2):
+        daemon = make_daemon()
+        names += [cluster_module.actor_prefix(daemon.own) for _ in range(2)]
+        shutil.rmtree(daemon.root)
+
+    assert names[0] == names[1] != names[2] == names[3]

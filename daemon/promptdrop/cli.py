@@ -582,8 +582,8 @@ def _cluster_release(arguments: argparse.Namespace) -> None:
         raise UsageError(f"a daemon runs on this spool (pid {pid}) and uses its engines; stop it")
     from promptdrop import ray_view  # imports ray
 
-    count = ray_view.release(settings.ray.address, actor_prefix(settings))
-    terminal.say(f"{count} engines released")
+    count = ray_view.release(settings.ray.address, actor_prefix(Spool(settings).own))
+    terminal.say(f"{count} engine{'s' * (count != 1)} released")
 
 
 def _retry(arguments: argparse.Namespace) -> None:

@@ -1,22 +1,26 @@
 """Engines on the hosts of a Ray cluster: `engine.backend: ray`. The daemon itself imports no ray."""
 
-import hashlib
 import pickle
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
-from promptdrop import log
+from promptdrop import fs, log
 from promptdrop.config import Config
 from promptdrop.engine_link import EngineLink
 from promptdrop.errors import ConfigError
+from promptdrop.loop import reason_of
 from promptdrop.messages import PACKET, Connected, Kill, Open, Release, Trouble
 from promptdrop.pool import Slot
 
 KNOCK_SECONDS = 1.0  # for the head to answer, and between two looks whether it does
 RELEASE_SECONDS = 10.0  # for the gateway to give the devices back
+CONNECT_SECONDS = 180.0  # for the gateway to connect: Ray itself gives up sooner
+SILENCE_SECONDS = 15.0  # a gateway that has not said anything for so long hangs
 
 
 def require_ray() -> None:
@@ -31,10 +35,17 @@ def knock(address: str) -> None:
     socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
-def actor_prefix(settings: Config) -> str:
-    """What the names of a daemon's actors begin with: its next life finds them by that."""
-    here = f"{socket.gethostname()}:{settings.spool}"
-    return hashlib.sha256(here.encode()).hexdigest()[:8]
+def actor_prefix(own: Path) -> str:
+    """What the names of a spool's actors begin with: the daemon's next life finds them by that.
+
+    Kept in the spool, for machines may have one name, and a machine another one tomorrow.
+
+    Raises OSError: it can be neither read nor written.
+    """
+    file = own / "cluster"
+    if not file.exists():
+        fs.write_durably(file, secrets.token_hex(8).encode())
+    return file.read_text()
 
 
 class RemoteLife:
@@ -83,28 +94,38 @@ class RayCluster:
         self._address = settings.ray.address
         self._retry_seconds = settings.watch.rescan_seconds
         self._gpus = 0.0 if settings.model.device == "cpu" else 1.0
-        self._prefix = actor_prefix(settings)
+        self._own = settings.spool / ".promptdrop"
+        self._prefix = ""  # known once there is a gateway
+        self._actors: set[str] = set()  # all that may be there
+        self._left = 0  # the highest number of one that an earlier life left
         self.may_begin = False  # not before the gateway is connected
         self.trouble: str | None = None
         self._reason: str | None = None  # what the gateway last said
         self._gateway: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._begin_at = 0.0
+        self._silent_at = 0.0  # when the gateway is given up unless it says something
 
     def wanted(self, slots: list[Slot]) -> int:
-        """`auto`: one more than have found a host, to wait for the next one."""
+        """`auto`: one more than have found a host, to wait for the next one; and all there were."""
         if self._workers != "auto":
             return self._workers
-        return sum(1 for slot in slots if slot.engine and slot.engine.host) + 1
+        return max(self._left, sum(1 for slot in slots if slot.engine and slot.engine.host) + 1)
 
     def begin(self, slot: Slot, settings: Config) -> EngineLink:
-        ours, theirs = socket.socketpair()
-        actor = f"{self._prefix}-{slot.name}"
+        settings = settings.model_copy(update={"folders": {}})  # of any length, and not for engines
         if settings.model.device != "cpu":  # Ray shows each engine the device that it is to use
             model = settings.model.model_copy(update={"device": "cuda"})
             settings = settings.model_copy(update={"model": model})
+        actor = f"{self._prefix}-{slot.number}"
+        ours, theirs = socket.socketpair()
         with theirs:
-            self.tell(Open(actor, settings, self._gpus), theirs.fileno())
+            try:
+                self.tell(Open(actor, settings, self._gpus), theirs.fileno())
+            except OSError:
+                ours.close()
+                raise
+        self._actors.add(actor)
         now = time.monotonic()
         return EngineLink(RemoteLife(ours, self, actor), started=now, loads_since=None)
 
@@ -124,15 +145,18 @@ class RayCluster:
             return
         try:
             while data := self._control.recv(PACKET):
+                self._silent_at = now + SILENCE_SECONDS
                 self._heed(pickle.loads(data))
         except BlockingIOError:
-            return
+            if now < self._silent_at:
+                return
+            self._reason = "the way there hangs"
         except OSError:
             pass  # reset by its end
         self._lose(now)
 
     def next_deadline(self) -> float:
-        return self._begin_at if self._gateway is None else float("inf")
+        return self._begin_at if self._gateway is None else self._silent_at
 
     def tell(self, message: object, *descriptors: int) -> None:
         """Send a message to the gateway. Raises OSError: it does not take it."""
@@ -144,7 +168,8 @@ class RayCluster:
         if self._gateway and self._control:
             if is_done and self.may_begin:
                 try:
-                    self.tell(Release())
+                    self.tell(Release(tuple(self._actors)))
+                    self._control.shutdown(socket.SHUT_WR)
                     self._gateway.wait(RELEASE_SECONDS)
                 except (OSError, subprocess.TimeoutExpired):
                     log.get().error("cluster.not_released", reason="the gateway did not answer")
@@ -156,6 +181,7 @@ class RayCluster:
         """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
+            self._prefix = actor_prefix(self._own)
             with theirs:
                 self._gateway = subprocess.Popen(
                     [
@@ -164,6 +190,7 @@ class RayCluster:
                         "promptdrop.ray_gateway",
                         str(theirs.fileno()),
                         self._address,
+                        self._prefix,
                     ],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -172,18 +199,29 @@ class RayCluster:
                 )
         except OSError as e:
             ours.close()
-            self.trouble = f"the way into the Ray cluster cannot be opened: {e.strerror}"
+            self.trouble = f"the way into the Ray cluster cannot be opened: {reason_of(e)}"
             self._begin_at = now + self._retry_seconds
             return
         ours.setblocking(False)
         self._control = ours
+        self._silent_at = now + CONNECT_SECONDS
 
     def _heed(self, message: object) -> None:
         if isinstance(message, Connected):
             self.may_begin, self.trouble, self._reason = True, None, None
             log.get().info("cluster.connected", address=self._address)
+            self._find(message.actors)
         elif isinstance(message, Trouble):
             self._reason = message.reason
+
+    def _find(self, actors: tuple[str, ...]) -> None:
+        """What earlier lives have left is used again, or given back."""
+        numbers = {actor: int(actor.rpartition("-")[2]) for actor in actors}
+        self._actors |= numbers.keys()
+        self._left = max(numbers.values(), default=0)
+        if self._workers != "auto":
+            workers = self._workers
+            self.tell(Release(tuple(actor for actor, n in numbers.items() if n > workers)))
 
     def _lose(self, now: float) -> None:
         assert self._gateway

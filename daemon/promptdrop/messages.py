@@ -182,7 +182,9 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give the devices back: end every engine that was opened, then this process."""
+    """Give devices back: end these actors and their engines."""
+
+    actors: tuple[str, ...]
 
 
 # gateway -> daemon
@@ -191,6 +193,13 @@ class Release:
 @dataclass(frozen=True, slots=True)
 class Connected:
     """The cluster is there."""
+
+    actors: tuple[str, ...]  # of this daemon, that it or its earlier lives have left there
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The gateway does not hang: once a second."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The daemon's way into a Ray cluster: a process of its own.
 
 Ray ends a driver whose cluster is lost; here that costs nothing but this process. Started by the
-daemon as `python -m promptdrop.ray_gateway FD ADDRESS`; FD is a socket of packets: what to open and
-what to kill. Each engine's link is a socket on which this end speaks as an engine process does.
+daemon as `python -m promptdrop.ray_gateway FD ADDRESS PREFIX`; FD is a socket of packets: what to open
+and what to kill. Each engine's link is a socket on which this end speaks as an engine process does.
 """
 
 import logging
@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -21,13 +22,16 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at import
 
 import ray
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]  # generated
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util import list_named_actors
 
 from promptdrop import __version__
 from promptdrop.cluster import KNOCK_SECONDS, knock
 from promptdrop.messages import (
     PACKET,
     Answer,
+    Beat,
     Cancelled,
     CannotStart,
     Connected,
@@ -41,31 +45,33 @@ from promptdrop.messages import (
     Rendered,
     Request,
     Stage,
-    Stop,
     Trouble,
 )
-from promptdrop.ray_host import EngineHost, Host
+from promptdrop.ray_host import EngineHost, Host, Said
 from promptdrop.worker import die_with_parent
 
 NAMESPACE = "promptdrop"
-LISTEN_SECONDS = 10.0  # of one question; no answer at all after twice that: the host is lost
+LISTEN_SECONDS = 5.0  # of one question; no answer at all after twice that: the host is lost
 PLACE_SECONDS = 2.0  # between two looks whether a host was found
+HELLO_SECONDS = 10.0  # an actor that has a host and does not answer for so long hangs
 KNOCKS = 5  # in vain, after which it is given up
 KILL_SECONDS = 5.0  # until a host that does not kill its engine is killed itself
 
 
-def main(fd: int, address: str) -> None:
-    """Entry point of the gateway process."""
+def main(fd: int, address: str, prefix: str) -> None:
+    """Entry point of the gateway process. Any escaping exception ends it, of whatever thread."""
     die_with_parent()
+    threading.excepthook = _end
     control = socket.socket(fileno=fd)
     try:
         connect(address)
+        left = actors(prefix)
     except (RayError, RuntimeError, OSError, ValueError) as e:
         control.send(pickle.dumps(Trouble(reason_of(e))))
-        sys.exit(1)
+        os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ray.init has set its own
         signal.signal(number, signal.SIG_IGN)
-    control.send(pickle.dumps(Connected()))
+    control.send(pickle.dumps(Connected(left)))
     threading.Thread(target=_watch_head, args=(control,), name="watch", daemon=True).start()
     relays: dict[str, Relay] = {}
     while True:
@@ -78,9 +84,13 @@ def main(fd: int, address: str) -> None:
         elif isinstance(message, Kill) and (relay := relays.get(message.actor)):
             relay.kill()
         elif isinstance(message, Release):
-            for relay in relays.values():
-                relay.release()
-            os._exit(0)
+            release(message.actors)
+
+
+def _end(unknown: threading.ExceptHookArgs) -> None:
+    """An engine whose thread is gone would be waited for in vain."""
+    sys.__excepthook__(unknown.exc_type, unknown.exc_value or Exception(), unknown.exc_traceback)
+    os._exit(1)
 
 
 def connect(address: str) -> None:
@@ -98,27 +108,38 @@ def connect(address: str) -> None:
         ) from e
 
 
+def actors(prefix: str) -> tuple[str, ...]:
+    """The names of all actors that begin so, with a host or without. Raises RayError."""
+    return tuple(sorted(name for name in list_named_actors() if name.startswith(prefix)))
+
+
+def release(actors: Iterable[str]) -> None:
+    """Kill actors and wait until they are dead: ray.kill only asks for it."""
+    asked: list[Any] = []
+    for name in actors:
+        try:
+            actor = ray.get_actor(name)
+            ray.kill(actor)
+            asked.append(actor.hello.remote())  # nobody answers any more
+        except (RayError, ValueError):
+            pass  # it is not there
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=KILL_SECONDS, fetch_local=False)
+
+
 def _watch_head(control: socket.socket) -> None:
     """A thread: Ray itself gives a head up after a minute, and ends the process without a word."""
     address, failures = ray.get_runtime_context().gcs_address, 0
     while failures < KNOCKS:
         time.sleep(KNOCK_SECONDS)
         try:
+            control.send(pickle.dumps(Beat()))
             knock(address)
             failures = 0
         except OSError as e:
             failures, reason = failures + 1, f"the head at {address} does not answer: {e}"
     control.send(pickle.dumps(Trouble(reason)))
     os._exit(1)
-
-
-def end(actor: Any) -> None:
-    """Kill an actor and wait until it is dead: ray.kill only asks for it."""
-    try:
-        ray.kill(actor)
-        ray.get(actor.hello.remote(), timeout=KILL_SECONDS)
-    except RayError:
-        pass  # as it should: nobody answers any more
 
 
 class Relay:
@@ -139,19 +160,15 @@ class Relay:
         """SIGKILL the engine, and its host's actor if that does not."""
         threading.Thread(target=self._kill, daemon=True).start()
 
-    def release(self) -> None:
-        """End the engine and its actor."""
-        try:
-            end(self._actor or ray.get_actor(self._opened.actor))
-        except ValueError:
-            pass  # it is not there
-
     def _kill(self) -> None:
         try:
             if self._listener is not None:
                 ray.get(self._actor.kill.remote(self._listener), timeout=KILL_SECONDS)
+                return
         except RayError:
-            self.release()
+            pass
+        self._is_closed = True
+        release([self._opened.actor])
 
     def _run(self) -> None:
         inbound = threading.Thread(target=self._pass_on, name="inbound", daemon=True)
@@ -184,19 +201,28 @@ class Relay:
             scheduling_strategy="SPREAD",
         ).remote()
         hello = self._actor.hello.remote()
-        while not self._is_closed:
+        silent, stage = 0.0, f"waiting for a host with a free {'GPU' if gpus else 'core'}"
+        while not self._is_closed and silent < HELLO_SECONDS:
             try:
                 host: Host = ray.get(hello, timeout=PLACE_SECONDS)
                 return host
             except GetTimeoutError:
-                self._send(Stage(f"waiting for a host with a free {'GPU' if gpus else 'core'}"))
-        ray.kill(self._actor)  # nobody waits for it any more
+                # Ray Data asks so, too: there is no public way but Ray's dashboard.
+                has_host = self._actor._get_local_state() == ActorTableData.ActorState.ALIVE
+                silent = silent + PLACE_SECONDS if has_host else 0.0
+                if stage and not has_host:
+                    self._send(Stage(stage))
+                    stage = ""
+        release([self._opened.actor])
+        reason = f"its actor has a host and did not answer for {silent:g} s"
+        self._send(Gone(reason, is_lost=True))
         return None
 
     def _relay(self, host: Host, inbound: threading.Thread) -> None:
         self._send(Placed(host.name, host.pid))
         if host.version != __version__:
-            self.release()  # its code is loaded: a new installation needs a new process
+            # Its code is loaded: a new installation needs a new process.
+            release([self._opened.actor])
             theirs, ours = host.version, __version__
             reason = f"runs promptdrop {theirs}, this daemon {ours}; install the same version there"
             self._send(CannotStart(f"{host.name} {reason}", 1))
@@ -204,8 +230,7 @@ class Relay:
         self._listener = ray.get(self._actor.attach.remote(self._opened.settings))
         inbound.start()
         while not self._is_closed:
-            heard = self._actor.listen.remote(self._listener, LISTEN_SECONDS)
-            for answer, pixels in ray.get(heard, timeout=2 * LISTEN_SECONDS):
+            for answer, pixels in self._listen(host):
                 if isinstance(answer, CannotStart):
                     answer = CannotStart(f"{host.name}: {answer.error}", answer.exit_status)
                 elif isinstance(answer, (Rendered, Failed, Cancelled)):
@@ -214,10 +239,20 @@ class Relay:
                 if isinstance(answer, Gone):
                     return
 
+    def _listen(self, host: Host) -> list[Said]:
+        heard = self._actor.listen.remote(self._listener, LISTEN_SECONDS)
+        try:
+            said: list[Said] = ray.get(heard, timeout=2 * LISTEN_SECONDS)
+            return said
+        except GetTimeoutError:
+            silence = f"{host.name} did not answer for {2 * LISTEN_SECONDS:g} s"
+            return [(Gone(silence, is_lost=True), None)]
+
     def _pass_on(self) -> None:
         """The daemon's requests, as many at once as there are; then the next: their order is kept."""
         try:
-            while requests := self._requests():
+            while True:
+                requests = self._requests()
                 ray.get(self._actor.tell.remote(self._listener, requests))
         except (EOFError, OSError):
             self._is_closed = True
@@ -225,12 +260,10 @@ class Relay:
             pass  # the other thread learns it too, and says so
 
     def _requests(self) -> list[Request]:
-        """Wait for requests; none: the daemon sends no more."""
+        """Wait for requests; at least one."""
         requests: list[Request] = []
         while not requests or self._connection.poll():
             request: Request = self._connection.recv()
-            if isinstance(request, Stop):
-                break
             if isinstance(request, Render):
                 memory = recv_handle(self._connection)
                 self._memories[request.ticket] = (
@@ -265,4 +298,4 @@ def reason_of(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util import list_named_actors
 
+from promptdrop import ray_gateway
 from promptdrop.errors import PromptdropError
-from promptdrop.ray_gateway import connect, end, reason_of
+from promptdrop.ray_gateway import connect, reason_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,8 @@ def release(address: str, prefix: str) -> int:
     Raises PromptdropError: the cluster cannot be reached.
     """
     with _connected(address):
-        named = [name for name in list_named_actors() if name.startswith(prefix)]
-        for name in named:
-            end(ray.get_actor(name))
+        named = ray_gateway.actors(prefix)
+        ray_gateway.release(named)
     return len(named)
 
 
