@@ -459,6 +459,24 @@ def test_a_gateway_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: Ma
     assert daemon.stop() == 0
 
 
+def test_a_host_whose_package_has_no_actor_is_left_in_peace(
+    cluster: Cluster, make_daemon: MakeDaemon, tmp_path: Path
+) -> None:
+    """An installation from before there were clusters: tried a few times, then every 30 s; status says why."""
+    old = tmp_path / "old"
+    shutil.copytree(PACKAGE, old / "promptdrop")
+    (old / "promptdrop" / "ray_host.py").unlink()
+    cluster.add_host(PYTHONPATH=str(old))
+    daemon = make_daemon(settings(cluster, workers=1))
+    daemon.start()
+    refused = daemon.until_log("engine.not_started")
+    lives = len(daemon.log("engine.starting"))
+
+    assert "ray_host" in refused["reason"]
+    assert lives <= 5
+    assert daemon.stop() == 0
+
+
 def test_fewer_workers_and_a_release_give_devices_back(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:

@@ -668,7 +668,7 @@ class Supervisor:
         if slot.is_unloading:
             log.get().info("engine.unloaded", engine=slot.name, pid=dead.pid)
             return
-        how = dead.how_it_ended()
+        how = dead.killed or dead.how_it_ended()
         event = "engine.lost" if dead.is_lost else "engine.died"
         log.get().error(event, engine=slot.name, pid=dead.pid, how=how, in_hand=len(dead.in_hand))
         error = dead.killed or f"the engine died: {how}"
@@ -693,7 +693,10 @@ class Supervisor:
         asked = [ticket for ticket in dead.questions if ticket in self._measuring]
         self._unmeasured += [self._measuring.pop(ticket) for ticket in asked]
         self._measure()
-        slot.idle_deaths = 0 if began or dead.is_lost else slot.idle_deaths + 1
+        if dead.is_lost and not dead.is_ready and self._may_start_engines():
+            slot.due = time.monotonic() + self.config.watch.rescan_seconds
+        was_good = began or (dead.is_lost and dead.is_ready)
+        slot.idle_deaths = 0 if was_good else slot.idle_deaths + 1
         if slot.idle_deaths >= IDLE_DEATHS and self.exit_status is None:
             slot.idle_deaths = 0
             reason = f"the engine died {IDLE_DEATHS} times in a row without an image in hand: {how}"
