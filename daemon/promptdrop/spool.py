@@ -218,7 +218,7 @@ class Job:
         return [image for image in numbers if image not in ended]
 
     def deaths(self, image: int) -> int:
-        """Daemon deaths in a row with this image in hand."""
+        """Deaths in a row of the daemon, or losses of its hosts, with this image in hand."""
         return 0 if self.is_fresh or image not in self.states else self.states[image].deaths
 
     def stem(self, spec: ImageSpec) -> str:

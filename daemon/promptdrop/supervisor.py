@@ -670,7 +670,10 @@ class Supervisor:
             return
         how = dead.killed or dead.how_it_ended()
         event = "engine.lost" if dead.is_lost else "engine.died"
-        log.get().error(event, engine=slot.name, pid=dead.pid, how=how, in_hand=len(dead.in_hand))
+        hand = len(dead.in_hand)
+        log.get().error(
+            event, engine=slot.name, host=dead.host, pid=dead.pid, how=how, in_hand=hand
+        )
         error = dead.killed or f"the engine died: {how}"
         if (
             not dead.is_ready
@@ -684,8 +687,10 @@ class Supervisor:
             running = self._tickets.pop(ticket)
             image.pixels.close()
             running.busy -= 1
-            if image.began is None or dead.is_lost:
-                self._put_back(running, image.spec, behind=image.began is not None)
+            if image.began is None:
+                self._put_back(running, image.spec)
+            elif dead.is_lost:
+                self._image_lost(running, image.spec, counts=dead.gone is not None)
             elif image.batch > 1:
                 self._batch_failed(running, image.spec, error)
             else:
@@ -788,6 +793,18 @@ class Supervisor:
             text = f"{error} (attempt {state.attempts} of {job.settings.max_attempts})"
             work = partial(self.spool.fail_image, job, spec.image, text)
             self._off("clerk", work, partial(self._image_given_up, running))
+
+    def _image_lost(self, running: Running, spec: ImageSpec, counts: bool) -> None:
+        """Nobody is charged; but an image that hosts die of has the fate of one that daemons die of."""
+        state = running.job.state(spec.image)
+        state.deaths += counts
+        if state.deaths < DEATHS_FAILED or running.job.cancelled:
+            self._put_back(running, spec, behind=True)
+            return
+        running.busy += 1
+        text = f"hosts were lost, or the daemon died, {DEATHS_FAILED} times with this image in hand"
+        work = partial(self.spool.fail_image, running.job, spec.image, text)
+        self._off("clerk", work, partial(self._image_given_up, running))
 
     def _batch_failed(self, running: Running, spec: ImageSpec, error: str) -> None:
         """Whose fault it was nobody knows: nobody is charged, and each is rendered alone."""
