@@ -536,3 +536,50 @@ def test_spools_with_one_path_have_engines_of_their_own(make_daemon: MakeDaemon)
         shutil.rmtree(daemon.root)
 
     assert names[0] == names[1] != names[2] == names[3]
+
+
+def test_an_image_that_hosts_die_of_fails_in_the_end(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """Nobody is charged for a lost actor, but not for ever: after ten losses in a row with it in hand."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1))
+    daemon.start()
+    daemon.drop("a.txt", "!slow 5 a cat\n")
+    daemon.until_begun()
+    assert daemon.process
+    daemon.process.kill()
+    daemon.process.wait()
+    (begun,) = daemon.own.glob("active/*/0001.begun")
+    begun.write_text('{"attempts": 0, "deaths": 8}')
+    daemon.start()
+    for life in (2, 3):
+        pid = daemon.until_log("engine.placed", times=life)["pid"]
+        daemon.until_status(
+            "the image in hand", lambda s, pid=pid: s["current"] and s["engine"]["pid"] == pid
+        )
+        os.kill(pid, signal.SIGKILL)
+    daemon.drop("b.txt", "a dog\n")
+
+    assert "hosts were lost" in daemon.error("a.txt")["error"]
+    assert daemon.job("b")["outcome"] == "done"
+    assert daemon.log("image.failed") == []
+    assert daemon.stop() == 0
+
+
+def test_a_host_that_came_back_is_shown_once(cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """Ray remembers every life of a host; `cluster status` shows the living one."""
+    cluster.add_host()
+    first = cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+
+    def rows() -> list[str]:
+        return [line.split("\t")[2] for line in daemon.run("cluster", "status").stdout.splitlines()]
+
+    before = rows()
+    first.kill()
+    until(lambda: len(rows()) < len(before), "the host's end")
+    after = rows()
+
+    assert "dead" not in before + after
+    assert after == before[:-1]

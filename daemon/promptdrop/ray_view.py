@@ -25,13 +25,16 @@ class Node:
 
 
 def nodes(address: str) -> list[Node]:
-    """Every host the cluster knows, living ones first.
+    """Every host the cluster knows, living ones first; of one that came back, no earlier life.
 
     Raises PromptdropError: it cannot be reached.
     """
     with _connected(address):
         found = [_node(node) for node in ray.nodes()]  # type: ignore[no-untyped-call]  # ray's
-    return sorted(found, key=lambda node: (not node.alive, node.name, node.address))
+    alive = [node for node in found if node.alive]
+    dead = {node.address: node for node in found} | {node.address: None for node in alive}
+    known = [*alive, *(node for node in dead.values() if node)]
+    return sorted(known, key=lambda node: (not node.alive, node.name, node.address))
 
 
 def release(address: str, prefix: str) -> int:

@@ -189,7 +189,8 @@ def cluster(nodes: Sequence[Any], engines: Sequence[dict[str, Any]]) -> None:
         current, stage = engine["current"], engine["reason"] or engine["stage"]
         image = f"{current['file']} {current['image']}/{current['images']}" if current else ""
         rows.append((engine["name"], engine["host"] or "", engine["device"] or "", stage, image))
-    table(("engine", "host", "device", "state", "rendering"), rows)
+    if rows:
+        table(("engine", "host", "device", "state", "rendering"), rows)
 
 
 def duration(seconds: float) -> str:
