@@ -347,7 +347,7 @@ def test_who_has_no_way_into_the_cluster_sleeps(make_daemon: MakeDaemon, tmp_pat
         assert len(engines.slots) == 2
         assert engines.next_deadline() > now
     finally:
-        engines.close(is_done=False)
+        engines.close()
 
 
 def test_what_an_engine_is_not_made_of_leaves_it_warm(
@@ -583,3 +583,21 @@ def test_a_host_that_came_back_is_shown_once(cluster: Cluster, make_daemon: Make
 
     assert "dead" not in before + after
     assert after == before[:-1]
+
+
+def test_what_is_asked_for_once_leaves_no_engine_behind(
+    cluster: Cluster, make_daemon: MakeDaemon
+) -> None:
+    """`generate` without a daemon uses the cluster, and gives the device back even if it is killed."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1))
+    done = daemon.run("generate", "a cat", "-o", "cat.png")
+
+    assert done.returncode == 0, done.stderr
+    assert (daemon.home / "cat.png").exists()
+    until(lambda: not engine_processes(cluster), "the end of its engine")
+    killed = subprocess.Popen(daemon.command("generate", "!slow 30 a cat"), cwd=daemon.home)
+    until(lambda: engine_processes(cluster), "an engine")
+    killed.kill()
+    killed.wait()
+    until(lambda: not engine_processes(cluster), "the end of the other engine")

@@ -87,13 +87,14 @@ class RemoteLife:
 class RayCluster:
     """A Backend. Owns the gateway process, and begins it anew when the cluster was lost."""
 
-    def __init__(self, settings: Config) -> None:
-        """Raises ConfigError: ray is not installed."""
+    def __init__(self, settings: Config, outlives: bool = True) -> None:
+        """`outlives`: engines stay warm for the daemon's next life. Raises ConfigError: no ray."""
         require_ray()
         self._workers = settings.engine.workers
         self._address = settings.ray.address
         self._retry_seconds = settings.watch.rescan_seconds
         self._gpus = 0.0 if settings.model.device == "cpu" else 1.0
+        self._outlives = outlives
         self._own = settings.spool / ".promptdrop"
         self._prefix = ""  # known once there is a gateway
         self._actors: set[str] = set()  # all that may be there
@@ -121,7 +122,7 @@ class RayCluster:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self.tell(Open(actor, settings, self._gpus), theirs.fileno())
+                self.tell(Open(actor, settings, self._gpus, self._outlives), theirs.fileno())
             except OSError:
                 ours.close()
                 raise
@@ -163,10 +164,9 @@ class RayCluster:
         if self._control:
             socket.send_fds(self._control, [pickle.dumps(message)], descriptors)
 
-    def close(self, is_done: bool) -> None:
-        """Done for good: the devices are given back. Else engines stay warm."""
+    def close(self) -> None:
         if self._gateway and self._control:
-            if is_done and self.may_begin:
+            if self.may_begin and not self._outlives:  # an earlier life's may be among them
                 try:
                     self.tell(Release(tuple(self._actors)))
                     self._control.shutdown(socket.SHUT_WR)

@@ -171,6 +171,7 @@ class Open:
     actor: str  # its name in the cluster: another daemon life finds it there
     settings: Config
     gpus: float
+    outlives: bool  # the daemon and its gateway
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,8 @@ class Backend(Protocol):
     def next_deadline(self) -> float:
         """When `hear` has something to do unasked, on the daemon's monotonic clock."""
 
-    def close(self, is_done: bool) -> None:
-        """The daemon ends; `is_done`: it will not be back soon for engines kept warm."""
+    def close(self) -> None:
+        """The daemon ends."""
 
 
 class ChildProcesses:
@@ -132,7 +132,7 @@ class ChildProcesses:
     def next_deadline(self) -> float:
         return float("inf")
 
-    def close(self, is_done: bool) -> None:
+    def close(self) -> None:
         pass
 
 
@@ -297,11 +297,11 @@ class Pool:
                 if slot.engine:
                     yield slot, slot.engine, ticket, image
 
-    def close(self, is_done: bool) -> None:
+    def close(self) -> None:
         """Kill, wait a bounded time, and close everything."""
         for slot, link in [(slot, slot.engine) for slot in self.slots if slot.engine]:
             for image in link.in_hand.values():
                 image.pixels.close()
             if not link.reap():
                 log.get().error("engine.unkillable", engine=slot.name, pid=link.pid)
-        self._backend.close(is_done)
+        self._backend.close()

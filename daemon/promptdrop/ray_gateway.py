@@ -192,7 +192,7 @@ class Relay:
         actor: Any = ray.remote(EngineHost)
         self._actor = actor.options(
             name=self._opened.actor,
-            lifetime="detached",
+            lifetime="detached" if self._opened.outlives else None,
             get_if_exists=True,
             max_restarts=0,
             max_concurrency=16,

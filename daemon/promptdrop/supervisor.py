@@ -112,7 +112,7 @@ class Supervisor:
         self._recovering = True
         self._left_over: deque[Job] = deque()  # recovered, not accepted yet
 
-        self._pool = Pool(settings, _backend(settings))
+        self._pool = Pool(settings, _backend(settings, drain))
         self._ticket = secrets.randbits(40)  # engines that outlive us know those of our last life
         self._tickets: dict[int, Running] = {}  # images in the engines
         self._measuring: dict[int, Running] = {}  # jobs whose prompts an engine counts
@@ -222,7 +222,7 @@ class Supervisor:
 
     def _shutdown(self) -> None:
         self._notifier.stopping()
-        self._pool.close(is_done=self._drain)
+        self._pool.close()
         self._intake.close()
         has_ended = self._loop.close()
         self._put_down_images()
@@ -1045,12 +1045,13 @@ class Supervisor:
         return None
 
 
-def _backend(settings: Config) -> Backend:
+def _backend(settings: Config, drain: bool) -> Backend:
+    """Where engines run; those of a daemon that drains are given back when it has ended."""
     if settings.engine.backend == "process":
         return ChildProcesses(settings)
     from promptdrop.cluster import RayCluster
 
-    return RayCluster(settings)
+    return RayCluster(settings, outlives=not drain)
 
 
 def one_line(status: Status) -> str:
