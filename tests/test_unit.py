@@ -444,6 +444,11 @@ def test_a_cluster_under_its_units(machine: Machine, service: MakeService) -> No
         "engine": {"backend": "ray"},
         "ray": {"address": "127.0.0.1:6379"},
     })  # fmt: skip
+    ask = (
+        *("runuser", "-u", "promptdrop", "--", "env"),
+        *("RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=/etc/promptdrop/ray.token"),
+        *("RAY_TMPDIR=/run/promptdrop-ray", "/opt/promptdrop/.venv/bin/promptdrop", "cluster"),
+    )
     machine.write("/etc/promptdrop/ray.env", "PROMPTDROP_ADDRESS=127.0.0.1\n")
     machine.shell(
         "umask 077; head -c 32 /dev/urandom | base64 -w0 > /etc/promptdrop/ray.token;"
@@ -459,9 +464,15 @@ def test_a_cluster_under_its_units(machine: Machine, service: MakeService) -> No
         one.drop("a.txt", "a cat\n")
         job = one.until_done("a")
         status = one.read(".promptdrop/status.json")
+        shown = machine.run(*ask, "status", "--config", one.config).stdout
+        one.systemctl("stop")
+        released = machine.run(*ask, "release", "--config", one.config)
 
         assert job["outcome"] == "done"
         assert status["engine"]["host"]
+        assert "alive" in shown
+        assert "engine-1" in shown
+        assert "1 engine released" in released.stdout + released.stderr
         assert machine.show("promptdrop-ray-head.service", "ActiveState") == "active"
     finally:
         one.systemctl("stop", check=False)
