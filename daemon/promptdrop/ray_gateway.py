@@ -65,13 +65,13 @@ def main(fd: int, address: str, prefix: str) -> None:
     control = socket.socket(fileno=fd)
     try:
         connect(address)
-        left = actors(prefix)
+        found = actors(prefix)
     except (RayError, RuntimeError, OSError, ValueError) as e:
         control.send(pickle.dumps(Trouble(reason_of(e))))
         os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ray.init has set its own
         signal.signal(number, signal.SIG_IGN)
-    control.send(pickle.dumps(Connected(left)))
+    control.send(pickle.dumps(Connected(found)))
     threading.Thread(target=_watch_head, args=(control,), name="watch", daemon=True).start()
     relays: dict[str, Relay] = {}
     while True:
@@ -80,7 +80,8 @@ def main(fd: int, address: str, prefix: str) -> None:
             os._exit(0)  # the daemon is gone; its engines stay warm
         message = pickle.loads(data)
         if isinstance(message, Open):
-            relays[message.actor] = Relay(message, socket.socket(fileno=descriptors[0]))
+            actor = before.left if (before := relays.get(message.actor)) else None
+            relays[message.actor] = Relay(message, socket.socket(fileno=descriptors[0]), actor)
         elif isinstance(message, Kill) and (relay := relays.get(message.actor)):
             relay.kill()
         elif isinstance(message, Release):
@@ -113,17 +114,22 @@ def actors(prefix: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in list_named_actors() if name.startswith(prefix)))
 
 
-def release(actors: Iterable[str]) -> None:
-    """Kill actors and wait until they are dead: ray.kill only asks for it."""
-    asked: list[Any] = []
-    for name in actors:
+def release(names: Iterable[str]) -> None:
+    """End the actors of these names, if they are there."""
+    found = []
+    for name in names:
         try:
-            actor = ray.get_actor(name)
-            ray.kill(actor)
-            asked.append(actor.hello.remote())  # nobody answers any more
+            found.append(ray.get_actor(name))
         except (RayError, ValueError):
             pass  # it is not there
-    if asked:
+    end(found)
+
+
+def end(actors: list[Any]) -> None:
+    """Kill actors and wait until they are dead: ray.kill only asks for it."""
+    for actor in actors:
+        ray.kill(actor)
+    if asked := [actor.hello.remote() for actor in actors]:  # nobody answers any more
         ray.wait(asked, num_returns=len(asked), timeout=KILL_SECONDS, fetch_local=False)
 
 
@@ -145,14 +151,17 @@ def _watch_head(control: socket.socket) -> None:
 class Relay:
     """One engine's link, carried over the cluster. Ends when either end does."""
 
-    def __init__(self, opened: Open, link: socket.socket) -> None:
+    def __init__(self, opened: Open, link: socket.socket, actor: Any) -> None:
+        """`actor`: the one that an earlier engine left, or None."""
+        # Of the next engine. Without a handle Ray ends an actor that is not detached.
+        self.left: Any = None
         self._opened = opened
         self._link = link
         self._connection = Connection(link.fileno())
         self._sending = threading.Lock()
         self._is_closed = False  # the daemon wants to hear no more
         self._memories: dict[int, tuple[int, int]] = {}  # by ticket: descriptor, bytes
-        self._actor: Any = None
+        self._actor: Any = actor
         self._listener: int | None = None
         threading.Thread(target=self._run, name=opened.actor, daemon=True).start()
 
@@ -168,7 +177,8 @@ class Relay:
         except RayError:
             pass
         self._is_closed = True
-        release([self._opened.actor])
+        if self._actor:  # else `_place` ends it, which comes to that
+            end([self._actor])
 
     def _run(self) -> None:
         inbound = threading.Thread(target=self._pass_on, name="inbound", daemon=True)
@@ -189,17 +199,18 @@ class Relay:
     def _place(self) -> Host | None:
         """Wait until the cluster has found a host for the actor, or found the actor itself."""
         gpus = self._opened.gpus
-        actor: Any = ray.remote(EngineHost)
-        self._actor = actor.options(
-            name=self._opened.actor,
-            lifetime="detached" if self._opened.outlives else None,
-            get_if_exists=True,
-            max_restarts=0,
-            max_concurrency=16,
-            num_gpus=gpus,
-            num_cpus=0 if gpus else 1,
-            scheduling_strategy="SPREAD",
-        ).remote()
+        if not self._actor:
+            actor: Any = ray.remote(EngineHost)
+            self._actor = actor.options(
+                name=self._opened.actor,
+                lifetime="detached" if self._opened.outlives else None,
+                get_if_exists=True,
+                max_restarts=0,
+                max_concurrency=16,
+                num_gpus=gpus,
+                num_cpus=0 if gpus else 1,
+                scheduling_strategy="SPREAD",
+            ).remote()
         hello = self._actor.hello.remote()
         silent, stage = 0.0, f"waiting for a host with a free {'GPU' if gpus else 'core'}"
         while not self._is_closed and silent < HELLO_SECONDS:
@@ -213,7 +224,7 @@ class Relay:
                 if stage and not has_host:
                     self._send(Stage(stage))
                     stage = ""
-        release([self._opened.actor])
+        end([self._actor])
         reason = f"its actor has a host and did not answer for {silent:g} s"
         self._send(Gone(reason, is_lost=True))
         return None
@@ -222,7 +233,7 @@ class Relay:
         self._send(Placed(host.name, host.pid))
         if host.version != __version__:
             # Its code is loaded: a new installation needs a new process.
-            release([self._opened.actor])
+            end([self._actor])
             theirs, ours = host.version, __version__
             reason = f"runs promptdrop {theirs}, this daemon {ours}; install the same version there"
             self._send(CannotStart(f"{host.name} {reason}", 1))
@@ -235,6 +246,8 @@ class Relay:
                     answer = CannotStart(f"{host.name}: {answer.error}", answer.exit_status)
                 elif isinstance(answer, (Rendered, Failed, Cancelled)):
                     self._forget(answer.ticket, pixels)
+                if isinstance(answer, Gone) and not answer.is_lost:
+                    self.left = self._actor
                 self._send(answer)
                 if isinstance(answer, Gone):
                     return
