@@ -517,14 +517,21 @@ def test_engines_are_unloaded_though_others_wait_for_a_host(
     assert daemon.stop() == 0
 
 
-def test_any_number_of_engines_begin_at_once(cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """More than the way to the gateway takes in one go: each waits for a host, none is an error."""
-    daemon = make_daemon(settings(cluster, workers=64))
+def test_any_number_of_engines_begin_at_once(own_cluster: Cluster, make_daemon: MakeDaemon) -> None:
+    """More than the way to the gateway takes in one go: each waits for a host, none is an error.
+
+    With the daemon they wait no more: a host that comes then is free for another daemon's engine.
+    """
+    daemon = make_daemon(settings(own_cluster, workers=64))
+    other = make_daemon(settings(own_cluster, workers=1), home="other")
     daemon.start()
     daemon.until_log("engine.stage", times=64)
 
     assert daemon.log("engine.not_started") == []
     assert daemon.stop() == 0
+    own_cluster.add_host()
+    other.start().until_ready()
+    assert other.stop() == 0
 
 
 def test_spools_with_one_path_have_engines_of_their_own(make_daemon: MakeDaemon) -> None:

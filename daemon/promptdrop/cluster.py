@@ -98,6 +98,7 @@ class RayCluster:
         self._own = settings.spool / ".promptdrop"
         self._prefix = ""  # known once there is a gateway
         self._actors: set[str] = set()  # all that may be there
+        self._links: dict[str, EngineLink] = {}  # by actor, the last one of each
         self._left = 0  # the highest number of one that an earlier life left
         self.may_begin = False  # not before the gateway is connected
         self.trouble: str | None = None
@@ -127,8 +128,9 @@ class RayCluster:
                 ours.close()
                 raise
         self._actors.add(actor)
-        now = time.monotonic()
-        return EngineLink(RemoteLife(ours, self, actor), started=now, loads_since=None)
+        link = EngineLink(RemoteLife(ours, self, actor), started=time.monotonic(), loads_since=None)
+        self._links[actor] = link
+        return link
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
         """Hosts come and go: never."""
@@ -166,9 +168,9 @@ class RayCluster:
 
     def close(self) -> None:
         if self._gateway and self._control:
-            if self.may_begin and not self._outlives:  # an earlier life's may be among them
+            if self.may_begin and (leaving := self._leaving()):
                 try:
-                    self.tell(Release(tuple(self._actors)))
+                    self.tell(Release(leaving))
                     self._control.shutdown(socket.SHUT_WR)
                     self._gateway.wait(RELEASE_SECONDS)
                 except (OSError, subprocess.TimeoutExpired):
@@ -176,6 +178,12 @@ class RayCluster:
             self._gateway.kill()
             self._gateway.wait()
             self._control.close()
+
+    def _leaving(self) -> tuple[str, ...]:
+        """The actors that end with us: one that waits for a host would take it from others."""
+        if not self._outlives:
+            return tuple(self._actors)  # an earlier life's may be among them
+        return tuple(actor for actor, link in self._links.items() if link.host is None)
 
     def _begin(self, now: float) -> None:
         """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks."""
