@@ -79,10 +79,8 @@ def test_jobs_share_batches_in_fair_order(make_daemon: MakeDaemon) -> None:
     folders = ("a", "d", "sub/b", "sub/c")
     for folder in folders:
         assert daemon.job(folder)["outcome"] == "done"
-    started = [{s["time"]["started"] for s in daemon.sidecars(f)} for f in folders]
 
     assert [batches(daemon, folder) for folder in folders] == [[3, 3], [3], [2], [2]]
-    assert started[0] == started[1] != started[2] == started[3]
     assert daemon.stop() == 0
 
 
