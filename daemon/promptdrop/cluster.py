@@ -97,7 +97,7 @@ class RayCluster:
         self._outlives = outlives
         self._own = settings.spool / ".promptdrop"
         self._prefix = ""  # known once there is a gateway
-        self._actors: set[str] = set()  # all that may be there
+        self._found: set[str] = set()  # actors that earlier lives have left
         self._links: dict[str, EngineLink] = {}  # by actor, the last one of each
         self._left = 0  # the highest number of one that an earlier life left
         self.may_begin = False  # not before the gateway is connected
@@ -127,7 +127,6 @@ class RayCluster:
             except OSError:
                 ours.close()
                 raise
-        self._actors.add(actor)
         link = EngineLink(RemoteLife(ours, self, actor), started=time.monotonic(), loads_since=None)
         self._links[actor] = link
         return link
@@ -182,7 +181,7 @@ class RayCluster:
     def _leaving(self) -> tuple[str, ...]:
         """The actors that end with us: one that waits for a host would take it from others."""
         if not self._outlives:
-            return tuple(self._actors)  # an earlier life's may be among them
+            return tuple(self._found | self._links.keys())
         return tuple(actor for actor, link in self._links.items() if link.host is None)
 
     def _begin(self, now: float) -> None:
@@ -225,7 +224,7 @@ class RayCluster:
     def _find(self, actors: tuple[str, ...]) -> None:
         """What earlier lives have left is used again, or given back."""
         numbers = {actor: int(actor.rpartition("-")[2]) for actor in actors}
-        self._actors |= numbers.keys()
+        self._found |= numbers.keys()
         self._left = max(numbers.values(), default=0)
         if self._workers != "auto":
             workers = self._workers
