@@ -12,6 +12,7 @@ every part runs on a CPU too, to check itself:
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -160,9 +161,11 @@ class Library:
         return [latents], torch.tensor([0.5], device=device()), text
 
     @torch.no_grad()
-    def velocity(self) -> torch.Tensor:
-        """What the transformer makes of `inputs`."""
-        out: torch.Tensor = self.pipe.transformer(*self.inputs(), return_dict=False)[0][0]
+    def velocity(self, backend: SDPBackend | None = None) -> torch.Tensor:
+        """What the transformer makes of `inputs`, with the attention of `backend`."""
+        inputs = self.inputs()
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+            out: torch.Tensor = self.pipe.transformer(*inputs, return_dict=False)[0][0]
         return out.float()
 
     def facts(self) -> dict[str, float]:
@@ -231,11 +234,7 @@ def bf16(bench: Bench) -> dict[str, Any]:
     facts = beside(bench)
     library = Library(bench)
     eager = library.velocity()
-    backends = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
-    velocities = []
-    for backend in backends:
-        with sdpa_kernel(backend):
-            velocities.append(library.velocity())
+    velocities = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
     inputs = library.inputs()
     del library
     forget()

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "daemon" / "promptdrop"
 
 # A file imports only from a lower floor. `cli` is the roof; `__init__` names the version.
 FLOORS = [
-    ["__init__", "errors"],
-    ["clock", "fs", "sdnotify", "log", "names", "yaml12"],
-    ["job", "control"],
-    ["config", "records", "infotext"],
+    ["__init__", "errors", "engines.rows"],
+    ["clock", "fs", "sdnotify", "log", "names", "yaml12", "engines.triton_kernels"],
+    ["job", "control", "engines.kernels"],
+    ["config", "records", "infotext", "engines.quantization"],
     ["request_data", "metrics", "messages", "picture", "weights"],
     ["request_text", "spool", "engine", "engines.schedulers", "exporter", "inbox", "terminal"],
     ["request", "publish", "queue", "client", "worker", "loop"],

@@ -14,93 +14,108 @@ one for gate and input (95.3), the whole evaluation as a CUDA graph (95.0): the 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
 
 from promptdrop import log
+from promptdrop.engines import kernels
+from promptdrop.engines.quantization import Fp8Linear
+from promptdrop.engines.rows import Branch, Norm, Rows, Scaled
 
 SEQUENCE_MULTIPLE = 32  # transformer_z_image.py: SEQ_MULTI_OF
+SCORES = 2**28  # of the decoder's attention in memory at once: 512 MiB in bf16
+CAPTIONS = 8  # kept refined: guidance has two for each sequence of a batch
 
 
-# Cosines and sines [1, S, 1, head_dim / 2, 2]; of several images end to end with where each begins
-# and the last ends: [images + 1], int64 on the CPU. Their number is no part of the compiled graph.
-Positions = Tensor | tuple[Tensor, Tensor]
+class Positions(NamedTuple):
+    """Of images end to end: cosines and sines, float32 [S, width / 2, 2], and where each begins,
+    with the end of the last."""
+
+    freqs: Tensor
+    borders: list[int]
 
 
-class RealRotaryAttention:
-    """ZSingleStreamAttnProcessor with real-valued rotary embeddings, which inductor can fuse."""
+def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tensor | None) -> Tensor:
+    """ZImageTransformerBlock.forward of one block after the other, x [S, dim].
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Positions | None = None,
-    ) -> Tensor:
-        """hidden_states [1, S, dim]: one image, or several that do not see each other."""
-        freqs, borders = freqs_cis if isinstance(freqs_cis, tuple) else (freqs_cis, None)
-        parts = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (split_heads(part, attn.heads) for part in parts)
-        query, key = rotate(attn.norm_q(query), freqs), rotate(attn.norm_k(key), freqs)
-        if borders is None:
-            mixed = attend(query, key, value)  # [1, S, heads, head_dim]
+    What a block adds at its end is added in the pass that begins the next one.
+    """
+    branch = None
+    for block in blocks:
+        fp8 = isinstance(block.attention.to_q, Fp8Linear)
+        scale, gate, mlp_scale, mlp_gate = modulation(block, adaln)  # each [dim]
+        before = norm_of(block.attention_norm1, scale)
+        if branch is None:
+            h = kernels.normed(x, before, fp8)
         else:
-            mixed = attend_within(query, key, value, borders)
-        out: Tensor = attn.to_out[0](mixed.flatten(2))  # [1, S, dim]
-        return out
+            x, h = kernels.added_normed(x, branch, before, fp8)
+        h = attention(block.attention, h, positions)
+        branch = branch_of(h, block.attention_norm2, gate)
+        x, h = kernels.added_normed(x, branch, norm_of(block.ffn_norm1, mlp_scale), fp8)
+        feed_forward = block.feed_forward
+        h = feed_forward.w2(kernels.gated(feed_forward.w1(h), feed_forward.w3(h), fp8))
+        branch = branch_of(h, block.ffn_norm2, mlp_gate)
+    return x if branch is None else kernels.added(x, branch)
+
+
+def modulation(block: Any, adaln: Tensor | None) -> Sequence[Tensor | None]:
+    """Scale and gate of the attention, then of the feed-forward, before 1 + and tanh: each [dim]."""
+    return block.adaLN_modulation(adaln)[0].chunk(4) if block.modulation else [None] * 4
+
+
+def norm_of(norm: Any, scale: Tensor | None = None) -> Norm:
+    return Norm(norm.weight, norm.eps, scale)
+
+
+def branch_of(y: Tensor, norm: Any, gate: Tensor | None) -> Branch:
+    return Branch(y, norm.weight, norm.eps, gate)
+
+
+def attention(attn: Any, h: Rows, positions: Positions) -> Tensor:
+    """ZSingleStreamAttnProcessor, h [S, dim]."""
+    query, key, value = attn.to_q(h), attn.to_k(h), attn.to_v(h)  # each [S, dim]
+    query = kernels.normed_rotated(query, norm_of(attn.norm_q), positions.freqs)
+    key = kernels.normed_rotated(key, norm_of(attn.norm_k), positions.freqs)
+    q, k, v = (x.view(len(x), attn.heads, -1).transpose(0, 1)[None] for x in (query, key, value))
+    parts = [slice(begin, end) for begin, end in pairwise(positions.borders)]
+    # Of each image on its own, however long the others are: no mask and no padding.
+    mixed = [attend(q[:, :, s], k[:, :, s], v[:, :, s]) for s in parts]
+    mixed_ = mixed[0] if len(mixed) == 1 else torch.cat(mixed)  # [S, dim]
+    out: Tensor = attn.to_out[0](kernels.scaled(mixed_) if isinstance(h, Scaled) else mixed_)
+    return out
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each, and the result, [1, S, heads, head_dim]."""
-    mixed = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    )  # [1, heads, S, head_dim]
-    return mixed.transpose(1, 2)
-
-
-@torch.library.custom_op("promptdrop::attend_within", mutates_args=())
-def attend_within(query: Tensor, key: Tensor, value: Tensor, borders: Tensor) -> Tensor:
-    """`attend` of each image on its own, however long the others are: no mask and no padding."""
-    parts = [slice(begin, end) for begin, end in pairwise(borders.tolist())]
-    return torch.cat([attend(query[:, s], key[:, s], value[:, s]) for s in parts], dim=1)
-
-
-@attend_within.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, borders: Tensor) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S, dim] to [B, S, heads, head_dim]."""
-    return x.view(*x.shape[:2], heads, -1)
-
-
-def rotate(x: Tensor, freqs: Tensor | None) -> Tensor:
-    """Rotate pairs of channels of x [B, S, heads, head_dim], in float32 as the library does."""
-    assert freqs is not None
-    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # each [B, S, heads, head_dim / 2]
-    cosine, sine = freqs.unbind(-1)  # each [1, S, 1, head_dim / 2]
-    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
-    return turned.flatten(-2).type_as(x)  # [B, S, heads, head_dim]
+    """Each [1, heads, S, width], to [S, dim]."""
+    return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of one image size and text length, each [1, S, 1, head_dim / 2, 2]."""
+    """Cosines and sines of one image size and text length, each [S, width / 2, 2]."""
 
     image: Tensor
     text: Tensor
     joint: Tensor
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Texts that were refined together; while they are held here, their ids are nobody else's."""
+
+    texts: list[Tensor]  # each [tokens, width]
+    refined: Tensor  # [sum of L, dim]
 
 
 class FastForward:
@@ -113,6 +128,7 @@ class FastForward:
         self._transformer = transformer
         self._most = most
         self._rotaries: dict[tuple[int, int, int], Rotary] = {}
+        self._captions: OrderedDict[tuple[tuple[int, int], ...], Caption] = OrderedDict()
 
     def __call__(
         self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], **_: Any
@@ -136,56 +152,59 @@ class FastForward:
         adaln = model.t_embedder(t * model.t_scale).type_as(latents[0])  # [1, 256]
 
         image = model.all_x_embedder["2-1"](torch.cat([patchify(x) for x in latents]))  # [B N, dim]
-        image = padded(torch.split(image, rows * columns), model.x_pad_token)  # [1, B N32, dim]
+        image = padded(torch.split(image, rows * columns), model.x_pad_token)  # [B N32, dim]
         positions = end_to_end([rotary.image for rotary in rotaries])
-        for layer in model.noise_refiner:
-            image = layer(image, None, positions, adaln)
+        image = through(model.noise_refiner, image, positions, adaln)
 
-        caption = model.cap_embedder(torch.cat(texts))  # [sum of tokens, dim]
-        caption = padded(caption.split([len(text) for text in texts]), model.cap_pad_token)
-        positions = end_to_end([rotary.text for rotary in rotaries])
-        for layer in model.context_refiner:
-            caption = layer(caption, None, positions)  # [1, sum of L, dim]
-
-        parts = zip(image.chunk(len(latents), dim=1), caption.split(lengths, dim=1), strict=True)
-        joint = torch.cat([x for part in parts for x in part], dim=1)  # [1, sum of N32 + L, dim]
+        caption = self._caption(texts, rotaries)  # [sum of L, dim]
+        parts = zip(image.chunk(len(latents)), torch.split(caption, lengths), strict=True)
+        joint = torch.cat([x for part in parts for x in part])  # [sum of N32 + L, dim]
         positions = end_to_end([rotary.joint for rotary in rotaries])
-        for layer in model.layers:
-            joint = layer(joint, None, positions, adaln)
+        joint = through(model.layers, joint, positions, adaln)
 
-        images = torch.split(joint, [rotary.joint.shape[1] for rotary in rotaries], dim=1)
-        image = torch.cat([x[:, : rows * columns] for x in images], dim=1)  # [1, B N, dim]
-        patches = model.all_final_layer["2-1"](image, c=adaln)[0]  # [B N, 64]
+        images = torch.split(joint, [len(rotary.joint) for rotary in rotaries])
+        image = torch.cat([x[: rows * columns] for x in images])  # [B N, dim]
+        patches = model.all_final_layer["2-1"](image[None], c=adaln)[0]  # [B N, 64]
         return [unpatchify(x, rows, columns) for x in torch.split(patches, rows * columns)]
+
+    def _caption(self, texts: list[Tensor], rotaries: list[Rotary]) -> Tensor:
+        """Refined [sum of L, dim]: no noise level goes in, so all evaluations of an image share it."""
+        key = tuple((id(text), text._version) for text in texts)
+        if key not in self._captions:
+            model = self._transformer
+            refined = model.cap_embedder(torch.cat(texts))  # [sum of tokens, dim]
+            parts = torch.split(refined, [len(text) for text in texts])
+            refined = padded(parts, model.cap_pad_token)
+            positions = end_to_end([rotary.text for rotary in rotaries])
+            refined = through(model.context_refiner, refined, positions, None)
+            self._captions[key] = Caption(texts, refined)
+            if len(self._captions) > CAPTIONS:
+                self._captions.popitem(last=False)
+        return self._captions[key].refined
 
     def _rotary(self, rows: int, columns: int, length: int) -> Rotary:
         """Made once per shape."""
         key = rows, columns, length
         if key not in self._rotaries:
             embed, device = self._transformer.rope_embedder, self._transformer.device
-            image = embed(image_ids(rows, columns, length).to(device))  # [N32, head_dim / 2]
-            text = embed(text_ids(length).to(device))  # [L, head_dim / 2]
+            image = embed(image_ids(rows, columns, length).to(device))  # [N32, width / 2]
+            text = embed(text_ids(length).to(device))  # [L, width / 2]
             parts = image, text, torch.cat([image, text])
-            self._rotaries[key] = Rotary(*(torch.view_as_real(x)[None, :, None] for x in parts))
+            self._rotaries[key] = Rotary(*map(torch.view_as_real, parts))
         return self._rotaries[key]
 
 
 def padded(parts: Sequence[Tensor], pad_token: Tensor) -> Tensor:
-    """Each [n, dim], to a multiple of 32 rows, and end to end: [1, sum of n32, dim]."""
-    rows = [x for p in parts for x in (p, pad_token.expand(-len(p) % SEQUENCE_MULTIPLE, -1))]
-    return torch.cat(rows)[None]
+    """Each [n, dim], to a multiple of 32 rows, and end to end: [sum of n32, dim]."""
+    return torch.cat(
+        [x for p in parts for x in (p, pad_token.expand(-len(p) % SEQUENCE_MULTIPLE, -1))]
+    )
 
 
 def end_to_end(tables: list[Tensor]) -> Positions:
-    """Of several images, each [1, S, 1, head_dim / 2, 2]; of one as it is."""
-    if len(tables) == 1:
-        return tables[0]
-    borders = accumulate((table.shape[1] for table in tables), initial=0)
-    return torch.cat(tables, dim=1), torch.tensor([*borders])
-
-
-def blocks(transformer: Any) -> list[Any]:
-    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+    """Of several images, each [S, width / 2, 2]; of one as it is."""
+    borders = [*accumulate((len(table) for table in tables), initial=0)]
+    return Positions(tables[0] if len(tables) == 1 else torch.cat(tables), borders)
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -219,36 +238,83 @@ def text_ids(length: int) -> Tensor:
 
 @contextmanager
 def together(transformer: Any, forward: FastForward) -> Iterator[None]:
-    """Evaluate several images as one sequence, not compiled; afterwards as the library does."""
-    attentions = [block.attention for block in blocks(transformer)]
-    processors = [attention.processor for attention in attentions]
+    """Evaluate as FastForward does; afterwards as the library does."""
     transformer.forward = forward
-    for attention in attentions:
-        attention.processor = RealRotaryAttention()
     try:
         yield
     finally:
         del transformer.forward  # the class's own is there again
-        for attention, processor in zip(attentions, processors, strict=True):
-            attention.processor = processor
 
 
 def accelerate(pipe: Any, forward: FastForward) -> None:
-    """Compile the pipeline's transformer and decoder: in place, at their first use."""
+    """Evaluate the pipeline's transformer as FastForward does; its decoder is compiled at its first use."""
     pipe.transformer.forward = forward
-    for block in blocks(pipe.transformer):
-        block.attention.set_processor(RealRotaryAttention())
-        # One graph for one image and one for several, for every size and text length.
-        block.compile(fullgraph=True, dynamic=True)
-    pipe.vae.decoder.to(memory_format=torch.channels_last)
-    pipe.vae.decoder.compile(fullgraph=True, dynamic=False)  # one for each warmed size
+    decoder = pipe.vae.decoder
+    for module in decoder.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = ChannelGroupNorm
+        elif isinstance(module, Attention):
+            module.set_processor(WideAttention())
+    decoder.to(memory_format=torch.channels_last)
+    decoder.compile(fullgraph=True, dynamic=False)  # one graph for each warmed size
+
+
+class ChannelGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that sums each channel first when compiled.
+
+    In channels_last the channels of one group are a few bytes of each line; reading them group by
+    group reads every line as often as there are groups.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...]."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        wide, places = x.float(), list(range(2, x.ndim))
+        size = self.num_channels // self.num_groups
+        sums = torch.stack((wide.sum(places), wide.square().sum(places)))  # [2, B, C]
+        count = size * x[0, 0].numel()
+        mean, square = sums.view(*sums.shape[:2], -1, size).sum(-1) / count  # each [B, groups]
+        deviation = torch.rsqrt(square - mean.square() + self.eps)
+        factor = self.weight * deviation.repeat_interleave(size, dim=1)  # [B, C]
+        offset = self.bias - mean.repeat_interleave(size, dim=1) * factor
+        shape = *factor.shape, *[1] * len(places)
+        normed: Tensor = wide * factor.view(shape) + offset.view(shape)
+        return normed.to(x.dtype)
+
+
+class WideAttention(AttnProcessor2_0):  # type: ignore[misc]  # diffusers has no types
+    """The decoder's one head of 512 channels as two matrix products when compiled.
+
+    The fast attention kernels end at 256 channels.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states [B, C, H, W]."""
+        if not torch.compiler.is_compiling():
+            return super().__call__(attn, hidden_states)  # type: ignore[no-any-return]  # diffusers
+        x = hidden_states.flatten(2)  # [B, C, H W]
+        x = attn.group_norm(x).transpose(1, 2)  # [B, H W, C]
+        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        rows = max(1, SCORES // x.shape[1])  # so many queries at once
+        key = key.transpose(1, 2) * x.shape[2] ** -0.5
+        mixed = torch.cat([(q @ key).softmax(-1) @ value for q in query.split(rows, dim=1)], dim=1)
+        out: Tensor = attn.to_out[0](mixed).transpose(1, 2).reshape(hidden_states.shape)
+        return out + hidden_states
 
 
 def meet_text_lengths(
     transformer: Any, height: int, width: int, most: int, images: int, on_step: Callable[[], None]
 ) -> None:
     """Evaluate once at every padded text length up to `most` tokens, and 2 to `images` together:
-    kernels are chosen per shape."""
+    the libraries choose their kernels per shape."""
     weight = transformer.cap_embedder[1].weight  # [dim, text width]
     latents = weight.new_zeros(16, 1, height // 8, width // 8)
     lengths = range(1, most + 1, SEQUENCE_MULTIPLE)

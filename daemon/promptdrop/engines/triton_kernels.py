@@ -1,0 +1,168 @@
+"""The functions of `kernels.py` on a GPU. A program of each kernel has one row, that is one token, in its registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from promptdrop.engines.rows import FP8, LARGEST, SMALLEST_SCALE, Branch, Norm, Rows, Scaled
+
+
+def normed(x: Tensor, norm: Norm, fp8: bool) -> Rows:
+    """See `kernels.normed`."""
+    return _rows(x, None, norm, fp8)[1]
+
+
+def added(x: Tensor, branch: Branch) -> Tensor:
+    """See `kernels.added`."""
+    return _rows(x, branch, None, False)[0]
+
+
+def added_normed(x: Tensor, branch: Branch, norm: Norm, fp8: bool) -> tuple[Tensor, Rows]:
+    """See `kernels.added_normed`."""
+    return _rows(x, branch, norm, fp8)
+
+
+def scaled(x: Tensor) -> Scaled:
+    """See `kernels.scaled`."""
+    out = _scaled_rows(x)
+    _scale_row[(len(x),)](
+        x, *out, x.shape[1], LARGEST, SMALLEST_SCALE, BLOCK=_block(x.shape[1]), num_warps=4
+    )
+    return out
+
+
+def normed_rotated(x: Tensor, norm: Norm, freqs: Tensor) -> Tensor:
+    """See `kernels.normed_rotated`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = freqs.shape[1]
+    heads = x.shape[1] // (2 * half)
+    _norm_rotate[(len(x),)](
+        x, norm.weight, freqs, out, x.stride(0), norm.eps,
+        HEADS=heads, PADDED=_block(heads), HALF=half, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def gated(gate: Tensor, up: Tensor, fp8: bool) -> Rows:
+    """See `kernels.gated`."""
+    out = _empty(gate, fp8)
+    values, scales = out if fp8 else (out, out)
+    hidden = gate.shape[1]
+    _gate[(len(gate),)](
+        gate, up, values, scales, LARGEST, SMALLEST_SCALE,
+        COLUMNS=hidden, BLOCK=_block(hidden), FP8=fp8, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor, branch: Branch | None, norm: Norm | None, fp8: bool) -> tuple[Tensor, Rows]:
+    total = torch.empty_like(x) if branch else x
+    out = _empty(x, fp8) if norm else x
+    values, scales = out if isinstance(out, tuple) else (out, out)
+    y, y_weight, y_eps, gate = branch or (x, x, 0.0, None)
+    weight, eps, scale = norm or (x, 0.0, None)
+    _add_norm[(len(x),)](
+        x, y, y_weight, x if gate is None else gate, weight, x if scale is None else scale,
+        total, values, scales, y_eps, eps, LARGEST, SMALLEST_SCALE,
+        COLUMNS=x.shape[1], BLOCK=_block(x.shape[1]), ADD=branch is not None, GATE=gate is not None,
+        NORM=norm is not None, SCALE=scale is not None, FP8=fp8, num_warps=8,
+    )  # fmt: skip
+    return total, out
+
+
+def _empty(x: Tensor, fp8: bool) -> Rows:
+    """Where a kernel writes rows like those of x."""
+    return _scaled_rows(x) if fp8 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _scaled_rows(x: Tensor) -> Scaled:
+    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    return Scaled(torch.empty(x.shape, dtype=FP8, device=x.device), scales)
+
+
+def _block(columns: int) -> int:
+    return int(triton.next_power_of_2(columns))
+
+
+@triton.jit
+def _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8: tl.constexpr):
+    """A row of float32, as the next product takes it."""
+    if FP8:
+        scale = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
+        tl.store(scales + row, scale)
+        value = value / scale
+    to = out + row * COLUMNS + column
+    tl.store(to, value.to(out.dtype.element_ty), mask=column < COLUMNS)
+
+
+@triton.jit
+def _add_norm(
+    x, y, y_weight, gate, weight, scale, total, out, scales, y_eps, eps, largest, smallest,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < COLUMNS
+    value = tl.load(x + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
+    if ADD:
+        term = tl.load(y + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
+        term *= tl.rsqrt(tl.sum(term * term, axis=0) / COLUMNS + y_eps)
+        term *= tl.load(y_weight + column, mask=inside, other=0).to(tl.float32)
+        if GATE:
+            opening = tl.load(gate + column, mask=inside, other=0).to(tl.float32)
+            term *= 2 * tl.sigmoid(2 * opening) - 1  # tanh
+        rounded = (value + term).to(total.dtype.element_ty)
+        tl.store(total + row * COLUMNS + column, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    if NORM:
+        value *= tl.rsqrt(tl.sum(value * value, axis=0) / COLUMNS + eps)
+        value *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+        if SCALE:
+            value *= 1 + tl.load(scale + column, mask=inside, other=0).to(tl.float32)
+        _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8)
+
+
+@triton.jit
+def _norm_rotate(
+    x, weight, freqs, out, stride, eps,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, PADDED)[:, None]
+    channel = tl.arange(0, 2 * HALF)[None, :]
+    inside = (head < HEADS) & (channel >= 0)
+    column = head * (2 * HALF) + channel  # [PADDED, 2 HALF]
+    value = tl.load(x + row * stride + column, mask=inside, other=0).to(tl.float32)
+    square = tl.sum(value * value, axis=1)[:, None]
+    value *= tl.rsqrt(square / (2 * HALF) + eps) * tl.load(weight + channel).to(tl.float32)
+    # Whole lines are loaded and stored; a pair stands in one thread's registers already.
+    even, odd = tl.split(tl.reshape(value, (PADDED, HALF, 2)))
+    turn = tl.load(freqs + row * (2 * HALF) + channel)
+    cosine, sine = tl.split(tl.reshape(turn, (1, HALF, 2)))
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    turned = tl.reshape(turned, (PADDED, 2 * HALF)).to(out.dtype.element_ty)
+    tl.store(out + row * (HEADS * 2 * HALF) + column, turned, mask=inside)
+
+
+@triton.jit
+def _gate(
+    gate, up, out, scales, largest, smallest,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < COLUMNS
+    opening = tl.load(gate + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
+    value = tl.load(up + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
+    value *= opening * tl.sigmoid(opening)  # silu
+    _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8)
+
+
+@triton.jit
+def _scale_row(x, out, scales, COLUMNS, largest, smallest, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(x + row * COLUMNS + column, mask=column < COLUMNS, other=0).to(tl.float32)
+    _write(value, out, scales, row, column, largest, smallest, COLUMNS, True)
