@@ -14,6 +14,7 @@ every part runs on a CPU too, to check itself:
 import argparse
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -211,12 +212,21 @@ def warm(settings: Config) -> ZImageEngine:
     return engine
 
 
-def render(engine: ZImageEngine, specs: list[ImageSpec], most: int = 1) -> list[Rendering]:
-    """`most` together, back to back."""
+def render(
+    engine: ZImageEngine, specs: list[ImageSpec], most: int = 1, ahead: bool = False
+) -> list[Rendering]:
+    """`most` together, back to back; `ahead`: the next ones' texts are encoded as the daemon does it."""
     renderings: list[Rendering] = []
-    for batch in batches(specs, most):
+    waiting = [*batches(specs, most)]
+    for batch, following in zip(waiting, [*waiting[1:], []], strict=True):
+        coming = iter(following if ahead else [])
+
+        def on_step(step: int, steps: int, coming: Iterator[ImageSpec] = coming) -> None:
+            if step < steps and (spec := next(coming, None)):
+                engine.prepare(spec, Prompt())
+
         buffers = [memoryview(bytearray(spec.height * spec.width * 3)) for spec in batch]
-        for result in engine.render(batch, Prompt(), lambda step, steps: None, buffers):
+        for result in engine.render(batch, Prompt(), on_step, buffers):
             if isinstance(result, EngineError):
                 raise result
             renderings.append(result)
@@ -309,7 +319,7 @@ def ready(settings: Config) -> dict[str, Any]:
 
 
 def text_vae(bench: Bench) -> dict[str, Any]:
-    """A new prompt, a repeated one, and a decode, each beside the library's."""
+    """A new prompt, a repeated one, one encoded ahead, and a decode, each beside the library's."""
     facts, prompts = beside(bench), [f"{PROMPT}, {n}" for n in range(max(5, min(bench.images, 50)))]
     facts |= library_text_vae(bench, prompts)
     forget()
@@ -317,10 +327,18 @@ def text_vae(bench: Bench) -> dict[str, Any]:
     render(engine, [bench.spec(0, "another prompt")])
     new = render(engine, [bench.spec(0, prompt) for prompt in prompts])
     again = render(engine, [bench.spec(0, prompt) for prompt in prompts])
+    others = [bench.spec(0, f"{prompt}, at night") for prompt in prompts]
+    ahead = render(engine, others, ahead=True)[1:-1]  # prepared, and preparing another
+    p50 = {
+        name: statistics.median(one.latency_ms.render for one in renderings)
+        for name, renderings in (("repeated", again), ("ahead", ahead))
+    }
     return {
         **facts,
         "encode_new_p50_ms": statistics.median(one.latency_ms.encode for one in new),
         "encode_repeated_p50_ms": statistics.median(one.latency_ms.encode for one in again),
+        "encode_ahead_p50_ms": statistics.median(one.latency_ms.encode for one in ahead),
+        "ahead_costs_ms": p50["ahead"] - p50["repeated"],  # of an image's whole render
         "decode_p50_ms": statistics.median(one.latency_ms.decode for one in again),
     }
 
@@ -429,7 +447,51 @@ def batch(bench: Bench) -> dict[str, Any]:
     }
 
 
-PARTS = {part.__name__: part for part in (bf16, compiles, text_vae, flow, batch)}
+def offload(bench: Bench) -> dict[str, Any]:
+    """`engine.offload`, not compiled: each as such, and what `auto` takes when there is less memory."""
+    facts = beside(bench)
+    plans = [(None, "none"), (None, "text_encoder"), (None, "model")]
+    plans += [(gib, "auto") for gib in (24, 16, 12)]
+    if device().type != "cuda":
+        plans = [(None, "auto")]
+    return {**facts, "plans": [offloaded(bench, gib, wanted) for gib, wanted in plans]}
+
+
+def offloaded(bench: Bench, gib: int | None, wanted: str) -> dict[str, Any]:
+    """An engine that may have so much of the device: each image has a prompt of its own."""
+    total = torch.cuda.get_device_properties(0).total_memory if gib else 0
+    if gib:
+        torch.cuda.set_per_process_memory_fraction(gib * 1024 * MIB / total)
+    begin = time.perf_counter()
+    try:
+        engine = warm(bench.config(f"offload-{wanted}-{gib}", offload=wanted))
+        ready_s = time.perf_counter() - begin
+        specs = [bench.spec(n, f"{PROMPT}, {n}") for n in range(max(2, min(bench.images, 12)))]
+        renderings = render(engine, specs)
+        pixels = memoryview(bytearray(bench.height * bench.width * 3))
+        engine.render(specs[:1], Prompt(), lambda step, steps: None, [pixels])
+    finally:
+        if gib:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    found = {
+        "limit_gib": gib,
+        "wanted": wanted,
+        "taken": engine._offload,
+        "ready_s": ready_s,
+        **quantiles([one.latency_ms.render for one in renderings]),
+        "encode_new_p50_ms": statistics.median(one.latency_ms.encode for one in renderings),
+        "evaluation_p50_ms": statistics.median(ms for one in renderings for ms in one.steps_ms),
+        "memory_allocated_mib": renderings[-1].memory_allocated_mib,
+        "memory_peak_mib": renderings[-1].memory_peak_mib,
+        "memory_reserved_mib": renderings[-1].memory_reserved_mib,
+        "pixels_sha256": hashlib.sha256(pixels).hexdigest()[:16],  # the same of all
+    }
+    del engine
+    forget()
+    return found
+
+
+PARTS = {part.__name__: part for part in (bf16, compiles, text_vae, flow, batch, offload)}
 
 
 def surroundings(bench: Bench) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -129,21 +128,6 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert loaded.failed == tmp_path / "a" / "failed"
     assert loaded.model_path == tmp_path / "m"
     assert loaded.model.id == "m"
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"quantization": "fp8"},
-        {"offload": "model"},
-    ],
-)
-def test_what_is_not_ready_is_said(section: dict[str, Any]) -> None:
-    """Never silently ignored."""
-    loaded = config.parse({"model": {"id": "x"}, "engine": section})
-
-    with pytest.raises(ConfigError, match="not available yet"):
-        config.refuse_what_is_not_ready(loaded)
 
 
 def test_a_reload_takes_some_keys_and_names_the_others() -> None:

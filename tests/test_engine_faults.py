@@ -19,6 +19,7 @@ from harness import Daemon, alive, until
 MakeDaemon = Callable[..., Daemon]
 
 QUICK = {"image_timeout_seconds": 0.3, "kill_grace_seconds": 0.3, "max_attempts": 2}
+ONE_STEP = {"defaults": {"steps": 1}}  # what comes next is not prepared after the last step
 
 
 def jsonl(*prompts: str) -> str:
@@ -221,9 +222,12 @@ def test_an_engine_killed_between_images_is_replaced_and_nobody_is_charged(
     assert daemon.stop() == 0
 
 
-def test_an_engine_killed_with_an_image_in_hand_charges_that_image(daemon: Daemon) -> None:
+def test_an_engine_killed_with_an_image_in_hand_charges_that_image(
+    make_daemon: MakeDaemon,
+) -> None:
     """SIGKILL from outside while rendering is a failed attempt; the next one succeeds."""
-    daemon.drop("a.jsonl", jsonl("!slow 0.3", "!slow 0.01"))
+    daemon = make_daemon(ONE_STEP)
+    daemon.drop("a.jsonl", jsonl("!slow 0.9", "!slow 0.01"))
     daemon.start()
     daemon.until_begun()
     os.kill(daemon.engine_pid(), signal.SIGKILL)
@@ -346,8 +350,8 @@ def test_a_stopped_engine_with_a_prefetched_image_charges_only_the_one_in_hand(
     make_daemon: MakeDaemon,
 ) -> None:
     """SIGSTOP from outside in the middle of an image."""
-    daemon = make_daemon({"engine": {"stall_seconds": 1}})
-    daemon.drop("a.jsonl", jsonl("!slow 0.3 x", "second"))
+    daemon = make_daemon({"engine": {"stall_seconds": 1.5}, **ONE_STEP})
+    daemon.drop("a.jsonl", jsonl("!slow 0.9 x", "second"))
     daemon.start()
     daemon.until_begun()
     os.kill(daemon.engine_pid(), signal.SIGSTOP)
@@ -372,6 +376,52 @@ def test_a_charged_image_is_tried_again_after_the_others_of_its_job(
     assert failed[0] < min(started) <= max(started) < failed[1]
     assert len(daemon.log("engine.starting")) == 4
     assert daemon.job("a")["outcome"] == "partial"
+
+
+@pytest.mark.parametrize("fault", ["crash", "unknown", "hang", "hang-gil"])
+def test_a_text_that_ends_the_engine_beside_another_image_charges_its_own(
+    make_daemon: MakeDaemon, fault: str
+) -> None:
+    """The next image's text is encoded while one is in hand: when that ends or hangs the engine, nobody
+    is charged, the one in hand is rendered alone, and the other, found out, beside nobody any more."""
+    daemon = make_daemon({"engine": {**QUICK, "image_timeout_seconds": 1}})
+    daemon.drop("a.jsonl", jsonl("first", f"!text-{fault}", "!slow 0.1 third"))
+    daemon.drain()
+    job = daemon.job("a")
+
+    assert [e["image"] for e in daemon.log("image.alone")] == [1]
+    assert [e["image"] for e in daemon.log("image.failed")] == [2, 2]
+    assert [i["outcome"] for i in job["images"]] == ["rendered", "failed", "rendered"]
+    assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [1, 1]
+    assert len(daemon.log("engine.starting")) == (1 if fault == "hang" else 4)
+
+
+def test_an_image_that_ends_the_engine_beside_anothers_text_is_charged_in_the_end(
+    make_daemon: MakeDaemon,
+) -> None:
+    """Whose fault that was nobody knows: not charged at first, it is rendered with nothing beside it,
+    and then it pays."""
+    daemon = make_daemon({"engine": {"max_attempts": 2}})
+    daemon.drop("a.jsonl", jsonl("!late-crash 0.2", "second", "third", "fourth", "fifth"))
+    daemon.drain()
+
+    assert [e["image"] for e in daemon.log("image.alone")] == [1]
+    assert [e["attempt"] for e in daemon.log("image.failed")] == [1, 2]
+    assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [1, 1, 1, 1]
+    assert len(daemon.log("engine.starting")) == 4
+
+
+def test_a_text_that_fails_beside_another_image_costs_nothing_there(
+    make_daemon: MakeDaemon,
+) -> None:
+    """What is wrong with a text only its own image is told."""
+    daemon = make_daemon({"engine": {"max_attempts": 1}})
+    daemon.drop("a.jsonl", jsonl("first", "!text-raise", "third"))
+    daemon.drain()
+
+    assert daemon.log("image.alone") == []
+    assert [e["image"] for e in daemon.log("image.failed")] == [2]
+    assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,9 @@ def test_a_slow_engine_is_given_less(make_daemon: MakeDaemon) -> None:
 
 def test_an_engine_that_dies_costs_the_others_nothing(make_daemon: MakeDaemon) -> None:
     """The image in its hand is charged and rendered again; the other engine never stops."""
-    daemon = both_warm(make_daemon(TWO))
-    daemon.drop("a.jsonl", prompts(*["!slow 0.3 a cat"] * 6))
+    one_step = {"defaults": {"steps": 1}}  # what comes next is not prepared after the last step
+    daemon = both_warm(make_daemon({**TWO, **one_step}))
+    daemon.drop("a.jsonl", prompts(*["!slow 0.9 a cat"] * 6))
     status = daemon.until_status(
         "two images in hand", lambda s: all(engine["current"] for engine in s["engines"])
     )

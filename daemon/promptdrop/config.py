@@ -38,12 +38,6 @@ RELOADABLE = frozenset(
     | {f"engine.{key}" for key in ("max_attempts", "on_timeout", "empty_cache_every")}
 )
 
-# What the contract names and this version cannot do yet: said at exit 78, never ignored.
-NOT_YET = {
-    "engine.quantization": ("fp8",),
-    "engine.offload": ("text_encoder", "model"),
-}
-
 
 class Section(BaseModel):
     """A mapping of config.yaml: unknown keys are refused, values are frozen."""
@@ -125,6 +119,7 @@ class EngineSection(Section):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     on_timeout: Literal["fail", "placeholder"] = "fail"
     empty_cache_every: Annotated[int, Field(ge=1)] = 10
+    reserve_memory_mib: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("warmup")
     @classmethod
@@ -403,15 +398,6 @@ def parse(values: dict[str, Any], file: Path | None = None) -> Config:
     if "file" in values:
         values = {**values, "file ": values["file"]}  # a key `file` is unknown like any other
     return Config.model_validate({**values, "file": file.absolute() if file else None})
-
-
-def refuse_what_is_not_ready(config: Config) -> None:
-    """Raise ConfigError for what the contract names and this version cannot do yet."""
-    for key, values in NOT_YET.items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if value in values:
-            raise ConfigError(f"{key}: {value} is not available yet in this version of promptdrop")
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:

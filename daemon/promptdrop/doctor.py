@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from promptdrop import cluster, engine, fs, names, pool, weights
-from promptdrop import config as configuration
 from promptdrop.config import Config
 from promptdrop.errors import PromptdropError
 from promptdrop.inbox import strangers, watch_mode
@@ -47,7 +46,6 @@ def _guarded(what: str, check: Callable[[], Finding]) -> Iterator[Finding]:
 
 
 def _configuration(settings: Config) -> Finding:
-    configuration.refuse_what_is_not_ready(settings)
     return Finding("ok", "configuration", f"{settings.file}")
 
 

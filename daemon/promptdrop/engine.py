@@ -45,6 +45,12 @@ class Engine(Protocol):
         Raises EngineError: they all failed; the engine is still good.
         """
 
+    def prepare(self, spec: ImageSpec, prompt: Prompt) -> None:
+        """Encode the texts of an image that comes next; called by the on_step of those in hand.
+
+        What is wrong with that image is left for its own `render` to find.
+        """
+
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """How many tokens each prompt has once templated, uncut."""
 

@@ -51,6 +51,7 @@ class InHand:
     batch: int = 1  # images that were begun together
     last_sign: float = 0.0
     step: int = 0
+    is_shared: bool = False  # since that step the text of another is encoded, too
     recalled: bool = False  # another engine shall have it
 
     @property
@@ -344,6 +345,7 @@ class EngineLink:
         elif isinstance(answer, Step):
             for image, _ in self._begun():
                 image.last_sign, image.step = now, answer.step
+                image.is_shared = answer.prepares
         return True
 
     def take(self, answer: Rendered | Failed | Cancelled) -> InHand:

@@ -18,12 +18,13 @@ class Render:
     """Render one image, once a Begin has followed; requests are worked off in order.
 
     An engine takes the first, and with it, up to `engine.batch`, what else waits with the same `kind`.
+    Meanwhile it encodes the texts of those it takes next.
     """
 
     ticket: int
     spec: ImageSpec
     prompt: Prompt
-    kind: tuple[Any, ...] | None  # None: alone
+    kind: tuple[Any, ...] | None  # None: alone, and no text encoded beside it
     empty_cache: bool  # afterwards
 
 
@@ -108,6 +109,7 @@ class Step:
     ticket: int
     step: int
     steps: int
+    prepares: bool = False  # before the next one, the text of an image that waits is encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class Failed:
     ticket: int
     error: str
     timed_out: bool = False
-    images: int = 1  # that failed together; of several nobody knows whose fault it was
+    images: int = 1  # that were worked on; of several nobody knows whose fault it was
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,8 +219,9 @@ def _makings(settings: Config | None) -> tuple[Any, ...] | None:
     if settings is None:
         return None
     engine = settings.engine
-    speed = engine.compile, engine.quantization, engine.offload, engine.batch
-    return settings.model, settings.model_path, engine.warmup, speed
+    speed = engine.compile, engine.quantization, engine.batch
+    memory = engine.offload, engine.reserve_memory_mib
+    return settings.model, settings.model_path, engine.warmup, speed, memory
 
 
 def _cache_folder() -> Path:

@@ -43,7 +43,6 @@ class Engine:
             config = configuration.load(Path(config))
         elif isinstance(config, Mapping):
             config = configuration.parse(dict(config))
-        configuration.refuse_what_is_not_ready(config)
         self._config = config
         self._engine = engine.load(config, lambda stage: None)
         self.info = self._engine.info

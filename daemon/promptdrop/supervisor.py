@@ -144,7 +144,6 @@ class Supervisor:
 
         Raises ConfigError, ModelError, SpoolBusy: it cannot start.
         """
-        config.refuse_what_is_not_ready(self.config)
         if self.config.engine.backend == "process":
             engine.require(self.config)
         self.spool.require_mount()
@@ -289,7 +288,6 @@ class Supervisor:
             if self.config.file is None:
                 raise ConfigError("there is no file to read again")
             merged, needs_restart = config.reloaded(self.config, config.load(self.config.file))
-            config.refuse_what_is_not_ready(merged)
         except ConfigError as e:
             log.get().error("config.refused", error=str(e))
         else:
@@ -691,7 +689,7 @@ class Supervisor:
                 self._put_back(running, image.spec)
             elif dead.is_lost:
                 self._image_lost(running, image.spec, counts=dead.gone is not None)
-            elif image.batch > 1:
+            elif image.batch > 1 or image.is_shared:
                 self._batch_failed(running, image.spec, error)
             else:
                 self._image_failed(running, image.spec, error, dead.timed_out)

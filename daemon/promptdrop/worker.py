@@ -94,17 +94,27 @@ class Line:
         """Wait for the next request: one image, and with it, up to `most`, all there are of its kind."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
-            first = self._waiting.popleft()
+            first = self._waiting[0]
             if not isinstance(first, Image):
+                self._waiting.popleft()
                 return first
-            alike = [one for one in self._waiting if isinstance(one, Image) and one.is_like(first)]
-            for image in alike[: most - 1]:
+            images = self._first_images(most)
+            for image in images:
                 self._waiting.remove(image)
-            return [first, *alike[: most - 1]]
+            return images
+
+    def coming(self, most: int) -> list[Image]:
+        """The images that would be next if no other came."""
+        with self._changed:
+            return self._first_images(most)
 
     def is_cancelled(self, ticket: int) -> bool:
         """Whether the daemon does not want this image any more."""
         return ticket in self._cancelled
+
+    def _first_images(self, most: int) -> list[Image]:
+        images = [one for one in self._waiting if isinstance(one, Image)]
+        return [one for one in images if one is images[0] or one.is_like(images[0])][:most]
 
     def _read(self) -> None:
         try:
@@ -137,6 +147,34 @@ class Line:
                 self._cancelled.add(ticket)
                 return
         self.send(Cancelled(ticket))
+
+
+class Ahead:
+    """Encodes the texts of the images that come next while others are in hand.
+
+    By the thread and on the stream of their steps: no other is needed. On CUDA a step's callback
+    runs when the device has just begun a whole evaluation, so that it does not wait for an encoding
+    to be launched, which takes longer than the encoding itself. One at each step, lest it runs dry.
+    """
+
+    def __init__(self, warm: Engine, line: Line, most: int) -> None:
+        self._warm, self._line, self._most = warm, line, most
+        self._prepared: set[int] = set()  # tickets
+        self.is_preparing = False  # also once preparing was broken off
+
+    def coming(self) -> Image | None:
+        """One that is still to be prepared; none that may be poison."""
+        for image in self._line.coming(self._most):
+            if image.render.kind is not None and image.render.ticket not in self._prepared:
+                return image
+        return None
+
+    def prepare(self, image: Image) -> None:
+        """Whatever this raises may be that image's fault."""
+        self._prepared.add(image.render.ticket)
+        self.is_preparing = True
+        self._warm.prepare(image.render.spec, image.render.prompt)
+        self.is_preparing = False
 
 
 def main(fd: int) -> None:
@@ -195,7 +233,7 @@ def _serve(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
                 if image not in wanted:
                     line.send(Cancelled(image.render.ticket))
             if wanted:
-                _render(warm, nvml, wanted, line)
+                _render(warm, nvml, wanted, line, most)
         finally:
             for image in request:
                 os.close(image.memory)
@@ -203,21 +241,24 @@ def _serve(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
             warm.empty_cache()
 
 
-def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line) -> None:
+def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line, most: int) -> None:
     """Render images together; one that is cancelled meanwhile is rendered all the same, for nobody."""
     tickets = [image.render.ticket for image in images]
     for ticket in tickets:
         line.send(Began(ticket, len(images)))
     seconds = sum(image.render.spec.timeout_seconds for image in images)
     results: list[Rendering | Failed]
+    may_be_poison = images[0].render.kind is None
+    ahead = Ahead(warm, line, 0 if may_be_poison else most)
     try:
-        results = _results(warm, images, line, seconds)
+        results = _results(warm, images, line, seconds, ahead)
     except ImageCancelled:
         pass  # as `is_cancelled` says of each
     except ImageTimeout:
         many = f" for {len(images)} images together" if len(images) > 1 else ""
         error = f"took longer than {seconds:g} s{many} (timeout_seconds)"
-        results = [Failed(ticket, error, timed_out=True, images=len(images)) for ticket in tickets]
+        worked_on = len(images) + ahead.is_preparing
+        results = [Failed(ticket, error, timed_out=True, images=worked_on) for ticket in tickets]
     except EngineError as e:
         results = [Failed(ticket, str(e), images=len(images)) for ticket in tickets]
     for n, ticket in enumerate(tickets):
@@ -231,18 +272,21 @@ def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line) -> None:
 
 
 def _results(
-    warm: Engine, images: list[Image], line: Line, seconds: float
+    warm: Engine, images: list[Image], line: Line, seconds: float, ahead: Ahead
 ) -> list[Rendering | Failed]:
     """What came of each. Raises ImageTimeout, EngineError: of all; ImageCancelled: nobody wants one."""
     tickets = [image.render.ticket for image in images]
     deadline = time.monotonic() + seconds
 
     def on_step(step: int, steps: int) -> None:
-        line.send(Step(tickets[0], step, steps))
+        coming = ahead.coming() if step < steps else None
+        line.send(Step(tickets[0], step, steps, prepares=coming is not None))
         if all(map(line.is_cancelled, tickets)):
             raise ImageCancelled
         if time.monotonic() > deadline:  # an alarm that a destructor or bare except swallowed
             raise ImageTimeout
+        if coming:
+            ahead.prepare(coming)
 
     with ExitStack() as stack:
         stack.enter_context(_alarm(seconds))

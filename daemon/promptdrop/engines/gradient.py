@@ -1,7 +1,8 @@
 """An engine without torch, for tests and dry runs: `model: {id: gradient}`.
 
 A word at the start of the prompt scripts a fault, a word in `model.revision` a fault of loading;
-`!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first.
+`!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first; `!text-FAULT`
+does it wherever the text is encoded, when the image is prepared, too.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +66,8 @@ class GradientEngine:
         """Render images, or do what their prompts' first words say.
 
         `!raise` and `!constant` fail their image alone, `!slow SECONDS` slows each step of all,
-        `!together` fails a batch of several; all other faults are the whole engine's.
+        `!late-FAULT SECONDS` too, and does FAULT after the first; `!together` fails a batch of
+        several; all other faults are the whole engine's.
         """
         begun = [
             _begin(spec, prompt, buffer, is_alone=len(specs) == 1)
@@ -77,10 +80,20 @@ class GradientEngine:
             time.sleep(step_seconds)
             marks.append(time.perf_counter())
             on_step(step, evaluations)
+            for one in drawings:
+                if step == 1 and one.fault.startswith("late-"):
+                    _image_fault(one.fault.removeprefix("late-"), [])
         return [
             _finish(one, marks, len(drawings)) if isinstance(one, _Drawing) else one
             for one in begun
         ]
+
+    def prepare(self, spec: ImageSpec, prompt: Prompt) -> None:
+        """Do what `!text-FAULT` says."""
+        if spec.prompt.startswith("!text-"):
+            fault, arguments = _scripted(spec.prompt)
+            with suppress(EngineError):  # found again, and charged, when the image is begun
+                _image_fault(fault.removeprefix("text-"), arguments)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """A token a word, and those of a template."""
@@ -126,11 +139,12 @@ def _begin(
     if fault == "together" and not is_alone:
         raise EngineError("scripted by !together")
     try:
-        _image_fault(fault, arguments)
+        _image_fault(fault.removeprefix("text-"), arguments)
         text = fit(spec.prompt, prompt)
     except EngineError as e:
         return e
-    step_seconds = float(arguments[0]) if fault == "slow" else 0.0
+    is_slow = fault == "slow" or fault.startswith("late-")
+    step_seconds = float(arguments[0]) if is_slow else 0.0
     encode = (time.perf_counter() - begin) * 1000
     return _Drawing(spec, buffer, text, fault, step_seconds, encode)
 

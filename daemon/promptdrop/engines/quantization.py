@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from promptdrop.engines.kernels import scaled
 from promptdrop.engines.rows import Rows
+from promptdrop.errors import EngineStartError
+
+CAPABILITY = 8, 9  # Ada and Hopper multiply fp8
 
 
 class Fp8Linear(nn.Module):
@@ -41,7 +44,31 @@ class Fp8Linear(nn.Module):
         return out.view(*shape, -1)
 
 
-def quantize(block: Any) -> None:
+def require(device: torch.device) -> None:
+    """Raise EngineStartError: the device has no matrix units for fp8."""
+    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if has < CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise EngineStartError(
+            f"engine.quantization: fp8: {name} does not multiply fp8; expected an NVIDIA GPU of"
+            " compute capability 8.9 or later (Ada, Hopper), or engine.quantization: none"
+        )
+
+
+def quantize(transformer: Any, device: torch.device) -> None:
+    """The large matrices of the blocks that noise passes through, in place, where they are now.
+
+    Block by block on the device, which may have no room for all of them as they are. The context
+    refiner stays as it is: it runs once an image, and all that the image is of passes through it.
+    """
+    for block in (*transformer.noise_refiner, *transformer.layers):
+        home = block.attention.to_q.weight.device
+        block.to(device)
+        quantize_block(block)
+        block.to(home)
+
+
+def quantize_block(block: Any) -> None:
     """The large matrices of a transformer block, in place."""
     attention, feed_forward = block.attention, block.feed_forward
     for name in ("to_q", "to_k", "to_v"):

@@ -53,6 +53,8 @@ def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tenso
     """
     branch = None
     for block in blocks:
+        for hook in block._forward_pre_hooks.values():  # which bring weights that are offloaded
+            hook(block, ())
         fp8 = isinstance(block.attention.to_q, Fp8Linear)
         scale, gate, mlp_scale, mlp_gate = modulation(block, adaln)  # each [dim]
         before = norm_of(block.attention_norm1, scale)

@@ -7,8 +7,8 @@ a batch of B images, pixels uint8 [H, W, 3]. Line numbers of diffusers are those
 import contextlib
 import gc
 import os
+import subprocess
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,13 @@ import torch
 from diffusers import ZImagePipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from torch._dynamo.exc import TorchDynamoException as CompileError
+from torch._dynamo.exc import TorchDynamoException
 from transformers.utils import logging as transformers_logging
 
 from promptdrop import log, weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engine import OnStage, OnStep, warm_up_spec
+from promptdrop.engines import kernels, memory, quantization
 from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
 from promptdrop.engines.speed import (
     FastForward,
@@ -35,17 +36,17 @@ from promptdrop.engines.speed import (
     together,
     use_cache,
 )
+from promptdrop.engines.text import Embeddings, EncoderGraphs, count_tokens, fit
 from promptdrop.errors import EngineError, EngineStartError, ModelError
 from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
 MIB = 1024 * 1024
-EMBEDDINGS_BYTES = 64 * MIB  # about a hundred prompts of Z-Image-Turbo's
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
+CompileErrors = TorchDynamoException, subprocess.CalledProcessError  # the latter: the C compiler
 Mark = Any  # a torch.cuda.Event, or seconds
 Tensors = dict[str, Any]
 
 TILE = 512  # px, the largest side of a tile
-BOUNDARY_TOKENS = 4  # how many tokens the template and a cut text may save where they touch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,9 @@ class ZImageEngine:
         self._config = config
         self._device = find_device(config.model.device)
         self._clock = Clock(self._device)
+        self._compiles = compiles(config, self._device)
+        if config.engine.quantization == "fp8":
+            quantization.require(self._device)
         dtype = getattr(torch, config.model.dtype) if self._device.type == "cuda" else torch.float32
         on_stage("loading weights")
         transformers_logging.disable_progress_bar()
@@ -114,14 +118,22 @@ class ZImageEngine:
                 " or chat_template in tokenizer_config.json"
             )
         self._scheduler = checkpoint_scheduler(pipe, directory)
+        if config.engine.quantization == "fp8":
+            on_stage("quantizing to fp8")
+            quantization.quantize(pipe.transformer, self._device)
         on_stage(f"moving to {self._device}")
+        self._offload, why = memory.choose(config, pipe, self._device)
         try:
-            pipe.to(self._device)
-        except RuntimeError as e:  # torch.OutOfMemoryError is one
-            raise EngineStartError(f"{self._device}: the model cannot be moved there: {e}") from e
+            memory.place(pipe, self._offload, self._device)
+        except (RuntimeError, OSError) as e:  # torch.OutOfMemoryError is a RuntimeError
+            raise EngineStartError(
+                f"{self._device}: the model cannot be moved there: {e}"
+                f" (engine.offload: {self._offload} {why})"
+            ) from e
         pipe.set_progress_bar_config(disable=True)
-        self._embeddings = Embeddings(pipe)
-        self._compiles = config.engine.compile == "on"
+        self._embeddings = Embeddings(pipe, padded=not self._compiles)
+        if self._compiles and self._device.type == "cuda" and self._offload == "none":
+            self._embeddings.graphs = EncoderGraphs(pipe.text_encoder)
         for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
             module.eval().requires_grad_(False)
         self._evaluations: list[Mark] = []  # when each one of the image in hand began
@@ -138,7 +150,7 @@ class ZImageEngine:
             model=config.model.id,
             revision=config.model.revision or weights.revision_of(directory),
             dtype=str(dtype).removeprefix("torch."),
-            quantization="none",
+            quantization=config.engine.quantization,
             compiled=self._compiles,
             device=_name(self._device),
             device_index=_nvml_index(self._device),
@@ -155,17 +167,19 @@ class ZImageEngine:
         """
         try:
             self._warm_up(on_step)
-        except CompileError as e:
-            if not discard_cache(f"compiling failed: {e}"):
+        except CompileErrors as e:
+            if not (self._compiles and discard_cache(f"compiling failed: {e}")):
                 raise EngineStartError(f"engine.compile: on: {e}") from e
             try:
                 self._warm_up(on_step)
-            except CompileError as e:
+            except CompileErrors as e:
                 raise EngineStartError(f"engine.compile: on: {e}") from e
         self._is_warm = True
+        self._reserve()
 
     def _warm_up(self, on_step: Callable[[], None]) -> None:
         config, most = self._config, self._config.engine.batch
+        self._embeddings.warm_up(config.prompt.max_tokens)
         for size in config.engine.warmup:
             spec = warm_up_spec(config, size, WARM_UP_PROMPT)
             for images in sorted({1, most}):
@@ -196,31 +210,54 @@ class ZImageEngine:
         them all.
 
         Out of device memory, it empties the cache and tries again, then renders the halves of the
-        batch one after the other, then decodes in tiles.
+        batch one after the other; an image alone is decoded in tiles, then the text encoder, then
+        the whole model is offloaded, for the rest of this engine's life.
 
         Returns for each image how it was rendered, or why it alone was not. Anything raised that
         on_step did not raise is unknown: the caller should end the process.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        job = specs, prompt, on_step, buffers
+        reason = ""
         try:
-            return self._attempt(*job)
-        except OutOfMemory as e:
-            _log_out_of_memory(specs, e, "the cache was emptied")
-        try:
-            return self._attempt(*job)
-        except OutOfMemory as e:
-            cure = "the batch is halved" if len(specs) > 1 else "the image is decoded in tiles"
-            _log_out_of_memory(specs, e, cure)
+            for cure, context in self._rungs(len(specs)):
+                if reason:
+                    _log_out_of_memory(specs, reason, cure)
+                try:
+                    with context:
+                        return self._attempt(specs, prompt, on_step, buffers)
+                except OutOfMemory as e:
+                    reason = str(e)
+        finally:
+            if reason:
+                self._reserve()
         if half := len(specs) // 2:
+            _log_out_of_memory(specs, reason, "the batch is halved")
             first = self.render(specs[:half], prompt, on_step, buffers[:half])
             return first + self.render(specs[half:], prompt, on_step, buffers[half:])
-        try:
-            with tiled(self._pipe.vae):
-                return self._attempt(*job)
-        except OutOfMemory as e:
-            return [EngineError(f"out of device memory at {_size(specs[0])}: {e}")]
+        return [EngineError(f"out of device memory at {_size(specs[0])}: {reason}")]
+
+    def _rungs(self, images: int) -> Iterator[tuple[str, Any]]:
+        """What is tried in turn, the cheapest first: its name, and a context to render in."""
+        yield "", contextlib.nullcontext()
+        yield "the cache was emptied", contextlib.nullcontext()
+        if images > 1:
+            return  # its halves take less
+        yield "the image is decoded in tiles", tiled(self._pipe.vae)
+        later = [*memory.OFFLOADS][[*memory.OFFLOADS].index(self._offload) + 1 :]
+        for offload in later:
+            self._offload_to(offload)
+            yield (
+                f"offloaded as with engine.offload: {offload}, until a restart",
+                tiled(self._pipe.vae),
+            )
+
+    def _offload_to(self, offload: str) -> None:
+        """Stream one component more. Raises OSError: the host has too little memory for it."""
+        component = memory.OFFLOADS[offload][-1]
+        self._embeddings.graphs = None  # they know where the weights were
+        self._offload = offload
+        memory.stream(getattr(self._pipe, component), self._device)
 
     def _attempt(
         self,
@@ -235,15 +272,36 @@ class ZImageEngine:
                 return self._render(specs, prompt, on_step, buffers)
         except torch.OutOfMemoryError as e:
             reason = str(e).partition(". ")[0]
-        self.empty_cache()  # here no frame holds the images' tensors any more
+        self._empty_cache()  # here no frame holds the images' tensors any more
         raise OutOfMemory(reason)
+
+    @torch.no_grad()
+    def prepare(self, spec: ImageSpec, prompt: Prompt) -> None:
+        """Encode the texts of an image that comes next; called by the on_step of those in hand.
+
+        What is wrong with them, or too little memory beside a batch, its own `render` meets again.
+        Not compiling, this gains nothing: the library's padded encoding waits for the device.
+        """
+        with contextlib.suppress(EngineError, torch.OutOfMemoryError):
+            self._texts(spec, prompt)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """How many tokens each prompt has once templated, uncut."""
         return [count_tokens(self._pipe.tokenizer, text) for text in prompts]
 
     def empty_cache(self) -> None:
-        """Give cached memory back to the device."""
+        """Give cached memory back to the device, but for `engine.reserve_memory_mib`.
+
+        It all goes back for a moment, so that what is held is in few pieces: who waits for it just
+        then has it, which is logged.
+        """
+        self._empty_cache()
+        self._reserve()
+
+    def _reserve(self) -> None:
+        memory.hold(self._device, self._config.engine.reserve_memory_mib)
+
+    def _empty_cache(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -289,21 +347,28 @@ class ZImageEngine:
 
     def _encode(self, spec: ImageSpec, buffer: memoryview, prompt: Prompt) -> Encoded | EngineError:
         """Returns an EngineError where a text is too long and must not be cut."""
-        begin, tokenizer, most = self._clock.mark(), self._pipe.tokenizer, prompt.max_tokens
-        negative = (spec.negative_prompt or "") if spec.guidance_scale > 0 else None
-        fitting, negative_embeds = negative, []
+        begin = self._clock.mark()
         try:
-            text, tokens = fit(tokenizer, spec.prompt, prompt)
-            if negative is not None:
-                fitting, _ = fit(tokenizer, negative, prompt)
+            texts = self._texts(spec, prompt)
         except EngineError as e:
             return e
+        return Encoded(spec, buffer, *texts, begin, self._clock.mark())
+
+    def _texts(
+        self, spec: ImageSpec, prompt: Prompt
+    ) -> tuple[str, int, bool, list[torch.Tensor], list[torch.Tensor]]:
+        """The middle of an Encoded. Raises EngineError: a text is too long and must not be cut."""
+        tokenizer, most = self._pipe.tokenizer, prompt.max_tokens
+        negative = (spec.negative_prompt or "") if spec.guidance_scale > 0 else None
+        fitting, negative_embeds = negative, []
+        text, tokens = fit(tokenizer, spec.prompt, prompt)
+        if negative is not None:
+            fitting, _ = fit(tokenizer, negative, prompt)
         embeds = self._embeddings.of(text, most)
         if fitting is not None:
             negative_embeds = self._embeddings.of(fitting, most)
         truncated = text != spec.prompt or fitting != negative
-        end = self._clock.mark()
-        return Encoded(spec, buffer, text, tokens, truncated, embeds, negative_embeds, begin, end)
+        return text, tokens, truncated, embeds, negative_embeds
 
     def _denoise(self, encoded: list[Encoded], on_step: OnStep) -> torch.Tensor:
         """The images' latents, from noise of their own, [B, 16, H/8, W/8]."""
@@ -402,32 +467,6 @@ class ZImageEngine:
         return (image * 255).round().to(torch.uint8).contiguous()
 
 
-class Embeddings:
-    """What the text encoder makes of prompts; a repeated one costs nothing.
-
-    At most EMBEDDINGS_BYTES on the device, the least lately used go first.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._kept: OrderedDict[tuple[str, int], list[torch.Tensor]] = OrderedDict()
-        self._bytes = 0
-
-    def of(self, text: str, max_tokens: int) -> list[torch.Tensor]:
-        """One [tokens, width], as ZImagePipeline.encode_prompt returns it."""
-        key = text, max_tokens
-        if key not in self._kept:
-            self._kept[key], _ = self._pipe.encode_prompt(
-                text, do_classifier_free_guidance=False, max_sequence_length=max_tokens
-            )
-            self._bytes += self._kept[key][0].nbytes
-        self._kept.move_to_end(key)
-        while self._bytes > EMBEDDINGS_BYTES and len(self._kept) > 1:
-            _, (oldest,) = self._kept.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return list(self._kept[key])
-
-
 class Clock:
     """Marks on the device's own time line, read only once the work between them is done."""
 
@@ -452,6 +491,19 @@ class Clock:
         return float(start.elapsed_time(end)) if self.lags else float(end - start) * 1000
 
 
+def compiles(config: Config, device: torch.device) -> bool:
+    """`engine.compile`; auto: on a GPU, where Triton and a C compiler are.
+
+    Raises EngineStartError: it is on, and they are not.
+    """
+    wanted, lacking = config.engine.compile, kernels.missing() if device.type == "cuda" else None
+    if wanted == "on" and lacking:
+        raise EngineStartError(f"engine.compile: on: {lacking}")
+    if wanted == "auto" and lacking:
+        log.get().warning("engine.not_compiled", reason=lacking)
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and not lacking)
+
+
 def find_device(wanted: str) -> torch.device:
     """`model.device` as a device that is there, made the current one.
 
@@ -472,47 +524,6 @@ def find_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def templated(tokenizer: Any, text: str) -> str:
-    """A prompt as the text encoder sees it (pipeline_z_image.py:218-226)."""
-    messages = [{"role": "user", "content": text}]
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-    )
-
-
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens of the templated text."""
-    return len(tokenizer(templated(tokenizer, text)).input_ids)
-
-
-def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
-    """As much of the user's text as fits once templated, and how many tokens that is, templated.
-
-    A text that fits is returned as it is. Cuts lie between characters of the text and never touch
-    the template: the library's own truncation would drop the template's end.
-
-    Raises EngineError: it does not fit and `prompt.overflow` is refuse.
-    """
-    tokens = count_tokens(tokenizer, text)
-    if tokens <= prompt.max_tokens:
-        return text, tokens
-    expected = f"expected at most {prompt.max_tokens} (prompt.max_tokens)"
-    if prompt.overflow == "refuse":
-        raise EngineError(f"prompt: {tokens} tokens with the template; {expected}")
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans: list[tuple[int, int]] = encoding.offset_mapping  # characters of each token
-    template_tokens = tokens - len(spans)
-    most = min(len(spans), prompt.max_tokens - template_tokens + BOUNDARY_TOKENS)
-    for kept in range(most, 0, -1):
-        keep_head = prompt.overflow == "keep_head"
-        part = text[: spans[kept - 1][1]] if keep_head else text[spans[-kept][0] :]
-        if (tokens := count_tokens(tokenizer, part)) <= prompt.max_tokens:
-            return part, tokens
-    raise EngineError(f"prompt: the template alone has {template_tokens} tokens; {expected}")
-
-
 @contextlib.contextmanager
 def tiled(vae: Any) -> Iterator[None]:
     """Decode in overlapping tiles: a fraction of the memory, and not quite the same pixels."""
@@ -528,13 +539,13 @@ def tiled(vae: Any) -> Iterator[None]:
         vae.tile_sample_min_size, vae.tile_latent_min_size = whole
 
 
-def _log_out_of_memory(specs: Sequence[ImageSpec], reason: OutOfMemory, cure: str) -> None:
+def _log_out_of_memory(specs: Sequence[ImageSpec], reason: str, cure: str) -> None:
     log.get().warning(
         "engine.out_of_memory",
         size=_size(specs[0]),
         images=len(specs),
         cure=cure,
-        reason=str(reason),
+        reason=reason,
     )
 
 

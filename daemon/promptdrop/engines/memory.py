@@ -1,0 +1,305 @@
+"""Whose memory holds the model: the device's, or the host's with the weights passing through.
+
+A component is streamed block by block: its blocks' matrices stay in pinned host memory and arrive on
+the device one after another, the next ones while one block runs. All else stays on the device, but
+for the text encoder's table of embeddings, of which a prompt needs a few rows: they are looked up on
+the host. Pixels are the same to the bit.
+
+diffusers.hooks.apply_group_offloading (0.42.1) does something like it, and was not taken: it pins a
+copy of all blocks before it lets go of the first, each tensor rounded up to a power of two by torch
+(17.3 GiB beside the 11.5 that the transformer was loaded into); it sends what is no block, that table of
+742 MiB too, there and back with every call; and it replaces `forward`, as `speed.together` does.
+"""
+
+import mmap
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promptdrop import log
+from promptdrop.config import Config, width_height
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+ALIGNMENT = 512  # bytes, as torch's own allocations have it: kernels are chosen by it
+
+# Each streams these, from the fastest to the one that needs least of the device.
+OFFLOADS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "text_encoder": ("text_encoder",),
+    "model": ("text_encoder", "transformer"),
+}
+COMPONENTS = ("vae", "text_encoder", "transformer")
+
+# What rendering needs beside the weights, per 1024x1024 pixels of the largest size of warm-up.
+WORKING_BYTES = int(2.4 * GIB)  # measured on an H200, bf16: the peak was 21.7 GiB, weights 19.3
+FURTHER_BYTES = (
+    1 * GIB
+)  # for each further image of a batch; an estimate, the decoder takes one at a time
+OTHER_BYTES = GIB // 2  # code and workspaces of CUDA's libraries, and gaps; an estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of a component on the device."""
+
+    whole: int
+    streamed: int  # two blocks, and what is no block
+
+
+def footprint(component: nn.Module) -> Footprint:
+    """As it is loaded, wherever it is now."""
+    whole = sum(tensor.nbytes for tensor in tensors(component))
+    moving = [*blocks(component), *tables(component)]
+    moved = sum(tensor.nbytes for part in moving for tensor in matrices(part))
+    return Footprint(whole, whole - moved + 2 * max(map(space, blocks(component)), default=0))
+
+
+def needs(footprints: Mapping[str, Footprint], working: int) -> dict[str, int]:
+    """Bytes on the device with each of OFFLOADS; footprints by component."""
+    return {
+        offload: working
+        + sum(
+            each.streamed if name in streamed else each.whole for name, each in footprints.items()
+        )
+        for offload, streamed in OFFLOADS.items()
+    }
+
+
+def working_bytes(config: Config) -> int:
+    """What rendering needs beside the weights, of the largest size of warm-up."""
+    sides = map(width_height, config.engine.warmup)
+    pixels = max((width * height for width, height in sides), default=1024 * 1024)
+    per_megapixel = WORKING_BYTES + (config.engine.batch - 1) * FURTHER_BYTES
+    return per_megapixel * pixels // (1024 * 1024) + OTHER_BYTES
+
+
+def plan(free: int, need: Mapping[str, int]) -> str:
+    """The fastest that fits into so many bytes; if none does, the one that needs least."""
+    return next((offload for offload, size in need.items() if size <= free), [*need][-1])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can have of a CUDA device, with what it has already."""
+    free, total = torch.cuda.mem_get_info(device)
+    fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every torch
+    limit = int(total * fraction_of(device)) if fraction_of else total
+    return min(free + torch.cuda.memory_reserved(device), limit)
+
+
+def choose(config: Config, pipe: Any, device: torch.device) -> tuple[str, str]:
+    """`engine.offload`, `auto` resolved, and in words what it needs and what is free; logged."""
+    wanted = config.engine.offload
+    if device.type != "cuda":
+        why = "there is no device but the CPU"
+        log.get().info("engine.offload", offload="none", wanted=wanted, reason=why)
+        return "none", why
+    footprints = {name: footprint(getattr(pipe, name)) for name in COMPONENTS}
+    need, free = needs(footprints, working_bytes(config)), free_bytes(device)
+    offload = plan(free, need) if wanted == "auto" else wanted
+    log.get().info(
+        "engine.offload",
+        offload=offload,
+        wanted=wanted,
+        fits=need[offload] <= free,
+        free_mib=free // MIB,
+        need_mib={name: size // MIB for name, size in need.items()},
+    )
+    return offload, f"needs {need[offload] // MIB} MiB, free are {free // MIB} MiB"
+
+
+def place(pipe: Any, offload: str, device: torch.device) -> None:
+    """Move each component to where it belongs; never more to the device than stays there.
+
+    Raises RuntimeError: the device has too little memory. OSError: the host has.
+    """
+    for name in COMPONENTS:
+        component = getattr(pipe, name)
+        if name in OFFLOADS[offload]:
+            stream(component, device)
+        else:
+            component.to(device)
+
+
+def stream(component: nn.Module, device: torch.device) -> None:
+    """From now on the component's blocks pass through the device; there is no way back.
+
+    What interrupts it, as an image's timeout may, leaves a component that works and is moved whole
+    when it is next used.
+
+    Raises OSError: the host has too little memory, or will not pin it.
+    """
+    for table in tables(component):
+        look_up_on_host(table, device)
+    Streamed(blocks(component), device).leave()
+    elsewhere = {id(t) for part in (*blocks(component), *tables(component)) for t in matrices(part)}
+    for tensor in tensors(component):
+        if id(tensor) not in elsewhere:
+            tensor.data = tensor.data.to(device)
+
+
+def blocks(component: nn.Module) -> list[nn.Module]:
+    """What is streamed of a component, in the order in which it runs."""
+    lists = [child for child in component.children() if isinstance(child, nn.ModuleList)]
+    return [block for each in lists for block in each]
+
+
+def tables(component: nn.Module) -> list[nn.Embedding]:
+    """The embeddings that are looked up on the host."""
+    return [child for child in component.children() if isinstance(child, nn.Embedding)]
+
+
+def look_up_on_host(table: nn.Embedding, device: torch.device) -> None:
+    """Token ids come to the table; its rows go to the device."""
+    weight = table.weight
+    table.register_forward_pre_hook(lambda _, inputs: tuple(x.to(weight.device) for x in inputs))
+    table.register_forward_hook(lambda _, inputs, rows: rows.to(device))
+    weight.data = weight.data.cpu()
+
+
+class Streamed:
+    """Blocks whose weights arrive before they run. All run on one CUDA stream.
+
+    Two slots on the device hold the weights of two blocks: of the one that runs, and of the next.
+    Blocks that run in another order get the right weights, too, but wait for them.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Their weights are moved to the host by `leave`, at the latest when a block runs."""
+        self._blocks = blocks
+        self._device = device
+        self._kept: list[Tensor] = []  # a block's weights each, uint8 [bytes]
+        self._slots: Tensor | None = None  # uint8 [2, bytes of the largest block]
+        self._held: list[int | None] = [None, None]  # which block's weights are in each slot
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+            self._arrived = [torch.cuda.Event(), torch.cuda.Event()]  # type: ignore[no-untyped-call]  # torch's
+            unpin = weakref.finalize(self, unpinned, self._kept)
+            unpin.atexit = False  # then the driver does
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._before, index))
+
+    def leave(self) -> None:
+        """Move the weights to the host. Raises OSError: it has too little memory, or will not pin it."""
+        for block in self._blocks[len(self._kept) :]:
+            self._kept.append(to_host(block, self._device))
+
+    def _before(self, index: int, block: nn.Module, inputs: Any) -> None:
+        """Called before a block runs: its weights have come, and the next ones set off."""
+        slots = self._slots if self._slots is not None else self._make_slots()
+        if self._held[index % 2] != index:
+            self._fetch(index, slots)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).wait_event(self._arrived[index % 2])
+        following = (index + 1) % len(self._blocks)
+        if following % 2 != index % 2 and self._held[following % 2] != following:
+            self._fetch(following, slots)
+
+    def _make_slots(self) -> Tensor:
+        """At the first use, where lack of memory is an image's and can be cured."""
+        self.leave()
+        slots = torch.empty(2, max(map(len, self._kept)), dtype=torch.uint8, device=self._device)
+        for index, block in enumerate(self._blocks):
+            inside = matrices(block)
+            for tensor, view in zip(inside, views(slots[index % 2], inside), strict=True):
+                tensor.data = view
+        self._held = [None, None]
+        self._slots = slots
+        return slots
+
+    def _fetch(self, index: int, slots: Tensor) -> None:
+        """Queue the copy of a block's weights into its slot, behind all that may still read that."""
+        kept, slot = self._kept[index], index % 2
+        self._held[slot] = None  # if we are interrupted here, it is fetched again
+        if self._device.type == "cuda":
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._copies):
+                slots[slot, : len(kept)].copy_(kept, non_blocking=True)
+                self._arrived[slot].record()
+        else:
+            slots[slot, : len(kept)].copy_(kept)
+        self._held[slot] = index
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers, each once."""
+    return [*{id(t): t for t in (*module.parameters(), *module.buffers())}.values()]
+
+
+def matrices(module: nn.Module) -> list[Tensor]:
+    """What of a block is streamed. Norms and biases, a few KiB, stay on the device: FastForward uses
+    a block's last norm when the next block has begun."""
+    return [tensor for tensor in tensors(module) if tensor.ndim > 1]
+
+
+def space(module: nn.Module) -> int:
+    """Bytes that its matrices take one behind the other, aligned."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in matrices(module))
+
+
+def views(memory: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Tensors of the same shapes, strides and dtypes within memory, uint8 [bytes]."""
+    begin = 0
+    for tensor in like:
+        strides = torch.empty_like(tensor, device="meta").stride()  # without gaps
+        part = memory[begin : begin + tensor.nbytes].view(tensor.dtype)
+        yield part.as_strided(tensor.shape, strides)
+        begin += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def to_host(block: nn.Module, device: torch.device) -> Tensor:
+    """Move a block's weights into one piece of host memory that the device can read: uint8 [bytes].
+
+    Interrupted, it can be done again.
+
+    Raises OSError: there is too little, or it cannot be pinned.
+    """
+    memory = torch.frombuffer(
+        mmap.mmap(-1, space(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+    )  # not torch's own pinned memory: that is rounded up to a power of two
+    inside = matrices(block)
+    for tensor, view in zip(inside, views(memory, inside), strict=True):
+        view.copy_(tensor.data)
+        tensor.data = view
+    if device.type == "cuda":
+        cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
+        error = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(error) != 0:
+            raise OSError(f"{memory.nbytes // MIB} MiB of host memory cannot be pinned: {error}")
+    return memory
+
+
+def unpinned(pinned: Sequence[Tensor]) -> None:
+    """Before its memory is given back: nothing on the device may read it any more."""
+    torch.cuda.synchronize()
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
+    for memory in pinned:
+        cuda.cudaHostUnregister(memory.data_ptr())
+
+
+def hold(device: torch.device, mib: int | None) -> None:
+    """Make torch's allocator hold at least so many MiB of the device, so that nobody else has them.
+
+    They stay ours until the cache is emptied. If there are fewer, that is logged and none are taken.
+    """
+    if mib is None or device.type != "cuda":
+        return
+    blocks = []  # a block may come out of the cache, so that it adds nothing
+    try:
+        # torch would empty the cache before it says that it cannot: asked first, we keep that.
+        if (free := free_bytes(device)) < mib * MIB:
+            raise torch.OutOfMemoryError(f"this process can have {free // MIB} MiB in all")
+        while (missing := mib * MIB - torch.cuda.memory_reserved(device)) > 0:
+            blocks.append(torch.empty(missing, dtype=torch.uint8, device=device))
+    except torch.OutOfMemoryError as e:
+        log.get().warning(
+            "engine.memory_not_reserved",
+            wanted_mib=mib,
+            reserved_mib=torch.cuda.memory_reserved(device) // MIB,
+            reason=str(e).partition(". ")[0],
+        )
