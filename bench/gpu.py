@@ -1,9 +1,9 @@
 """What the engine is worth on this device, in named parts, against the library and the hardware.
 
-    python -m bench.gpu bf16 compiles text_vae flow batch --model DIR --results bench/gpu.jsonl
+    python -m bench.gpu bf16 fp8 compiles text_vae flow batch offload --model DIR --results bench/gpu.jsonl
 
-Each part measures beside it, in the same run, the library's own eager loop and the floor: what the
-FLOPs of one evaluation would take at the rate of a large matrix product in the model's dtype. Each
+Beside the parts, in the same run, stand the library's own eager loop and the floor: what the FLOPs of
+one evaluation would take at the rate of a large matrix product in the model's dtype. Each part
 appends one line to the results, with hardware, versions and date. DIR: a checkpoint, or what
 `python -m bench.random_model DIR` wrote. Without --model it is the demonstration model, with which
 every part runs on a CPU too, to check itself:
@@ -13,8 +13,8 @@ every part runs on a CPU too, to check itself:
 
 import argparse
 import contextlib
+import functools
 import gc
-import hashlib
 import json
 import os
 import platform
@@ -23,14 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import yaml
 from diffusers import ZImagePipeline
@@ -47,6 +48,7 @@ from promptdrop.job import ImageSpec, Rendering
 
 PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed, painted in oil"
 STEPS = 9
+OWN_SPOOL = ("compiles", "flow")  # the others share one, and with it compiled code
 LENGTHS = 16  # text lengths that are met after warm-up
 WARM_UPS = 3  # of the library's loop, not counted
 READY = """
@@ -75,10 +77,10 @@ class Bench:
     home: Path  # for spools and compiled code; empty at first
 
     def config(self, name: str, **engine: Any) -> Config:
-        """A configuration with a spool of its own, on the disk too: `home/NAME/config.yaml`."""
+        """A configuration, on the disk too: `home/NAME/config.yaml`."""
         size = f"{self.width}x{self.height}"
         values = {
-            "root": "spool",
+            "root": "spool" if name in OWN_SPOOL else str(self.home / "shared"),
             "model": {"path": str(self.model)},
             "engine": {"warmup": [size], "image_timeout_seconds": 600, **engine},
             "defaults": {"width": self.width, "height": self.height, "steps": STEPS},
@@ -126,12 +128,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def matrix_rate() -> float:
-    """FLOP/s of a large matrix product in the model's dtype: the median of 20."""
-    side = 8192 if device().type == "cuda" else 1024
+def matrix_rates() -> tuple[float, float]:
+    """FLOP/s of a large matrix product in the model's dtype: the median of 20, and of 500 without a
+    pause, in which a GPU comes to the limit of its power."""
+    side, many = (8192, 500) if device().type == "cuda" else (1024, 50)
     one, two = torch.randn(2, side, side, device=device(), dtype=dtype()).unbind()
     seconds(lambda: one @ two, 5)
-    return 2 * side**3 / statistics.median(seconds(lambda: one @ two, 20))
+    alone = statistics.median(seconds(lambda: one @ two, 20))
+    (together,) = seconds(lambda: [one @ two for _ in range(many)], 1)
+    return 2 * side**3 / alone, 2 * side**3 * many / together
 
 
 class Library:
@@ -169,7 +174,7 @@ class Library:
             out: torch.Tensor = self.pipe.transformer(*inputs, return_dict=False)[0][0]
         return out.float()
 
-    def facts(self) -> dict[str, float]:
+    def times(self) -> dict[str, float]:
         """Of the loop, after its warm-up: seconds an image; and of one evaluation: its FLOPs."""
         for seed in range(WARM_UPS):
             self.render(seed)
@@ -182,12 +187,36 @@ class Library:
         }
 
 
-def beside(bench: Bench) -> dict[str, float]:
-    """The library's loop and the floor of an image's evaluations, alone on the device."""
-    rate, facts = matrix_rate(), Library(bench).facts()
+@dataclass(frozen=True)
+class Beside:
+    """What the library does, and the floor; the rest is on the CPU."""
+
+    facts: dict[str, float]
+    inputs: tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
+    velocity: torch.Tensor  # of the inputs
+    attentions: float  # distance between its velocities with two backends
+    image: torch.Tensor  # of seed 0: [H, W, 3], 0 to 255
+
+
+@functools.cache
+def beside(bench: Bench) -> Beside:
+    """Measured once a run, alone on the device."""
+    rates, library = matrix_rates(), Library(bench)
+    times = library.times()
+    two = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
+    flop = STEPS * times["evaluation_tflop"] * 1e12
+    facts = {
+        **times,
+        **library_text_vae(library.pipe, bench),
+        "matrix_tflop_per_s": rates[0] / 1e12,
+        "matrix_back_to_back_tflop_per_s": rates[1] / 1e12,
+        "floor_s": flop / rates[0],
+    }
+    image = torch.from_numpy(np.array(library.render(0))).float()
+    measured = Beside(facts, library.inputs(), library.velocity().cpu(), distance(*two), image)
+    del library, two
     forget()
-    floor = STEPS * facts["evaluation_tflop"] * 1e12 / rate
-    return {**facts, "matrix_tflop_per_s": rate / 1e12, "floor_s": floor}
+    return measured
 
 
 def forget() -> None:
@@ -241,40 +270,70 @@ def quantiles(milliseconds: list[float]) -> dict[str, float | None]:
 
 def bf16(bench: Bench) -> dict[str, Any]:
     """`compile: on`: one image at a time, its drift, its memory, its distance from the library."""
-    facts = beside(bench)
-    library = Library(bench)
-    eager = library.velocity()
-    velocities = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
-    inputs = library.inputs()
-    del library
-    forget()
+    return one_at_a_time(bench, compile="on")
 
-    engine = warm(bench.config("bf16", compile="on"))
-    with torch.no_grad():
-        mine = engine._pipe.transformer(*inputs, return_dict=False)[0][0].float()
+
+def fp8(bench: Bench) -> dict[str, Any]:
+    """The same with `quantization: fp8`, and whether zeros stay finite."""
+    return one_at_a_time(bench, compile="on", quantization="fp8")
+
+
+def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
+    """Images back to back, each alone."""
+    library = beside(bench)
+    begin = time.perf_counter()
+    engine = warm(bench.config("one_at_a_time", **settings))
+    warm_s = time.perf_counter() - begin
+    latents, level, texts = library.inputs
+    mine = velocity(engine, latents, level, texts)
+    zeros = velocity(engine, [latents[0] * 0], level, [texts[0] * 0])
+    pixels = torch.zeros(bench.height, bench.width, 3, dtype=torch.uint8)
+    buffer = memoryview(pixels.numpy()).cast("B")
+    engine.render([bench.spec(0)], Prompt(), lambda step, steps: None, [buffer])
     renderings = render(engine, [bench.spec(seed) for seed in range(bench.images)])
     times = [one.latency_ms.render for one in renderings]
     tenth = max(1, len(times) // 10)
     p50 = statistics.median(times) / 1e3
-    return {
-        **facts,
+    difference = pixels.float() - library.image
+    figures = {
+        **library.facts,
+        "until_warm_s": warm_s,
         **quantiles(times),
         "evaluation_p50_ms": statistics.median(ms for one in renderings for ms in one.steps_ms),
-        "times_library": facts["library_p50_s"] / p50,
-        "of_floor": p50 / facts["floor_s"],
+        "decode_p50_ms": statistics.median(one.latency_ms.decode for one in renderings),
+        "times_library": library.facts["library_p50_s"] / p50,
+        "of_floor": p50 / library.facts["floor_s"],
         "p95_of_p50": metrics.percentiles(times)[1] / (p50 * 1e3),  # type: ignore[operator]  # there are some
         "drift": statistics.median(times[-tenth:]) / statistics.median(times[:tenth]),
         "memory_after_10_mib": renderings[min(9, len(times) - 1)].memory_allocated_mib,
         "memory_at_end_mib": renderings[-1].memory_allocated_mib,
         "memory_peak_mib": renderings[-1].memory_peak_mib,
-        "distance_of_an_evaluation": distance(mine, eager),
-        "distance_of_two_eager_attentions": distance(*velocities),
+        "distance_of_an_evaluation": distance(mine, library.velocity),
+        "distance_of_two_eager_attentions": library.attentions,
+        "distance_of_an_image": float(difference.abs().mean()),  # of 255
+        "psnr_of_an_image_db": float(10 * torch.log10(255**2 / difference.square().mean())),
+        "zeros_are_finite": bool(zeros.isfinite().all()),
     }
+    del engine
+    forget()
+    return figures
+
+
+@torch.no_grad()
+def velocity(
+    engine: ZImageEngine,
+    latents: list[torch.Tensor],
+    level: torch.Tensor,
+    texts: list[torch.Tensor],
+) -> torch.Tensor:
+    """One evaluation of the engine's transformer."""
+    out: torch.Tensor = engine._pipe.transformer(latents, level, texts, return_dict=False)[0][0]
+    return out.float().cpu()
 
 
 def compiles(bench: Bench) -> dict[str, Any]:
     """How long until READY, cold, with a warm cache and with a broken one; nothing compiles later."""
-    facts = beside(bench)
+    facts = beside(bench).facts
     settings = bench.config("compiles", compile="on")
     cold, cached = ready(settings), ready(settings)
     for file in settings.cache.rglob("*"):
@@ -320,9 +379,10 @@ def ready(settings: Config) -> dict[str, Any]:
 
 def text_vae(bench: Bench) -> dict[str, Any]:
     """A new prompt, a repeated one, one encoded ahead, and a decode, each beside the library's."""
-    facts, prompts = beside(bench), [f"{PROMPT}, {n}" for n in range(max(5, min(bench.images, 50)))]
-    facts |= library_text_vae(bench, prompts)
-    forget()
+    facts, prompts = (
+        beside(bench).facts,
+        [f"{PROMPT}, {n}" for n in range(max(5, bench.images // 5))],
+    )
     engine = warm(bench.config("text_vae", compile="on"))
     render(engine, [bench.spec(0, "another prompt")])
     new = render(engine, [bench.spec(0, prompt) for prompt in prompts])
@@ -344,49 +404,45 @@ def text_vae(bench: Bench) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def library_text_vae(bench: Bench, prompts: list[str]) -> dict[str, float]:
+def library_text_vae(pipe: Any, bench: Bench) -> dict[str, float]:
     """Its own encoder and decoder, eager."""
-    pipe = Library(bench).pipe
     latents = torch.randn(1, 16, bench.height // 8, bench.width // 8, device=device()).to(dtype())
 
-    def encode(prompt: str) -> None:
-        pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    def encode() -> None:
+        pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
 
-    encode(PROMPT)
-    encoding = [seconds(partial(encode, prompt), 1)[0] for prompt in prompts]
-    decoding = seconds(lambda: pipe.vae.decode(latents), 10)[2:]
     return {
-        "library_encode_p50_ms": statistics.median(encoding) * 1e3,
-        "library_decode_p50_ms": statistics.median(decoding) * 1e3,
+        "library_encode_p50_ms": statistics.median(seconds(encode, 12)[2:]) * 1e3,
+        "library_decode_p50_ms": statistics.median(
+            seconds(lambda: pipe.vae.decode(latents), 10)[2:]
+        )
+        * 1e3,
     }
 
 
 def flow(bench: Bench) -> dict[str, Any]:
     """Images a second through spool and outbox, against the engine back to back before and after."""
-    facts, name = beside(bench), f"flow{bench.batch}"
-    settings = bench.config(name, compile="on", batch=bench.batch)
-    before, through, after = (
-        back_to_back(bench, settings), through_the_spool(bench, settings), back_to_back(bench, settings),
-    )  # fmt: skip
-    rates = through["images_per_second"], (before + after) / 2
+    facts = beside(bench).facts
+    settings = bench.config("flow", compile="on", batch=bench.batch)
+    engine = warm(settings)  # stays while the daemon has one of its own, and does nothing
+    before = back_to_back(engine, bench)
+    through = through_the_spool(bench, settings)
+    after = back_to_back(engine, bench)
     return {
         **facts,
         **through,
         "batch": bench.batch,
         "back_to_back_images_per_second": [before, after],
-        "of_back_to_back": rates[0] / rates[1],
+        "of_back_to_back": through["images_per_second"] / ((before + after) / 2),
     }
 
 
-def back_to_back(bench: Bench, settings: Config) -> float:
-    """Images a second of the engine alone, pixels in memory."""
-    engine = warm(settings)
+def back_to_back(engine: ZImageEngine, bench: Bench) -> float:
+    """Images a second of the engine alone, pixels in memory: of a quarter of the images."""
+    images = max(bench.batch, bench.images // 4 // bench.batch * bench.batch)
     begin = time.perf_counter()
-    render(engine, [bench.spec(seed) for seed in range(bench.images)], settings.engine.batch)
-    rate = bench.images / (time.perf_counter() - begin)
-    del engine
-    forget()
-    return rate
+    render(engine, [bench.spec(seed) for seed in range(images)], bench.batch)
+    return images / (time.perf_counter() - begin)
 
 
 def through_the_spool(bench: Bench, settings: Config) -> dict[str, Any]:
@@ -429,7 +485,7 @@ def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> Non
 
 def batch(bench: Bench) -> dict[str, Any]:
     """Images a second of 1, 2, 4 ... images together, in the same engine."""
-    facts = beside(bench)
+    facts = beside(bench).facts
     engine = warm(bench.config("batch", compile="on", batch=bench.batch))
     specs = [bench.spec(seed) for seed in range(bench.images)]
     rates: dict[int, float] = {}
@@ -448,34 +504,34 @@ def batch(bench: Bench) -> dict[str, Any]:
 
 
 def offload(bench: Bench) -> dict[str, Any]:
-    """`engine.offload`, not compiled: each as such, and what `auto` takes when there is less memory."""
-    facts = beside(bench)
-    plans = [(None, "none"), (None, "text_encoder"), (None, "model")]
-    plans += [(gib, "auto") for gib in (24, 16, 12)]
+    """`engine.offload`: each as such, and what `auto` takes when there is less memory."""
+    facts = beside(bench).facts
+    plans = [(None, "none", "none"), (None, "text_encoder", "none"), (None, "model", "none")]
+    plans += [(gib, "auto", "none") for gib in (24, 16, 12)] + [(12, "auto", "fp8")]
     if device().type != "cuda":
-        plans = [(None, "auto")]
-    return {**facts, "plans": [offloaded(bench, gib, wanted) for gib, wanted in plans]}
+        plans = [(None, "auto", "none")]
+    return {**facts, "plans": [offloaded(bench, *each) for each in plans]}
 
 
-def offloaded(bench: Bench, gib: int | None, wanted: str) -> dict[str, Any]:
+def offloaded(bench: Bench, gib: int | None, wanted: str, quantization: str) -> dict[str, Any]:
     """An engine that may have so much of the device: each image has a prompt of its own."""
     total = torch.cuda.get_device_properties(0).total_memory if gib else 0
     if gib:
         torch.cuda.set_per_process_memory_fraction(gib * 1024 * MIB / total)
     begin = time.perf_counter()
+    settings = bench.config("offload", compile="on", offload=wanted, quantization=quantization)
     try:
-        engine = warm(bench.config(f"offload-{wanted}-{gib}", offload=wanted))
+        engine = warm(settings)
         ready_s = time.perf_counter() - begin
-        specs = [bench.spec(n, f"{PROMPT}, {n}") for n in range(max(2, min(bench.images, 12)))]
+        specs = [bench.spec(n, f"{PROMPT}, {n}") for n in range(max(2, bench.images // 25))]
         renderings = render(engine, specs)
-        pixels = memoryview(bytearray(bench.height * bench.width * 3))
-        engine.render(specs[:1], Prompt(), lambda step, steps: None, [pixels])
     finally:
         if gib:
             torch.cuda.set_per_process_memory_fraction(1.0)
     found = {
         "limit_gib": gib,
         "wanted": wanted,
+        "quantization": quantization,
         "taken": engine._offload,
         "ready_s": ready_s,
         **quantiles([one.latency_ms.render for one in renderings]),
@@ -484,14 +540,14 @@ def offloaded(bench: Bench, gib: int | None, wanted: str) -> dict[str, Any]:
         "memory_allocated_mib": renderings[-1].memory_allocated_mib,
         "memory_peak_mib": renderings[-1].memory_peak_mib,
         "memory_reserved_mib": renderings[-1].memory_reserved_mib,
-        "pixels_sha256": hashlib.sha256(pixels).hexdigest()[:16],  # the same of all
     }
+    print(json.dumps(found), file=sys.stderr, flush=True)
     del engine
     forget()
     return found
 
 
-PARTS = {part.__name__: part for part in (bf16, compiles, text_vae, flow, batch, offload)}
+PARTS = {part.__name__: part for part in (bf16, fp8, compiles, text_vae, flow, batch, offload)}
 
 
 def surroundings(bench: Bench) -> dict[str, Any]:
@@ -530,20 +586,35 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="of flow and batch: images together")
     parser.add_argument("--results", type=Path, help="a JSON-lines file to append to")
     arguments = parser.parse_args()
-    for name in arguments.parts:
-        with tempfile.TemporaryDirectory(prefix="promptdrop-bench-") as home:
-            width, height = config.width_height(arguments.size)
-            model = arguments.model.absolute()
-            bench = Bench(model, width, height, arguments.images, arguments.batch, Path(home))
+    width, height = config.width_height(arguments.size)
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="promptdrop-bench-") as home:
+        model = arguments.model.absolute()
+        bench = Bench(model, width, height, arguments.images, arguments.batch, Path(home))
+        for name in arguments.parts:
             begin = time.monotonic()
-            figures = PARTS[name](bench)
-            took = round(time.monotonic() - begin, 1)
-        torch.compiler.reset()
-        line = json.dumps({"part": name, **surroundings(bench), "took_s": took, "figures": figures})
-        print(line, flush=True)
-        if arguments.results:
-            with arguments.results.open("a") as file:
-                file.write(f"{line}\n")
+            try:
+                figures = PARTS[name](bench)
+            except Exception:  # the other parts have figures of their own
+                traceback.print_exc()
+                failed = True
+            else:
+                took = round(time.monotonic() - begin, 1)
+                report(name, bench, took, figures, arguments.results)
+            torch.compiler.reset()
+            forget()
+    sys.exit(failed)
+
+
+def report(
+    name: str, bench: Bench, took: float, figures: dict[str, Any], file: Path | None
+) -> None:
+    """Print a part's line, and append it to the results."""
+    line = json.dumps({"part": name, **surroundings(bench), "took_s": took, "figures": figures})
+    print(line, flush=True)
+    if file:
+        with file.open("a") as results:
+            results.write(f"{line}\n")
 
 
 if __name__ == "__main__":
