@@ -1,10 +1,10 @@
 """What the engine is worth on this device, in named parts, against the library and the hardware.
 
-    python -m bench.gpu bf16 fp8 compiles text_vae flow batch offload --model DIR --results bench/gpu.jsonl
+    python -m bench.gpu bf16 fp8 text_vae compiles restarts flow batch offload --model DIR --results bench/gpu.jsonl
 
-Beside the parts, in the same run, stand the library's own eager loop and the floor: what the FLOPs of
-one evaluation would take at the rate of a large matrix product in the model's dtype. Each part
-appends one line to the results, with hardware, versions and date. DIR: a checkpoint, or what
+Beside each part, in the same run, stands the floor: what the FLOPs of one evaluation would take at the
+rate of a large matrix product in the model's dtype; beside the first three the library's own eager
+loop, too. Each part appends one line to the results, with hardware, versions and date. DIR: a checkpoint, or what
 `python -m bench.random_model DIR` wrote. Without --model it is the demonstration model, with which
 every part runs on a CPU too, to check itself:
 
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import diffusers
 import numpy as np
 import torch
 import yaml
-from diffusers import ZImagePipeline
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +49,7 @@ from promptdrop.job import ImageSpec, Rendering
 
 PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed, painted in oil"
 STEPS = 9
-OWN_SPOOL = ("compiles", "flow")  # the others share one, and with it compiled code
+TOKENS = 128  # what PROMPT is padded to, or nearly
 LENGTHS = 16  # text lengths that are met after warm-up
 WARM_UPS = 3  # of the library's loop, not counted
 READY = """
@@ -67,7 +68,7 @@ print(json.dumps({"load_s": read - begin, "warm_up_s": time.monotonic() - read})
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts are given."""
+    """What all parts are given. They share a spool, and with it compiled code."""
 
     model: Path
     width: int
@@ -80,7 +81,7 @@ class Bench:
         """A configuration, on the disk too: `home/NAME/config.yaml`."""
         size = f"{self.width}x{self.height}"
         values = {
-            "root": "spool" if name in OWN_SPOOL else str(self.home / "shared"),
+            "root": str(self.home / "spool"),
             "model": {"path": str(self.model)},
             "engine": {"warmup": [size], "image_timeout_seconds": 600, **engine},
             "defaults": {"width": self.width, "height": self.height, "steps": STEPS},
@@ -135,7 +136,13 @@ def matrix_rates() -> tuple[float, float]:
     one, two = torch.randn(2, side, side, device=device(), dtype=dtype()).unbind()
     seconds(lambda: one @ two, 5)
     alone = statistics.median(seconds(lambda: one @ two, 20))
-    (together,) = seconds(lambda: [one @ two for _ in range(many)], 1)
+
+    def back_to_back() -> None:
+        for _ in range(many):
+            torch.mm(one, two, out=result)
+
+    result = torch.empty_like(one)
+    (together,) = seconds(back_to_back, 1)
     return 2 * side**3 / alone, 2 * side**3 * many / together
 
 
@@ -174,17 +181,36 @@ class Library:
             out: torch.Tensor = self.pipe.transformer(*inputs, return_dict=False)[0][0]
         return out.float()
 
-    def times(self) -> dict[str, float]:
-        """Of the loop, after its warm-up: seconds an image; and of one evaluation: its FLOPs."""
+    def p50_s(self) -> float:
+        """Of the loop, after its warm-up: seconds an image."""
         for seed in range(WARM_UPS):
             self.render(seed)
-        with FlopCounterMode(display=False) as counter:
-            self.velocity()
         times = seconds(lambda: self.render(1), max(3, min(self._bench.images, 12)))
-        return {
-            "library_p50_s": statistics.median(times),
-            "evaluation_tflop": counter.get_total_flops() / 1e12,
-        }
+        return statistics.median(times)
+
+
+def evaluation_flop(bench: Bench) -> int:
+    """Of one evaluation, counted in the library's transformer without computing anything."""
+    settings = ZImageTransformer2DModel.load_config(bench.model / "transformer")
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel.from_config(settings)
+        latents = torch.empty(16, 1, bench.height // 8, bench.width // 8)
+        text = torch.empty(TOKENS, transformer.config["cap_feat_dim"])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            transformer([latents], torch.empty(1), [text])
+    return counter.get_total_flops()
+
+
+@functools.cache
+def floor(bench: Bench) -> dict[str, float]:
+    """What an image's evaluations would take at the rate of a large matrix product."""
+    (alone, many), flop = matrix_rates(), evaluation_flop(bench)
+    return {
+        "evaluation_tflop": flop / 1e12,
+        "matrix_tflop_per_s": alone / 1e12,
+        "matrix_back_to_back_tflop_per_s": many / 1e12,
+        "floor_s": STEPS * flop / alone,
+    }
 
 
 @dataclass(frozen=True)
@@ -201,17 +227,9 @@ class Beside:
 @functools.cache
 def beside(bench: Bench) -> Beside:
     """Measured once a run, alone on the device."""
-    rates, library = matrix_rates(), Library(bench)
-    times = library.times()
+    facts, library = floor(bench), Library(bench)
+    facts |= {"library_p50_s": library.p50_s(), **library_text_vae(library.pipe, bench)}
     two = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
-    flop = STEPS * times["evaluation_tflop"] * 1e12
-    facts = {
-        **times,
-        **library_text_vae(library.pipe, bench),
-        "matrix_tflop_per_s": rates[0] / 1e12,
-        "matrix_back_to_back_tflop_per_s": rates[1] / 1e12,
-        "floor_s": flop / rates[0],
-    }
     image = torch.from_numpy(np.array(library.render(0))).float()
     measured = Beside(facts, library.inputs(), library.velocity().cpu(), distance(*two), image)
     del library, two
@@ -332,16 +350,14 @@ def velocity(
 
 
 def compiles(bench: Bench) -> dict[str, Any]:
-    """How long until READY, cold, with a warm cache and with a broken one; nothing compiles later."""
-    facts = beside(bench).facts
-    settings = bench.config("compiles", compile="on")
-    cold, cached = ready(settings), ready(settings)
-    for file in settings.cache.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"broken")
-    broken = ready(settings)
-
-    engine = warm(settings)
+    """How long the first warm-up takes, with no cache; and that nothing compiles after it."""
+    facts, settings = floor(bench), bench.config("compiles", compile="on")
+    shutil.rmtree(settings.cache, ignore_errors=True)
+    begin = time.perf_counter()
+    engine = ZImageEngine(settings, lambda stage: None)
+    loaded = time.perf_counter()
+    engine.warm_up(lambda: None)
+    warm_up_s = time.perf_counter() - loaded
     graphs = counters["stats"]["unique_graphs"]
     most = settings.prompt.max_tokens
     alone = [on_device(one) for one in render(engine, [bench.spec(0)] * 5)]
@@ -352,16 +368,28 @@ def compiles(bench: Bench) -> dict[str, Any]:
     unwarmed = bench.spec(0)._replace(width=bench.width + 32, height=bench.height + 64)
     return {
         **facts,
-        "cold": cold,
-        "cached": cached,
-        "broken": broken,
+        "load_s": loaded - begin,
+        "cold_warm_up_s": warm_up_s,
         "graphs": graphs,
         "graphs_after": counters["stats"]["unique_graphs"],
         "text_tokens": [one.tokens for one in others],
-        "slowest_of_p50": max(map(on_device, others)) / statistics.median(alone),
+        "slowest_of_their_median": max(map(on_device, others))
+        / statistics.median(map(on_device, others)),
+        "longest_text_of_median_of_one": on_device(others[-1]) / statistics.median(alone),
         "unwarmed_size": f"{unwarmed.width}x{unwarmed.height}",
         "unwarmed_ms": [one.latency_ms.render for one in render(engine, [unwarmed] * 2)],
     }
+
+
+def restarts(bench: Bench) -> dict[str, Any]:
+    """How long until READY, with the cache that the part before has left, and with a broken one."""
+    settings = bench.config("restarts", compile="on")
+    cached = ready(settings)
+    for file in settings.cache.rglob("*"):
+        if file.is_file():
+            file.unlink()  # this process may have it in its memory
+            file.write_bytes(b"broken")
+    return {**floor(bench), "cached": cached, "broken": ready(settings)}
 
 
 def on_device(one: Rendering) -> float:
@@ -372,7 +400,9 @@ def on_device(one: Rendering) -> float:
 def ready(settings: Config) -> dict[str, Any]:
     """Seconds until an engine in a process of its own has read the weights, and is warm."""
     command = [sys.executable, "-c", READY, str(settings.file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the engine ended with status {done.returncode}: {done.stderr[-2000:]}")
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**said, "cache_discarded": "compile.cache_discarded" in done.stderr}
 
@@ -422,7 +452,7 @@ def library_text_vae(pipe: Any, bench: Bench) -> dict[str, float]:
 
 def flow(bench: Bench) -> dict[str, Any]:
     """Images a second through spool and outbox, against the engine back to back before and after."""
-    facts = beside(bench).facts
+    facts = floor(bench)
     settings = bench.config("flow", compile="on", batch=bench.batch)
     engine = warm(settings)  # stays while the daemon has one of its own, and does nothing
     before = back_to_back(engine, bench)
@@ -448,18 +478,20 @@ def back_to_back(engine: ZImageEngine, bench: Bench) -> float:
 def through_the_spool(bench: Bench, settings: Config) -> dict[str, Any]:
     """One job, dropped into the inbox of a warm daemon; from its first image's start to its last's publication."""
     assert settings.file is not None
-    command, home = [sys.executable, "-m", "promptdrop"], settings.file.parent
-    subprocess.run([*command, "init", str(home)], check=True, stdout=subprocess.DEVNULL)
+    command, spool = [sys.executable, "-m", "promptdrop"], settings.spool
+    subprocess.run([*command, "init", str(bench.home)], check=True, stdout=subprocess.DEVNULL)
     run = [*command, "run", "--config", str(settings.file)]
-    with (home / "log").open("w") as log, subprocess.Popen(run, stderr=log) as process:
+    with (bench.home / "log").open("w") as log, subprocess.Popen(run, stderr=log) as process:
         try:
-            status = home / "spool/.promptdrop/status.json"
+            begin = time.monotonic()
+            status = spool / ".promptdrop/status.json"
             wait(process, lambda: status.exists() and b'"state": "ready"' in status.read_bytes())
+            ready_s = time.monotonic() - begin
             job = {"prompt": PROMPT, "count": bench.images, "seed": 0}
-            hidden = home / "spool/inbox/.job"
+            hidden = spool / "inbox/.job"
             hidden.write_text(json.dumps(job))
-            hidden.rename(home / "spool/inbox/job.json")
-            summary = home / "spool/outbox/job/job.json"
+            hidden.rename(spool / "inbox/job.json")
+            summary = settings.outbox / "job/job.json"
             wait(process, summary.exists)
         finally:
             process.terminate()
@@ -468,6 +500,7 @@ def through_the_spool(bench: Bench, settings: Config) -> dict[str, Any]:
     began = min(datetime.fromisoformat(s["time"]["started"]).timestamp() for s in sidecars)
     last = max(sidecars, key=lambda sidecar: sidecar["time"]["published"])
     return {
+        "ready_s": ready_s,  # from the start of the daemon, imports and weights included
         "images_per_second": len(sidecars) / (max(instants) - began),
         "utilization_percent": last["window"]["utilization_percent"],
         "save_p50_ms": statistics.median(s["latency_ms"]["save"] for s in sidecars),
@@ -485,7 +518,7 @@ def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> Non
 
 def batch(bench: Bench) -> dict[str, Any]:
     """Images a second of 1, 2, 4 ... images together, in the same engine."""
-    facts = beside(bench).facts
+    facts = floor(bench)
     engine = warm(bench.config("batch", compile="on", batch=bench.batch))
     specs = [bench.spec(seed) for seed in range(bench.images)]
     rates: dict[int, float] = {}
@@ -504,22 +537,20 @@ def batch(bench: Bench) -> dict[str, Any]:
 
 
 def offload(bench: Bench) -> dict[str, Any]:
-    """`engine.offload`: each as such, and what `auto` takes when there is less memory."""
-    facts = beside(bench).facts
-    plans = [(None, "none", "none"), (None, "text_encoder", "none"), (None, "model", "none")]
-    plans += [(gib, "auto", "none") for gib in (24, 16, 12)] + [(12, "auto", "fp8")]
+    """What `engine.offload: auto` takes of a smaller GPU, and what that costs."""
+    plans = [(16, "none"), (12, "none"), (12, "fp8"), (24, "none")]
     if device().type != "cuda":
-        plans = [(None, "auto", "none")]
-    return {**facts, "plans": [offloaded(bench, *each) for each in plans]}
+        plans = [(None, "none")]
+    return {**floor(bench), "plans": [offloaded(bench, *each) for each in plans]}
 
 
-def offloaded(bench: Bench, gib: int | None, wanted: str, quantization: str) -> dict[str, Any]:
+def offloaded(bench: Bench, gib: int | None, quantization: str) -> dict[str, Any]:
     """An engine that may have so much of the device: each image has a prompt of its own."""
     total = torch.cuda.get_device_properties(0).total_memory if gib else 0
     if gib:
         torch.cuda.set_per_process_memory_fraction(gib * 1024 * MIB / total)
     begin = time.perf_counter()
-    settings = bench.config("offload", compile="on", offload=wanted, quantization=quantization)
+    settings = bench.config("offload", compile="on", quantization=quantization)
     try:
         engine = warm(settings)
         ready_s = time.perf_counter() - begin
@@ -530,7 +561,6 @@ def offloaded(bench: Bench, gib: int | None, wanted: str, quantization: str) -> 
             torch.cuda.set_per_process_memory_fraction(1.0)
     found = {
         "limit_gib": gib,
-        "wanted": wanted,
         "quantization": quantization,
         "taken": engine._offload,
         "ready_s": ready_s,
@@ -547,7 +577,9 @@ def offloaded(bench: Bench, gib: int | None, wanted: str, quantization: str) -> 
     return found
 
 
-PARTS = {part.__name__: part for part in (bf16, fp8, compiles, text_vae, flow, batch, offload)}
+PARTS = {
+    part.__name__: part for part in (bf16, fp8, text_vae, compiles, restarts, flow, batch, offload)
+}
 
 
 def surroundings(bench: Bench) -> dict[str, Any]:

@@ -119,6 +119,31 @@ def test_a_compiled_engine_compiles_at_warm_up_only(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_a_broken_cache_is_discarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Warming up fails with what is in the cache: it is tried once more with an empty one, then not."""
+    engine = ZImageEngine(configured(tmp_path, "on"), lambda stage: None)
+    cache = Path(os.environ[CACHE_VARIABLES[0]])
+    (cache / "kernel.json").write_text("broken")
+
+    def read(*_: Any) -> None:
+        if any(cache.iterdir()) or not must_exist:
+            raise ValueError("what comes of broken code")
+
+    must_exist = True
+    engine._pipe.transformer.register_forward_pre_hook(read)
+    engine._pipe.vae.decoder._compiled_call_impl = (
+        None  # not compiled: this test is of the cache alone
+    )
+    engine.warm_up(lambda: None)
+
+    assert "compile.cache_discarded" in capsys.readouterr().out
+    assert not any(cache.iterdir())
+
+    must_exist = False
+    with pytest.raises(ValueError, match="broken code"):
+        engine.warm_up(lambda: None)
+
+
 def test_a_cache_is_of_one_model_and_device(tmp_path: Path) -> None:
     """Another model's compiled code goes; the daemon alone may read and write its own."""
     use_cache(tmp_path, "one", "cpu")

@@ -168,16 +168,21 @@ class ZImageEngine:
         try:
             self._warm_up(on_step)
         except CompileErrors as e:
-            if not (self._compiles and discard_cache(f"compiling failed: {e}")):
-                raise EngineStartError(f"engine.compile: on: {e}") from e
-            try:
-                self._warm_up(on_step)
-            except CompileErrors as e:
-                raise EngineStartError(f"engine.compile: on: {e}") from e
+            raise EngineStartError(f"engine.compile: on: {e}") from e
         self._is_warm = True
         self._reserve()
 
     def _warm_up(self, on_step: Callable[[], None]) -> None:
+        try:
+            self._meet_sizes(on_step)
+        except EngineStartError:
+            raise
+        except Exception as e:  # code that is read from a broken cache fails in any way there is
+            if not (self._compiles and discard_cache(f"warming up failed: {e!r}")):
+                raise
+            self._meet_sizes(on_step)
+
+    def _meet_sizes(self, on_step: Callable[[], None]) -> None:
         config, most = self._config, self._config.engine.batch
         self._embeddings.warm_up(config.prompt.max_tokens)
         for size in config.engine.warmup:
