@@ -84,7 +84,9 @@ def test_the_fast_forward_is_the_librarys(most: int) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_compiled_engine_compiles_at_warm_up_only(tmp_path: Path) -> None:
+def test_a_compiled_engine_compiles_at_warm_up_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The uncompiled engine's picture, and other texts, sizes and guidance compile nothing."""
     plain = ZImageEngine(configured(tmp_path, "off"), lambda stage: None)
     specs = [
@@ -99,9 +101,11 @@ def test_a_compiled_engine_compiles_at_warm_up_only(tmp_path: Path) -> None:
     engine = ZImageEngine(configured(tmp_path, "on"), lambda stage: None)
     engine.warm_up(lambda: None)
     graphs = counters["stats"]["unique_graphs"]
-    images = [rendered(engine, spec)[1] for spec in specs]
+    renderings, images = zip(*[rendered(engine, spec) for spec in specs], strict=True)
 
     assert engine.info.compiled
+    assert [one.compiled for one in renderings] == [True, True, False, True]
+    assert capsys.readouterr().out.count("engine.size_not_warmed") == 1
     assert graphs > 0
     assert counters["stats"]["unique_graphs"] == graphs
     for mine, theirs in zip(images, expected, strict=True):

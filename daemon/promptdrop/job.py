@@ -104,6 +104,7 @@ class Rendering:
     latency_ms: Latency
     steps_ms: tuple[float, ...]
     batch: int = 1  # how many images were denoised together
+    compiled: bool = False  # all of it: a size that was not warmed is decoded as the library does
     utilization_percent: float | None = None  # NVML's, of the device
     memory_allocated_mib: float | None = None  # None where there is no device memory to count
     memory_reserved_mib: float | None = None

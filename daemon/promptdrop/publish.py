@@ -139,7 +139,7 @@ class Publication:
                 revision=self.engine.revision,
                 dtype=self.engine.dtype,
                 quantization=self.engine.quantization,
-                compiled=self.engine.compiled,
+                compiled=rendering.compiled if rendering else self.engine.compiled,
             ),
             evaluations=rendering.evaluations if rendering else 0,
             batch=rendering.batch if rendering else 1,

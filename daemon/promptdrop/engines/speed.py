@@ -1,14 +1,26 @@
 """Faster ways to evaluate Z-Image's transformer and VAE, each with what it gained.
 
-Measured on one NVIDIA H200, 1024x1024, 128 text tokens, bf16, torch 2.11, milliseconds an evaluation:
+Milliseconds at 1024x1024, 128 text tokens, bf16, torch 2.11, on H100s of 80 GB, no two calls surely on
+the same card; `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it all off.
 
-  146.5  the library as it comes
-   94.1  FastForward with compiled blocks; its kernels' sum is 87.3: matrix products 62.5,
-         attention 14.6 (cuDNN), fused pointwise 9.6
-   86.4 to 35.4  the VAE, a decode, channels last and compiled
+  154.9  an evaluation of the library as it comes
+   97.4  its blocks compiled by torch, real-valued rotation: matrix products 68.5, attention 16.5
+         (cuDNN), what is between them 11.2
+   91.1  FastForward with `kernels.py` between the products, 7.5 instead of those 11.2; on a hot card and
+         over 100 images 100.4, where the library takes 162.6
+   62.8  the same with fp8 products, on that hot card
 
-Tried without gain: static instead of dynamic shapes (96.5), one product for query, key and value and
-one for gate and input (95.3), the whole evaluation as a CUDA graph (95.0): the device is busy already.
+  91.2  a decode by the library's VAE
+  38.7  channels last and compiled
+  23.1  with ChannelGroupNorm and WideAttention; nearer to the float32 result than the library's
+        (relative distance 0.0091, library 0.0123)
+
+An evaluation is bound by power: the card draws its 700 W and clocks down to 1.5 GHz, so the products run
+at the 700 TFLOP/s that a large product sustains there, whatever their shape, and what is saved between
+them is saved in part only. Tried without gain: one product for query, key and value and one for gate and
+input, other row counts, cuBLASLt, transposed operands, static shapes, the evaluation as a CUDA graph,
+persistent reductions (`triton.multi_kernel`), cuDNN's benchmark mode. Refining the text once an image
+instead of once an evaluation is within the noise; it spares two blocks of an evaluation when blocks are offloaded.
 """
 
 import hashlib

@@ -144,6 +144,7 @@ class ZImageEngine:
         if self._compiles:
             use_cache(config.cache / "compiled", config.model.id, _name(self._device))
             accelerate(pipe, self._forward)
+        self._warmed: set[str] = set()  # sizes whose decoding is compiled
         self._is_warm = False
         self._pipe = pipe
         self.info = EngineInfo(
@@ -187,6 +188,7 @@ class ZImageEngine:
         self._embeddings.warm_up(config.prompt.max_tokens)
         for size in config.engine.warmup:
             spec = warm_up_spec(config, size, WARM_UP_PROMPT)
+            self._warmed.add(_size(spec))
             for images in sorted({1, most}):
                 buffers = [memoryview(bytearray(spec.height * spec.width * 3))] * images
                 results = self.render(
@@ -325,6 +327,9 @@ class ZImageEngine:
         buffers: Sequence[memoryview],
     ) -> list[Rendering | EngineError]:
         clock = self._clock
+        if self._compiles and self._is_warm and (size := _size(specs[0])) not in self._warmed:
+            why = "not in engine.warmup: decoded as the library does, not compiled"
+            log.get().info("engine.size_not_warmed", size=size, reason=why)
         begun = [self._encode(*one, prompt) for one in zip(specs, buffers, strict=True)]
         encoded = [one for one in begun if isinstance(one, Encoded)]
         if not encoded:
@@ -451,6 +456,7 @@ class ZImageEngine:
             ),
             steps_ms=denoising.steps_ms,
             batch=denoising.images,
+            compiled=self._compiles and _size(encoded.spec) in self._warmed,
             **_memory(self._device),
         )
 
