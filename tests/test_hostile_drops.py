@@ -680,6 +680,7 @@ def test_another_file_system_below_the_inbox_is_not_entered(daemon: Daemon) -> N
         ({"engine": {"workers": 2}, "model": {"device": "cuda:1"}}, "is one device"),
         ({"engine": {"compile": True}}, "compile"),
         ({"engine": {"quantization": "fp4"}}, "fp8"),
+        ({"engine": {"quantization": "fp8"}, "model": {"dtype": "float32"}}, "expected bfloat16"),
         ({"engine": {"offload": "vae"}}, "offload"),
         ({"engine": {"reserve_memory_mib": 0}}, "reserve_memory_mib"),
         ({"defaults": {"scheduler": "heum"}}, "dpmpp_2m_sde"),

@@ -29,7 +29,9 @@ FOX = ImageSpec(1, "a red fox in the snow", None, 64, 96, 2, 0.0, 7, "euler", "p
 
 def configured(device: str = "cpu", **engine: Any) -> Config:
     model = {"path": str(weights.DEMO), "device": device}
-    return configuration.parse({"model": model, "engine": {"warmup": ["64x96"], **engine}})
+    return configuration.parse(
+        {"model": model, "engine": {"warmup": ["64x96"], "compile": "off", **engine}}
+    )
 
 
 @pytest.fixture(scope="module", params=DEVICES)

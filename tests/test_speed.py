@@ -9,17 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import AutoencoderKL, ZImagePipeline
 from torch._dynamo.utils import counters
 
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engine import render_one
+from promptdrop.engines.quantization import quantize
 from promptdrop.engines.speed import (
     CACHE_VARIABLES,
     FastForward,
     discard_cache,
+    rewrite,
     together,
     use_cache,
 )
@@ -81,6 +83,51 @@ def test_the_fast_forward_is_the_librarys(most: int) -> None:
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert torch.equal(expected[0], again)
+
+
+def test_a_compiled_decoder_is_the_librarys() -> None:
+    """Its group norms, and its attention in as many parts as memory asks for."""
+    decoder = AutoencoderKL(
+        block_out_channels=(32, 64),
+        latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    ).decoder.requires_grad_(False)
+    latents = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    expected = decoder(latents)
+    rewrite(decoder)
+    compiled = torch.compile(decoder, backend="eager", fullgraph=True)
+
+    assert torch.equal(decoder(latents), expected)  # what is not compiled is untouched
+    torch.testing.assert_close(compiled(latents), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_fp8_transformer_in_the_fast_forward() -> None:
+    """It is near the library's with the same weights, and zeros give no NaN."""
+    pipe: Any = ZImagePipeline.from_pretrained(
+        weights.DEMO, dtype=torch.float32, local_files_only=True
+    )
+    transformer, generator = (
+        pipe.transformer.requires_grad_(False),
+        torch.Generator().manual_seed(0),
+    )
+    latents = torch.randn(16, 1, 24, 24, generator=generator)
+    level, text = torch.rand(1, generator=generator), torch.randn(41, 192, generator=generator)
+    (exact,) = transformer([latents], level, [text], return_dict=False)[0]
+    whole = sum(p.nbytes for p in transformer.layers.parameters())
+    quantize(transformer, torch.device("cpu"))
+    layers = transformer.layers
+    smaller = sum(t.nbytes for t in (*layers.parameters(), *layers.buffers()))
+    forward = FastForward(transformer)
+    (fast,) = forward([latents], level, [text])[0]
+    (theirs,) = transformer([latents], level, [text], return_dict=False)[0]
+    (zeros,) = forward([latents * 0], level, [text * 0])[0]
+
+    assert smaller < whole / 2  # from float32; norms and modulation stay as they are
+    assert (fast - exact).norm() / exact.norm() < 0.06
+    assert (fast - theirs).norm() / exact.norm() < 0.03
+    assert zeros.isfinite().all()
 
 
 @pytest.mark.timeout(900)

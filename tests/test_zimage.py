@@ -53,7 +53,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def configured(checkpoint: Path, **model: str) -> Config:
-    sizes = {"warmup": ["64x64", "128x64"]}
+    sizes = {"warmup": ["64x64", "128x64"], "compile": "off"}
     return configuration.parse({"model": {"path": str(checkpoint), **model}, "engine": sizes})
 
 
@@ -208,6 +208,16 @@ def test_a_device_that_is_not_there(checkpoint: Path) -> None:
     """The error says what there is."""
     with pytest.raises(EngineStartError, match="cuda:97: no such device"):
         ZImageEngine(configured(checkpoint, device="cuda:97"), lambda stage: None)
+
+
+def test_fp8_is_refused_where_nothing_multiplies_it(checkpoint: Path) -> None:
+    """Before anything is loaded, with what would do."""
+    settings = configuration.parse(
+        {"model": {"path": str(checkpoint), "device": "cpu"}, "engine": {"quantization": "fp8"}}
+    )
+
+    with pytest.raises(EngineStartError, match="fp8: the CPU does not multiply fp8; expected"):
+        ZImageEngine(settings, lambda stage: None)
 
 
 def test_a_broken_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

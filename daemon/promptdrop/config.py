@@ -276,6 +276,14 @@ class Config(Section):
         return folders
 
     @model_validator(mode="after")
+    def _fp8_gives_bfloat16(self) -> "Config":
+        if self.engine.quantization == "fp8" and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"engine.quantization: fp8 with model.dtype: {self.model.dtype}; expected bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _folders_can_be_rendered(self) -> "Config":
         for name in self.folders:
             defaults = self.in_folder(name).defaults

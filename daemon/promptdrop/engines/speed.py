@@ -264,13 +264,18 @@ def accelerate(pipe: Any, forward: FastForward) -> None:
     """Evaluate the pipeline's transformer as FastForward does; its decoder is compiled at its first use."""
     pipe.transformer.forward = forward
     decoder = pipe.vae.decoder
+    rewrite(decoder)
+    decoder.to(memory_format=torch.channels_last)
+    decoder.compile(fullgraph=True, dynamic=False)  # one graph for each warmed size
+
+
+def rewrite(decoder: nn.Module) -> None:
+    """What the compiler then makes faster code of; not compiled, nothing changes."""
     for module in decoder.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = ChannelGroupNorm
-        elif isinstance(module, Attention):
+        elif isinstance(module, Attention) and module.heads == 1:
             module.set_processor(WideAttention())
-    decoder.to(memory_format=torch.channels_last)
-    decoder.compile(fullgraph=True, dynamic=False)  # one graph for each warmed size
 
 
 class ChannelGroupNorm(nn.GroupNorm):
