@@ -162,7 +162,7 @@ class ZImageEngine:
         batch; on_step at every step.
 
         When compiling, every text length is met here too, and what comes later compiles nothing:
-        other sizes go through the graphs there are, and their decoding is not compiled.
+        other sizes are decoded as the library does it.
 
         Raises EngineStartError: such an image cannot be rendered.
         """
