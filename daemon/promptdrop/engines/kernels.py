@@ -8,7 +8,9 @@ query and key normed and rotated 0.060, 0.138; the gate 0.084 (0.077), 0.082 (0.
 
 import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +88,15 @@ def _norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor
 
 
 def missing() -> str | None:
-    """What Triton lacks here to build kernels for a GPU, if anything."""
+    """What Triton lacks here to build kernels for a GPU, if anything (triton/runtime/build.py)."""
     if not find_spec("triton"):
         return "Triton is not installed"
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return "there is no C compiler (cc, gcc or clang, or $CC)"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "there is no C compiler (gcc or clang, or $CC)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's
+    headers = Path(sysconfig.get_path("include", scheme))
+    if not (headers / "Python.h").exists():
+        return f"Python's headers are missing in {headers} (Debian: python3-dev)"
     return None
 
 
