@@ -228,7 +228,7 @@ class Beside:
 def beside(bench: Bench) -> Beside:
     """Measured once a run, alone on the device."""
     facts, library = floor(bench), Library(bench)
-    facts |= {"library_p50_s": library.p50_s(), **library_text_vae(library.pipe, bench)}
+    facts = {**facts, "library_p50_s": library.p50_s(), **library_text_vae(library.pipe, bench)}
     two = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
     image = torch.from_numpy(np.array(library.render(0))).float()
     measured = Beside(facts, library.inputs(), library.velocity().cpu(), distance(*two), image)

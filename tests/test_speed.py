@@ -196,7 +196,7 @@ def test_a_broken_cache_is_discarded(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_cache_is_of_one_model_and_device(tmp_path: Path) -> None:
-    """Another model's compiled code goes; the daemon alone may read and write its own."""
+    """Code of another model, unused for a week, goes; the daemon alone may read and write its own."""
     use_cache(tmp_path, "one", "cpu")
     first = Path(os.environ[CACHE_VARIABLES[0]])
     (first / "code").touch()
@@ -205,6 +205,11 @@ def test_a_cache_is_of_one_model_and_device(tmp_path: Path) -> None:
     assert (first / "code").exists()
     assert first.stat().st_mode & 0o077 == 0
 
+    use_cache(tmp_path, "two", "cpu")
+
+    assert len([*tmp_path.iterdir()]) == 2  # an engine of another device may be using it
+
+    os.utime(first, (0, 0))
     use_cache(tmp_path, "two", "cpu")
     second = Path(os.environ[CACHE_VARIABLES[0]])
 

@@ -160,7 +160,11 @@ class Ahead:
     def __init__(self, warm: Engine, line: Line, most: int) -> None:
         self._warm, self._line, self._most = warm, line, most
         self._prepared: set[int] = set()  # tickets
-        self.is_preparing = False  # also once preparing was broken off
+
+    @property
+    def has_prepared(self) -> bool:
+        """Whether time of the images in hand went into others."""
+        return bool(self._prepared)
 
     def coming(self) -> Image | None:
         """One that is still to be prepared; none that may be poison."""
@@ -172,9 +176,7 @@ class Ahead:
     def prepare(self, image: Image) -> None:
         """Whatever this raises may be that image's fault."""
         self._prepared.add(image.render.ticket)
-        self.is_preparing = True
         self._warm.prepare(image.render.spec, image.render.prompt)
-        self.is_preparing = False
 
 
 def main(fd: int) -> None:
@@ -257,7 +259,7 @@ def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line, most: int
     except ImageTimeout:
         many = f" for {len(images)} images together" if len(images) > 1 else ""
         error = f"took longer than {seconds:g} s{many} (timeout_seconds)"
-        worked_on = len(images) + ahead.is_preparing
+        worked_on = len(images) + ahead.has_prepared
         results = [Failed(ticket, error, timed_out=True, images=worked_on) for ticket in tickets]
     except EngineError as e:
         results = [Failed(ticket, str(e), images=len(images)) for ticket in tickets]

@@ -3,7 +3,7 @@
 A component is streamed block by block: its blocks' matrices stay in pinned host memory and arrive on
 the device one after another, the next ones while one block runs. All else stays on the device, but
 for the text encoder's table of embeddings, of which a prompt needs a few rows: they are looked up on
-the host. Pixels are the same to the bit.
+the host. Not compiling, pixels are the same to the bit.
 
 diffusers.hooks.apply_group_offloading (0.42.1) does something like it, and was not taken: it pins a
 copy of all blocks before it lets go of the first, each tensor rounded up to a power of two by torch
@@ -110,7 +110,9 @@ def choose(config: Config, pipe: Any, device: torch.device) -> tuple[str, str]:
         free_mib=free // MIB,
         need_mib={name: size // MIB for name, size in need.items()},
     )
-    return offload, f"needs {need[offload] // MIB} MiB, free are {free // MIB} MiB"
+    return offload, (
+        f" (engine.offload: {offload} needs {need[offload] // MIB} MiB, free are {free // MIB} MiB)"
+    )
 
 
 def place(pipe: Any, offload: str, device: torch.device) -> None:
@@ -158,7 +160,7 @@ def look_up_on_host(table: nn.Embedding, device: torch.device) -> None:
     """Token ids come to the table; its rows go to the device."""
     weight = table.weight
     table.register_forward_pre_hook(lambda _, inputs: tuple(x.to(weight.device) for x in inputs))
-    table.register_forward_hook(lambda _, inputs, rows: rows.to(device))
+    table.register_forward_hook(lambda _, inputs, rows: rows.to(device, non_blocking=True))
     weight.data = weight.data.cpu()
 
 

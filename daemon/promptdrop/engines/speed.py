@@ -26,9 +26,10 @@ instead of once an evaluation is within the noise; it spares two blocks of an ev
 import hashlib
 import os
 import shutil
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -47,6 +48,7 @@ from promptdrop.engines.rows import Branch, Norm, Rows, Scaled
 
 SEQUENCE_MULTIPLE = 32  # transformer_z_image.py: SEQ_MULTI_OF
 SCORES = 2**28  # of the decoder's attention in memory at once: 512 MiB in bf16
+ROTARIES = 32  # kept, of as many sizes and text lengths: 2 MiB each at 1024x1024
 CAPTIONS = 8  # kept refined: guidance has two for each sequence of a batch
 
 
@@ -121,7 +123,11 @@ class Rotary:
 
     image: Tensor
     text: Tensor
-    joint: Tensor
+
+    @property
+    def joint(self) -> Tensor:
+        """Of both, end to end."""
+        return torch.cat([self.image, self.text])
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class FastForward:
     def __init__(self, transformer: Any, most: int = 1) -> None:
         self._transformer = transformer
         self._most = most
-        self._rotaries: dict[tuple[int, int, int], Rotary] = {}
+        self._rotaries: OrderedDict[tuple[int, int, int], Rotary] = OrderedDict()
         self._captions: OrderedDict[tuple[tuple[int, int], ...], Caption] = OrderedDict()
 
     def __call__(
@@ -176,7 +182,7 @@ class FastForward:
         positions = end_to_end([rotary.joint for rotary in rotaries])
         joint = through(model.layers, joint, positions, adaln)
 
-        images = torch.split(joint, [len(rotary.joint) for rotary in rotaries])
+        images = torch.split(joint, [len(rotary.image) + len(rotary.text) for rotary in rotaries])
         image = torch.cat([x[: rows * columns] for x in images])  # [B N, dim]
         patches = model.all_final_layer["2-1"](image[None], c=adaln)[0]  # [B N, 64]
         return [unpatchify(x, rows, columns) for x in torch.split(patches, rows * columns)]
@@ -203,8 +209,9 @@ class FastForward:
             embed, device = self._transformer.rope_embedder, self._transformer.device
             image = embed(image_ids(rows, columns, length).to(device))  # [N32, width / 2]
             text = embed(text_ids(length).to(device))  # [L, width / 2]
-            parts = image, text, torch.cat([image, text])
-            self._rotaries[key] = Rotary(*map(torch.view_as_real, parts))
+            self._rotaries[key] = Rotary(torch.view_as_real(image), torch.view_as_real(text))
+            if len(self._rotaries) > ROTARIES:
+                self._rotaries.popitem(last=False)
         return self._rotaries[key]
 
 
@@ -260,8 +267,11 @@ def together(transformer: Any, forward: FastForward) -> Iterator[None]:
         del transformer.forward  # the class's own is there again
 
 
-def accelerate(pipe: Any, forward: FastForward) -> None:
-    """Evaluate the pipeline's transformer as FastForward does; its decoder is compiled at its first use."""
+def accelerate(pipe: Any, forward: FastForward, sizes: int) -> None:
+    """Evaluate the pipeline's transformer as FastForward does; its decoder is compiled at the first
+    use of each of so many sizes."""
+    limit = torch._dynamo.config.recompile_limit  # graphs of one function
+    torch._dynamo.config.recompile_limit = max(limit, 2 * sizes)
     pipe.transformer.forward = forward
     decoder = pipe.vae.decoder
     rewrite(decoder)
@@ -294,7 +304,8 @@ class ChannelGroupNorm(nn.GroupNorm):
         sums = torch.stack((wide.sum(places), wide.square().sum(places)))  # [2, B, C]
         count = size * x[0, 0].numel()
         mean, square = sums.view(*sums.shape[:2], -1, size).sum(-1) / count  # each [B, groups]
-        deviation = torch.rsqrt(square - mean.square() + self.eps)
+        variance = (square - mean.square()).clamp(min=0)
+        deviation = torch.rsqrt(variance + self.eps)
         factor = self.weight * deviation.repeat_interleave(size, dim=1)  # [B, C]
         offset = self.bias - mean.repeat_interleave(size, dim=1) * factor
         shape = *factor.shape, *[1] * len(places)
@@ -348,18 +359,22 @@ def meet_text_lengths(
 
 # The cache of compiled code. Inductor unpickles what it finds there: only the daemon may write it.
 
+STALE_SECONDS = 7 * 86400.0
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def use_cache(folder: Path, model: str, device: str) -> None:
-    """Keep compiled code in `folder`, by versions, model and device; what others left there goes."""
+    """Keep compiled code in `folder`, by versions, model and device; what nobody has used for a week
+    goes."""
     facts = (torch.__version__, diffusers.__version__, model, device)
     mine = folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry != mine:
-            log.get().info("compile.cache_discarded", reason="of other versions, model or device")
-            shutil.rmtree(entry, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another engine was faster
+            if entry != mine and time.time() - entry.stat().st_mtime > STALE_SECONDS:
+                log.get().info("compile.cache_discarded", reason="not used for a week")
+                shutil.rmtree(entry, ignore_errors=True)
     mine.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.utime(mine)
     for variable in CACHE_VARIABLES:
         os.environ[variable] = str(mine)
 
@@ -367,10 +382,10 @@ def use_cache(folder: Path, model: str, device: str) -> None:
 def discard_cache(reason: str) -> bool:
     """Empty the cache in use, because it may be broken; False if it is empty."""
     folder = Path(os.environ[CACHE_VARIABLES[0]])
-    if not any(folder.iterdir()):
+    if not (folder.is_dir() and any(folder.iterdir())):
         return False
     log.get().warning("compile.cache_discarded", reason=reason)
-    shutil.rmtree(folder)
-    folder.mkdir(mode=0o700)
+    shutil.rmtree(folder, ignore_errors=True)  # an engine of another device may do the same
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     torch.compiler.reset()
     return True

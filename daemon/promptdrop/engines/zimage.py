@@ -43,6 +43,7 @@ from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 MIB = 1024 * 1024
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
 CompileErrors = TorchDynamoException, subprocess.CalledProcessError  # the latter: the C compiler
+CAPABILITY = 7, 0  # the least that Triton compiles for
 Mark = Any  # a torch.cuda.Event, or seconds
 Tensors = dict[str, Any]
 
@@ -102,6 +103,9 @@ class ZImageEngine:
         self._compiles = compiles(config, self._device)
         if config.engine.quantization == "fp8":
             quantization.require(self._device)
+        self._caches = self._compiles or (self._device.type == "cuda" and kernels.IS_FUSED)
+        if self._caches:
+            use_cache(config.cache / "compiled", config.model.id, _name(self._device))
         dtype = getattr(torch, config.model.dtype) if self._device.type == "cuda" else torch.float32
         on_stage("loading weights")
         transformers_logging.disable_progress_bar()
@@ -118,17 +122,17 @@ class ZImageEngine:
                 " or chat_template in tokenizer_config.json"
             )
         self._scheduler = checkpoint_scheduler(pipe, directory)
-        if config.engine.quantization == "fp8":
-            on_stage("quantizing to fp8")
-            quantization.quantize(pipe.transformer, self._device)
-        on_stage(f"moving to {self._device}")
-        self._offload, why = memory.choose(config, pipe, self._device)
+        why = ""
         try:
+            if config.engine.quantization == "fp8":
+                on_stage("quantizing to fp8")
+                quantization.quantize(pipe.transformer, self._device)
+            on_stage(f"moving to {self._device}")
+            self._offload, why = memory.choose(config, pipe, self._device)
             memory.place(pipe, self._offload, self._device)
         except (RuntimeError, OSError) as e:  # torch.OutOfMemoryError is a RuntimeError
             raise EngineStartError(
-                f"{self._device}: the model cannot be moved there: {e}"
-                f" (engine.offload: {self._offload} {why})"
+                f"{self._device}: the model cannot be moved there: {e}{why}"
             ) from e
         pipe.set_progress_bar_config(disable=True)
         self._embeddings = Embeddings(pipe, padded=not self._compiles)
@@ -142,8 +146,7 @@ class ZImageEngine:
         )
         self._forward = FastForward(pipe.transformer, config.engine.batch)
         if self._compiles:
-            use_cache(config.cache / "compiled", config.model.id, _name(self._device))
-            accelerate(pipe, self._forward)
+            accelerate(pipe, self._forward, len(config.engine.warmup))
         self._warmed: set[str] = set()  # sizes whose decoding is compiled
         self._is_warm = False
         self._pipe = pipe
@@ -169,23 +172,27 @@ class ZImageEngine:
         try:
             self._warm_up(on_step)
         except CompileErrors as e:
-            raise EngineStartError(f"engine.compile: on: {e}") from e
+            raise EngineStartError(f"engine.compile: {self._config.engine.compile}: {e}") from e
         self._is_warm = True
         self._reserve()
 
     def _warm_up(self, on_step: Callable[[], None]) -> None:
         try:
             self._meet_sizes(on_step)
-        except EngineStartError:
+        except (EngineStartError, torch.OutOfMemoryError):
             raise
         except Exception as e:  # code that is read from a broken cache fails in any way there is
-            if not (self._compiles and discard_cache(f"warming up failed: {e!r}")):
+            if not (self._caches and discard_cache(f"warming up failed: {e!r}")):
                 raise
             self._meet_sizes(on_step)
 
     def _meet_sizes(self, on_step: Callable[[], None]) -> None:
         config, most = self._config, self._config.engine.batch
-        self._embeddings.warm_up(config.prompt.max_tokens)
+        try:
+            self._embeddings.warm_up(config.prompt.max_tokens)
+        except torch.OutOfMemoryError as e:
+            self._embeddings.graphs = None
+            self._leave_out("texts are encoded without CUDA graphs", e)
         for size in config.engine.warmup:
             spec = warm_up_spec(config, size, WARM_UP_PROMPT)
             self._warmed.add(_size(spec))
@@ -198,10 +205,16 @@ class ZImageEngine:
                     if isinstance(result, EngineError):
                         raise EngineStartError(f"engine.warmup: {size}: {result}") from result
             if self._compiles:
-                tokens = config.prompt.max_tokens
-                meet_text_lengths(
-                    self._pipe.transformer, spec.height, spec.width, tokens, most, on_step
-                )
+                tokens, transformer = config.prompt.max_tokens, self._pipe.transformer
+                try:
+                    meet_text_lengths(transformer, spec.height, spec.width, tokens, most, on_step)
+                except torch.OutOfMemoryError as e:
+                    self._leave_out(f"not every text length is met at {size}", e)
+
+    def _leave_out(self, what: str, reason: torch.OutOfMemoryError) -> None:
+        """Of warming up: images are rendered all the same."""
+        log.get().warning("engine.out_of_memory", cure=what, reason=str(reason).partition(". ")[0])
+        self._empty_cache()
 
     @torch.no_grad()
     def render(
@@ -253,7 +266,11 @@ class ZImageEngine:
         yield "the image is decoded in tiles", tiled(self._pipe.vae)
         later = [*memory.OFFLOADS][[*memory.OFFLOADS].index(self._offload) + 1 :]
         for offload in later:
-            self._offload_to(offload)
+            try:
+                self._offload_to(offload)
+            except OSError as e:
+                log.get().warning("engine.not_offloaded", offload=offload, reason=str(e))
+                return
             yield (
                 f"offloaded as with engine.offload: {offload}, until a restart",
                 tiled(self._pipe.vae),
@@ -456,7 +473,9 @@ class ZImageEngine:
             ),
             steps_ms=denoising.steps_ms,
             batch=denoising.images,
-            compiled=self._compiles and _size(encoded.spec) in self._warmed,
+            compiled=self._compiles
+            and _size(encoded.spec) in self._warmed
+            and not self._pipe.vae.use_tiling,
             **_memory(self._device),
         )
 
@@ -508,6 +527,8 @@ def compiles(config: Config, device: torch.device) -> bool:
     Raises EngineStartError: it is on, and they are not.
     """
     wanted, lacking = config.engine.compile, kernels.missing() if device.type == "cuda" else None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        lacking = f"{_name(device)} is too old for Triton"
     if wanted == "on" and lacking:
         raise EngineStartError(f"engine.compile: on: {lacking}")
     if wanted == "auto" and lacking:
