@@ -46,6 +46,12 @@ def set_up(level: str, form: str) -> None:
     )
 
 
+def set_up_for_scripts() -> None:
+    """Warnings on stderr, unless the script has set up structlog: its own default is stdout."""
+    if not structlog.is_configured():
+        set_up("warning", "auto")
+
+
 def settle() -> None:
     """Wait until what was logged is written, at most a second."""
     _output.settle()

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from promptdrop import config as configuration
-from promptdrop import engine, request
+from promptdrop import engine, log, request
 from promptdrop.config import Config
 from promptdrop.errors import EngineError
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
@@ -43,6 +43,7 @@ class Engine:
             config = configuration.load(Path(config))
         elif isinstance(config, Mapping):
             config = configuration.parse(dict(config))
+        log.set_up_for_scripts()
         self._config = config
         self._engine = engine.load(config, lambda stage: None)
         self.info = self._engine.info
