@@ -181,6 +181,15 @@ class Library:
             out: torch.Tensor = self.pipe.transformer(*inputs, return_dict=False)[0][0]
         return out.float()
 
+    @torch.no_grad()
+    def exact_velocity(self) -> torch.Tensor:
+        """The same in float32; the transformer stays so."""
+        latents, level, texts = self.inputs()
+        self.pipe.transformer.float()
+        wide = [x.float() for x in latents], level, [text.float() for text in texts]
+        out: torch.Tensor = self.pipe.transformer(*wide, return_dict=False)[0][0]
+        return out.cpu()
+
     def p50_s(self) -> float:
         """Of the loop, after its warm-up: seconds an image."""
         for seed in range(WARM_UPS):
@@ -220,6 +229,7 @@ class Beside:
     facts: dict[str, float]
     inputs: tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
     velocity: torch.Tensor  # of the inputs
+    exact: torch.Tensor  # the same in float32
     attentions: float  # distance between its velocities with two backends
     image: torch.Tensor  # of seed 0: [H, W, 3], 0 to 255
 
@@ -231,7 +241,9 @@ def beside(bench: Bench) -> Beside:
     facts = {**facts, "library_p50_s": library.p50_s(), **library_text_vae(library.pipe, bench)}
     two = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
     image = torch.from_numpy(np.array(library.render(0))).float()
-    measured = Beside(facts, library.inputs(), library.velocity().cpu(), distance(*two), image)
+    inputs, velocity = library.inputs(), library.velocity().cpu()
+    exact = library.exact_velocity()  # the last: its transformer is float32 afterwards
+    measured = Beside(facts, inputs, velocity, exact, distance(*two), image)
     del library, two
     forget()
     return measured
@@ -328,6 +340,8 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
         "memory_peak_mib": renderings[-1].memory_peak_mib,
         "distance_of_an_evaluation": distance(mine, library.velocity),
         "distance_of_two_eager_attentions": library.attentions,
+        "distance_from_float32": distance(mine, library.exact),
+        "library_distance_from_float32": distance(library.velocity, library.exact),
         "distance_of_an_image": float(difference.abs().mean()),  # of 255
         "psnr_of_an_image_db": float(10 * torch.log10(255**2 / difference.square().mean())),
         "zeros_are_finite": bool(zeros.isfinite().all()),
