@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from promptdrop import __version__, config, metrics, weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engine import batches
-from promptdrop.engines.zimage import MIB, ZImageEngine, find_device
+from promptdrop.engines.memory import GIB, MIB
+from promptdrop.engines.zimage import ZImageEngine, find_device
 from promptdrop.errors import EngineError
 from promptdrop.job import ImageSpec, Rendering
 
@@ -562,7 +563,7 @@ def offloaded(bench: Bench, gib: int | None, quantization: str) -> dict[str, Any
     """An engine that may have so much of the device: each image has a prompt of its own."""
     total = torch.cuda.get_device_properties(0).total_memory if gib else 0
     if gib:
-        torch.cuda.set_per_process_memory_fraction(gib * 1024 * MIB / total)
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
     begin = time.perf_counter()
     settings = bench.config("offload", compile="on", quantization=quantization)
     try:

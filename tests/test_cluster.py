@@ -92,6 +92,16 @@ def engine_processes(cluster: Cluster) -> list[psutil.Process]:
     return found
 
 
+def warm_on_two_hosts(cluster: Cluster, make_daemon: MakeDaemon) -> Daemon:
+    """A daemon with an engine on each."""
+    cluster.add_host()
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster))
+    daemon.start()
+    engines(daemon)
+    return daemon
+
+
 def test_two_hosts_render_at_once_and_a_drain_gives_them_back(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
@@ -166,11 +176,7 @@ def test_engines_stay_warm_when_the_daemon_is_killed(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
     """A new daemon finds the same engine processes, and what was in hand is rendered once more."""
-    cluster.add_host()
-    cluster.add_host()
-    daemon = make_daemon(settings(cluster))
-    daemon.start()
-    engines(daemon)
+    daemon = warm_on_two_hosts(cluster, make_daemon)
     before = {process.pid for process in engine_processes(cluster)}
     daemon.drop("a.jsonl", prompts(*["!slow 0.2 a cat"] * 6))
     daemon.until_begun()
@@ -481,11 +487,7 @@ def test_fewer_workers_and_a_release_give_devices_back(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
     """A new life with fewer `workers` ends the others; `cluster release` ends what a stopped daemon left."""
-    cluster.add_host()
-    cluster.add_host()
-    daemon = make_daemon(settings(cluster))
-    daemon.start()
-    engines(daemon)
+    daemon = warm_on_two_hosts(cluster, make_daemon)
     assert daemon.stop() == 0
     assert len(engine_processes(cluster)) == 2
     daemon.write_config({"engine": {"workers": 1}})

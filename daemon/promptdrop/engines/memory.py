@@ -38,9 +38,8 @@ COMPONENTS = ("vae", "text_encoder", "transformer")
 
 # What rendering needs beside the weights, per 1024x1024 pixels of the largest size of warm-up.
 WORKING_BYTES = int(2.4 * GIB)  # measured on an H200, bf16: the peak was 21.7 GiB, weights 19.3
-FURTHER_BYTES = (
-    1 * GIB
-)  # for each further image of a batch; an estimate, the decoder takes one at a time
+# For each further image of a batch: an estimate; the decoder takes one at a time.
+FURTHER_BYTES = GIB
 OTHER_BYTES = GIB // 2  # code and workspaces of CUDA's libraries, and gaps; an estimate
 
 
@@ -284,6 +283,11 @@ def unpinned(pinned: Sequence[Tensor]) -> None:
         cuda.cudaHostUnregister(memory.data_ptr())
 
 
+def first_sentence(error: Exception) -> str:
+    """What happened; what torch says after it is advice."""
+    return str(error).partition(". ")[0]
+
+
 def hold(device: torch.device, mib: int | None) -> None:
     """Make torch's allocator hold at least so many MiB of the device, so that nobody else has them.
 
@@ -303,5 +307,5 @@ def hold(device: torch.device, mib: int | None) -> None:
             "engine.memory_not_reserved",
             wanted_mib=mib,
             reserved_mib=torch.cuda.memory_reserved(device) // MIB,
-            reason=str(e).partition(". ")[0],
+            reason=first_sentence(e),
         )

@@ -46,13 +46,15 @@ class Fp8Linear(nn.Module):
 
 def require(device: torch.device) -> None:
     """Raise EngineStartError: the device has no matrix units for fp8."""
-    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if has < CAPABILITY:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-        raise EngineStartError(
-            f"engine.quantization: fp8: {name} does not multiply fp8; expected an NVIDIA GPU of"
-            " compute capability 8.9 or later (Ada, Hopper), or engine.quantization: none"
-        )
+    name = "the CPU"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= CAPABILITY:
+            return
+        name = torch.cuda.get_device_name(device)
+    raise EngineStartError(
+        f"engine.quantization: fp8: {name} does not multiply fp8; expected an NVIDIA GPU of"
+        " compute capability 8.9 or later (Ada, Hopper), or engine.quantization: none"
+    )
 
 
 def quantize(transformer: Any, device: torch.device) -> None:

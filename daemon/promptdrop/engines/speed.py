@@ -20,7 +20,8 @@ at the 700 TFLOP/s that a large product sustains there, whatever their shape, an
 them is saved in part only. Tried without gain: one product for query, key and value and one for gate and
 input, other row counts, cuBLASLt, transposed operands, static shapes, the evaluation as a CUDA graph,
 persistent reductions (`triton.multi_kernel`), cuDNN's benchmark mode. Refining the text once an image
-instead of once an evaluation is within the noise; it spares two blocks of an evaluation when blocks are offloaded.
+instead of once an evaluation is within the noise; it spares two blocks of an evaluation when blocks are
+offloaded.
 """
 
 import hashlib

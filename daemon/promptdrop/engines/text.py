@@ -115,8 +115,8 @@ class EncoderGraphs:
     """The text encoder as CUDA graphs, one for each of 64, 128, 256 ... tokens.
 
     Launching its 2,000 small kernels takes the CPU 36 ms; replaying them takes an H100 6.5 ms at 64
-    tokens, 7.2 at 128, 8.6 at 256 and 11.7 at 512. A shorter prompt is padded at its end, where no token sees it:
-    the result is that of `encoded`, up to rounding.
+    tokens, 7.2 at 128, 8.6 at 256 and 11.7 at 512. A shorter prompt is padded at its end, where no token
+    sees it: the result is that of `encoded`, up to rounding.
     """
 
     def __init__(self, encoder: Any) -> None:

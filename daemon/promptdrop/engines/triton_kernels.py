@@ -1,4 +1,7 @@
-"""The functions of `kernels.py` on a GPU. A program of each kernel has one row, that is one token, in its registers."""
+"""The functions of `kernels.py` on a GPU.
+
+A program of each kernel has one row, that is one token, in its registers.
+"""
 
 import torch
 import triton

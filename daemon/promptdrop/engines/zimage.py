@@ -27,6 +27,7 @@ from promptdrop import log, weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engine import OnStage, OnStep, warm_up_spec
 from promptdrop.engines import kernels, memory, quantization
+from promptdrop.engines.memory import MIB
 from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
 from promptdrop.engines.speed import (
     FastForward,
@@ -40,7 +41,6 @@ from promptdrop.engines.text import Embeddings, EncoderGraphs, count_tokens, fit
 from promptdrop.errors import EngineError, EngineStartError, ModelError
 from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
-MIB = 1024 * 1024
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
 CompileErrors = TorchDynamoException, subprocess.CalledProcessError  # the latter: the C compiler
 CAPABILITY = 7, 0  # the least that Triton compiles for
@@ -213,7 +213,7 @@ class ZImageEngine:
 
     def _leave_out(self, what: str, reason: torch.OutOfMemoryError) -> None:
         """Of warming up: images are rendered all the same."""
-        log.get().warning("engine.out_of_memory", cure=what, reason=str(reason).partition(". ")[0])
+        log.get().warning("engine.out_of_memory", cure=what, reason=memory.first_sentence(reason))
         self._empty_cache()
 
     @torch.no_grad()
@@ -295,7 +295,7 @@ class ZImageEngine:
             with self._no_new_graphs():
                 return self._render(specs, prompt, on_step, buffers)
         except torch.OutOfMemoryError as e:
-            reason = str(e).partition(". ")[0]
+            reason = memory.first_sentence(e)
         self._empty_cache()  # here no frame holds the images' tensors any more
         raise OutOfMemory(reason)
 
