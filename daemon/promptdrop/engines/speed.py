@@ -32,7 +32,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +54,11 @@ CAPTIONS = 8  # kept refined: guidance has two for each sequence of a batch
 
 
 class Positions(NamedTuple):
-    """Of images end to end: cosines and sines, float32 [S, width / 2, 2], and where each begins,
-    with the end of the last."""
+    """Of images end to end: cosines and sines, float32 [S, width / 2, 2], and how many neighbours
+    have how many rows each."""
 
     freqs: Tensor
-    borders: list[int]
+    runs: list[tuple[int, int]]
 
 
 def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tensor | None) -> Tensor:
@@ -104,18 +104,23 @@ def attention(attn: Any, h: Rows, positions: Positions) -> Tensor:
     query, key, value = attn.to_q(h), attn.to_k(h), attn.to_v(h)  # each [S, dim]
     query = kernels.normed_rotated(query, norm_of(attn.norm_q), positions.freqs)
     key = kernels.normed_rotated(key, norm_of(attn.norm_k), positions.freqs)
-    q, k, v = (x.view(len(x), attn.heads, -1).transpose(0, 1)[None] for x in (query, key, value))
-    parts = [slice(begin, end) for begin, end in pairwise(positions.borders)]
-    # Of each image on its own, however long the others are: no mask and no padding.
-    mixed = [attend(q[:, :, s], k[:, :, s], v[:, :, s]) for s in parts]
+    # Of each image on its own, however long the others are: no mask and no padding. Neighbours of one
+    # length are one call: the queries of a small image do not fill a GPU evenly.
+    sizes = [images * length for images, length in positions.runs]
+    split = zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True)
+    mixed = [
+        attend(*(x.view(*run, attn.heads, -1) for x in part))
+        for run, part in zip(positions.runs, split, strict=True)
+    ]
     mixed_ = mixed[0] if len(mixed) == 1 else torch.cat(mixed)  # [S, dim]
     out: Tensor = attn.to_out[0](kernels.scaled(mixed_) if isinstance(h, Scaled) else mixed_)
     return out
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each [1, heads, S, width], to [S, dim]."""
-    return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).flatten(1)
+    """Each [B, S, heads, width], to [B S, dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -225,8 +230,8 @@ def padded(parts: Sequence[Tensor], pad_token: Tensor) -> Tensor:
 
 def end_to_end(tables: list[Tensor]) -> Positions:
     """Of several images, each [S, width / 2, 2]; of one as it is."""
-    borders = [*accumulate((len(table) for table in tables), initial=0)]
-    return Positions(tables[0] if len(tables) == 1 else torch.cat(tables), borders)
+    runs = [(len([*equal]), length) for length, equal in groupby(tables, len)]
+    return Positions(tables[0] if len(tables) == 1 else torch.cat(tables), runs)
 
 
 def patchify(latents: Tensor) -> Tensor:
