@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import os
 import platform
@@ -182,6 +183,15 @@ class Library:
             out: torch.Tensor = self.pipe.transformer(*inputs, return_dict=False)[0][0]
         return out.float()
 
+    def attentions(self) -> dict[str, float]:
+        """How far its velocities are apart with each two attention backends that there are here."""
+        velocities = {}
+        for name in ("MATH", "FLASH_ATTENTION", "CUDNN_ATTENTION"):
+            with contextlib.suppress(RuntimeError):  # no such kernel here
+                velocities[name] = self.velocity(getattr(SDPBackend, name))
+        pairs = itertools.combinations(velocities, 2)
+        return {f"{a} {b}": distance(velocities[a], velocities[b]) for a, b in pairs}
+
     @torch.no_grad()
     def exact_velocity(self) -> torch.Tensor:
         """The same in float32; the transformer stays so."""
@@ -231,7 +241,7 @@ class Beside:
     inputs: tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
     velocity: torch.Tensor  # of the inputs
     exact: torch.Tensor  # the same in float32
-    attentions: float  # distance between its velocities with two backends
+    attentions: dict[str, float]  # distances between its velocities with two backends
     image: torch.Tensor  # of seed 0: [H, W, 3], 0 to 255
 
 
@@ -240,12 +250,12 @@ def beside(bench: Bench) -> Beside:
     """Measured once a run, alone on the device."""
     facts, library = floor(bench), Library(bench)
     facts = {**facts, "library_p50_s": library.p50_s(), **library_text_vae(library.pipe, bench)}
-    two = [library.velocity(b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
+    attentions = library.attentions()
     image = torch.from_numpy(np.array(library.render(0))).float()
     inputs, velocity = library.inputs(), library.velocity().cpu()
     exact = library.exact_velocity()  # the last: its transformer is float32 afterwards
-    measured = Beside(facts, inputs, velocity, exact, distance(*two), image)
-    del library, two
+    measured = Beside(facts, inputs, velocity, exact, attentions, image)
+    del library
     forget()
     return measured
 
@@ -273,15 +283,24 @@ def warm(settings: Config) -> ZImageEngine:
 
 
 def render(
-    engine: ZImageEngine, specs: list[ImageSpec], most: int = 1, ahead: bool = False
+    engine: ZImageEngine,
+    specs: list[ImageSpec],
+    most: int = 1,
+    ahead: bool = False,
+    on_image: Callable[[], None] = lambda: None,
 ) -> list[Rendering]:
-    """`most` together, back to back; `ahead`: the next ones' texts are encoded as the daemon does it."""
+    """`most` together, back to back; `ahead`: the next ones' texts are encoded as the daemon does it.
+
+    `on_image` is called in the middle of each.
+    """
     renderings: list[Rendering] = []
     waiting = [*batches(specs, most)]
     for batch, following in zip(waiting, [*waiting[1:], []], strict=True):
         coming = iter(following if ahead else [])
 
         def on_step(step: int, steps: int, coming: Iterator[ImageSpec] = coming) -> None:
+            if step == steps // 2:
+                on_image()
             if step < steps and (spec := next(coming, None)):
                 engine.prepare(spec, Prompt())
 
@@ -321,9 +340,16 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
     pixels = torch.zeros(bench.height, bench.width, 3, dtype=torch.uint8)
     buffer = memoryview(pixels.numpy()).cast("B")
     engine.render([bench.spec(0)], Prompt(), lambda step, steps: None, [buffer])
-    renderings = render(engine, [bench.spec(seed) for seed in range(bench.images)])
+    clocks: list[int] = []
+    renderings = render(
+        engine,
+        [bench.spec(seed) for seed in range(bench.images)],
+        on_image=lambda: clocks.append(megahertz()),
+    )
+    alone, many = matrix_rates()  # again: the card is hot now
     times = [one.latency_ms.render for one in renderings]
     tenth = max(1, len(times) // 10)
+    cycles = [ms * clock for ms, clock in zip(times, clocks, strict=True)]
     p50 = statistics.median(times) / 1e3
     difference = pixels.float() - library.image
     figures = {
@@ -331,11 +357,19 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
         "until_warm_s": warm_s,
         **quantiles(times),
         "evaluation_p50_ms": statistics.median(ms for one in renderings for ms in one.steps_ms),
+        "denoise_p50_ms": statistics.median(one.latency_ms.denoise for one in renderings),
         "decode_p50_ms": statistics.median(one.latency_ms.decode for one in renderings),
+        "transfer_p50_ms": statistics.median(one.latency_ms.transfer for one in renderings),
+        "matrix_tflop_per_s_after": alone / 1e12,
+        "matrix_back_to_back_tflop_per_s_after": many / 1e12,
         "times_library": library.facts["library_p50_s"] / p50,
         "of_floor": p50 / library.facts["floor_s"],
         "p95_of_p50": metrics.percentiles(times)[1] / (p50 * 1e3),  # type: ignore[operator]  # there are some
-        "drift": statistics.median(times[-tenth:]) / statistics.median(times[:tenth]),
+        "drift": drift(times),
+        "drift_in_clock_cycles": drift(cycles) if all(clocks) else None,
+        "clock_mhz_first_and_last_tenth": [
+            statistics.median(part) for part in (clocks[:tenth], clocks[-tenth:])
+        ],
         "memory_after_10_mib": renderings[min(9, len(times) - 1)].memory_allocated_mib,
         "memory_at_end_mib": renderings[-1].memory_allocated_mib,
         "memory_peak_mib": renderings[-1].memory_peak_mib,
@@ -350,6 +384,17 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
     del engine
     forget()
     return figures
+
+
+def drift(values: list[float]) -> float:
+    """The last tenth's median over the first's."""
+    tenth = max(1, len(values) // 10)
+    return statistics.median(values[-tenth:]) / statistics.median(values[:tenth])
+
+
+def megahertz() -> int:
+    """What the device's multiprocessors run at now; 0 on the CPU."""
+    return torch.cuda.clock_rate() if device().type == "cuda" else 0
 
 
 @torch.no_grad()
@@ -483,8 +528,8 @@ def flow(bench: Bench) -> dict[str, Any]:
 
 
 def back_to_back(engine: ZImageEngine, bench: Bench) -> float:
-    """Images a second of the engine alone, pixels in memory: of a quarter of the images."""
-    images = max(bench.batch, bench.images // 4 // bench.batch * bench.batch)
+    """Images a second of the engine alone, pixels in memory: of a tenth of the images."""
+    images = max(bench.batch, bench.images // 10 // bench.batch * bench.batch)
     begin = time.perf_counter()
     render(engine, [bench.spec(seed) for seed in range(images)], bench.batch)
     return images / (time.perf_counter() - begin)
@@ -532,28 +577,43 @@ def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> Non
 
 
 def batch(bench: Bench) -> dict[str, Any]:
-    """Images a second of 1, 2, 4 ... images together, in the same engine."""
+    """Images a second of 1, 2, 4 ... images together, in the same engine.
+
+    In turns: a GPU that grows hot slows down, and the last would pay for the first.
+    """
     facts = floor(bench)
     engine = warm(bench.config("batch", compile="on", batch=bench.batch))
-    specs = [bench.spec(seed) for seed in range(bench.images)]
-    rates: dict[int, float] = {}
-    for together in sorted({1, *(2**n for n in range(1, 7) if 2**n < bench.batch), bench.batch}):
-        render(engine, specs[:together], together)
-        whole = specs[: max(1, len(specs) // together) * together]
-        begin = time.perf_counter()
-        renderings = render(engine, whole, together)
-        rates[together] = len(whole) / (time.perf_counter() - begin)
+    sizes = sorted({1, *(2**n for n in range(1, 7) if 2**n < bench.batch), bench.batch})
+    taken: dict[int, list[float]] = {size: [] for size in sizes}  # seconds of as many images
+    renderings: dict[int, list[Rendering]] = {size: [] for size in sizes}
+    specs = [bench.spec(seed) for seed in range(bench.batch)]
+    for turn in range(1 + max(2, bench.images // bench.batch)):
+        for size in sizes:
+            begin = time.perf_counter()
+            rendered = render(engine, specs, size)
+            if turn:  # the first is a warm-up
+                taken[size].append(time.perf_counter() - begin)
+                renderings[size] += rendered
+    rates = {size: len(renderings[size]) / sum(taken[size]) for size in sizes}
     return {
         **facts,
         "images_per_second": rates,
         "gain": rates[bench.batch] / rates[1],
-        "memory_peak_mib": renderings[-1].memory_peak_mib,
+        "evaluation_p50_ms_an_image": {
+            size: statistics.median(ms for one in renderings[size] for ms in one.steps_ms) / size
+            for size in sizes
+        },
+        "decode_p50_ms": {
+            size: statistics.median(one.latency_ms.decode for one in renderings[size])
+            for size in sizes
+        },
+        "memory_peak_mib": renderings[bench.batch][-1].memory_peak_mib,
     }
 
 
 def offload(bench: Bench) -> dict[str, Any]:
     """What `engine.offload: auto` takes of a smaller GPU, and what that costs."""
-    plans = [(16, "none"), (12, "none"), (12, "fp8"), (24, "none")]
+    plans = [(24, "none"), (16, "none"), (12, "none"), (12, "fp8")]
     if device().type != "cuda":
         plans = [(None, "none")]
     return {**floor(bench), "plans": [offloaded(bench, *each) for each in plans]}
