@@ -167,6 +167,7 @@ class Library:
             generator=torch.Generator(device()).manual_seed(seed),
         ).images[0]
 
+    @torch.no_grad()  # or the texts would hold the whole encoder, to differentiate it
     def inputs(self) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
         """Of one evaluation in the middle of an image."""
         text, _ = self.pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)

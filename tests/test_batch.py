@@ -121,7 +121,7 @@ def test_what_the_renderings_say(zimage: ZImageEngine) -> None:
 def test_not_a_number_is_one_images_own(zimage: ZImageEngine) -> None:
     """Nothing of it reaches the images beside it."""
     expected = alone(zimage, [TRIO[0], TRIO[2]])
-    (embeds,) = zimage._embeddings.of(PROMPTS[1], Prompt().max_tokens)
+    embeds = zimage._embeddings.of(PROMPTS[1], Prompt()).embeds
     kept = embeds.clone()
     embeds.fill_(float("nan"))
     try:

@@ -499,11 +499,25 @@ def test_a_text_without_padding_is_encoded_as_with_it(library: Any, text: str) -
     with torch.no_grad():
         (expected,), _ = library.encode_prompt(text, do_classifier_free_guidance=False)
         with encodings(library) as tokens:
-            (actual,) = Embeddings(library, padded=False).of(text, 512)
+            actual = Embeddings(library, padded=False).of(text, Prompt()).embeds
     tolerance = 1e-5 if library.device.type == "cpu" else 0.1  # bfloat16 has steps of 0.03 at 4
 
     assert tokens == [len(expected)]
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_a_repeated_prompt_is_neither_cut_nor_encoded_again(library: Any) -> None:
+    """Unless it would be cut elsewhere."""
+    embeddings, text = Embeddings(library, padded=False), "a blue star " * 40
+    with torch.no_grad(), encodings(library) as tokens:
+        first = embeddings.of(text, Prompt(max_tokens=64))
+        again = embeddings.of(text, Prompt(max_tokens=64))
+        tail = embeddings.of(text, Prompt(max_tokens=64, overflow="keep_tail"))
+
+    assert first is again
+    assert first.truncated
+    assert first.text != tail.text
+    assert tokens == [first.tokens, tail.tokens]
 
 
 def test_warm_up_failing_is_a_failed_start(zimage: ZImageEngine) -> None:

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,17 +57,26 @@ def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
     raise EngineError(f"prompt: the template alone has {template_tokens} tokens; {expected}")
 
 
-class Embeddings:
-    """What the text encoder makes of prompts; a repeated one costs nothing.
+class Embedding(NamedTuple):
+    """A prompt as the transformer takes it."""
 
-    At most EMBEDDINGS_BYTES on the device, the least lately used go first.
+    text: str  # what the encoder was given
+    tokens: int  # of that, templated
+    truncated: bool
+    embeds: Tensor  # [tokens, width], as ZImagePipeline.encode_prompt returns it
+
+
+class Embeddings:
+    """What the text encoder makes of prompts; a repeated one is neither cut nor encoded again.
+
+    At most EMBEDDINGS_BYTES, the least lately used go first.
     """
 
     def __init__(self, pipe: Any, padded: bool) -> None:
         """padded: encode as the library does, to the same bits."""
         self._pipe, self._padded = pipe, padded
         self.graphs: EncoderGraphs | None = None
-        self._kept: OrderedDict[tuple[str, int], list[Tensor]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Prompt], Embedding] = OrderedDict()
         self._bytes = 0
 
     def warm_up(self, max_tokens: int) -> None:
@@ -75,17 +84,19 @@ class Embeddings:
         if self.graphs:
             self.graphs.warm_up(max_tokens)
 
-    def of(self, text: str, max_tokens: int) -> list[Tensor]:
-        """One [tokens, width], as ZImagePipeline.encode_prompt returns it. The text fits, templated."""
-        key = text, max_tokens
+    def of(self, text: str, prompt: Prompt) -> Embedding:
+        """Of a user's text. Raises EngineError: it is too long and must not be cut."""
+        key = text, prompt
         if key not in self._kept:
-            self._kept[key] = [self._encoded(text, max_tokens)]
-            self._bytes += self._kept[key][0].nbytes
+            fitting, tokens = fit(self._pipe.tokenizer, text, prompt)
+            embeds = self._encoded(fitting, prompt.max_tokens)
+            self._kept[key] = Embedding(fitting, tokens, fitting != text, embeds)
+            self._bytes += size_of(text, embeds)
         self._kept.move_to_end(key)
         while self._bytes > EMBEDDINGS_BYTES and len(self._kept) > 1:
-            _, (oldest,) = self._kept.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return list(self._kept[key])
+            (oldest, _), embedding = self._kept.popitem(last=False)
+            self._bytes -= size_of(oldest, embedding.embeds)
+        return self._kept[key]
 
     def _encoded(self, text: str, max_tokens: int) -> Tensor:
         if self._padded:
@@ -97,6 +108,11 @@ class Embeddings:
         tokenizer, encoder = self._pipe.tokenizer, self._pipe.text_encoder
         ids = tokenizer(templated(tokenizer, text), return_tensors="pt").input_ids  # [1, T]
         return self.graphs.encoded(ids) if self.graphs else encoded(encoder, ids)
+
+
+def size_of(text: str, embeds: Tensor) -> int:
+    """Bytes of a kept embedding: at most 4 for a character."""
+    return embeds.nbytes + 4 * len(text)
 
 
 def encoded(encoder: Any, ids: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from promptdrop.engines.speed import (
     together,
     use_cache,
 )
-from promptdrop.engines.text import Embeddings, EncoderGraphs, count_tokens, fit
+from promptdrop.engines.text import Embedding, Embeddings, EncoderGraphs, count_tokens
 from promptdrop.errors import EngineError, EngineStartError, ModelError
 from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
@@ -56,13 +56,15 @@ class Encoded:
 
     spec: ImageSpec
     buffer: memoryview
-    text: str  # what the encoder was given
-    tokens: int
-    truncated: bool
-    embeds: list[torch.Tensor]  # one [tokens, width]
-    negative_embeds: list[torch.Tensor]  # likewise, or none without guidance
+    prompt: Embedding
+    negative: Embedding | None  # without guidance
     begin: Mark
     end: Mark
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a text was cut to fit."""
+        return any(text.truncated for text in (self.prompt, self.negative) if text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,7 @@ class ZImageEngine:
         if self._compiles:
             accelerate(pipe, self._forward, len(config.engine.warmup))
         self._warmed: set[str] = set()  # sizes whose decoding is compiled
+        self._unwarmed: set[str] = set()  # others that were met, and logged
         self._is_warm = False
         self._pipe = pipe
         self.info = EngineInfo(
@@ -344,7 +347,12 @@ class ZImageEngine:
         buffers: Sequence[memoryview],
     ) -> list[Rendering | EngineError]:
         clock = self._clock
-        if self._compiles and self._is_warm and (size := _size(specs[0])) not in self._warmed:
+        if (
+            self._compiles
+            and self._is_warm
+            and (size := _size(specs[0])) not in self._warmed | self._unwarmed
+        ):
+            self._unwarmed.add(size)
             why = "not in engine.warmup: decoded as the library does, not compiled"
             log.get().info("engine.size_not_warmed", size=size, reason=why)
         begun = [self._encode(*one, prompt) for one in zip(specs, buffers, strict=True)]
@@ -381,21 +389,13 @@ class ZImageEngine:
             return e
         return Encoded(spec, buffer, *texts, begin, self._clock.mark())
 
-    def _texts(
-        self, spec: ImageSpec, prompt: Prompt
-    ) -> tuple[str, int, bool, list[torch.Tensor], list[torch.Tensor]]:
-        """The middle of an Encoded. Raises EngineError: a text is too long and must not be cut."""
-        tokenizer, most = self._pipe.tokenizer, prompt.max_tokens
-        negative = (spec.negative_prompt or "") if spec.guidance_scale > 0 else None
-        fitting, negative_embeds = negative, []
-        text, tokens = fit(tokenizer, spec.prompt, prompt)
-        if negative is not None:
-            fitting, _ = fit(tokenizer, negative, prompt)
-        embeds = self._embeddings.of(text, most)
-        if fitting is not None:
-            negative_embeds = self._embeddings.of(fitting, most)
-        truncated = text != spec.prompt or fitting != negative
-        return text, tokens, truncated, embeds, negative_embeds
+    def _texts(self, spec: ImageSpec, prompt: Prompt) -> tuple[Embedding, Embedding | None]:
+        """The prompt, and what guidance leads away from. Raises EngineError: one is too long and
+        must not be cut."""
+        embedding, negative = self._embeddings.of(spec.prompt, prompt), None
+        if spec.guidance_scale > 0:
+            negative = self._embeddings.of(spec.negative_prompt or "", prompt)
+        return embedding, negative
 
     def _denoise(self, encoded: list[Encoded], on_step: OnStep) -> torch.Tensor:
         """The images' latents, from noise of their own, [B, 16, H/8, W/8]."""
@@ -414,10 +414,8 @@ class ZImageEngine:
         self._pipe.scheduler = scheduler_for(spec.scheduler, self._scheduler, generators)
         with self._together(len(encoded)):
             latents: torch.Tensor = self._pipe(
-                prompt_embeds=[embeds for one in encoded for embeds in one.embeds],
-                negative_prompt_embeds=[
-                    embeds for one in encoded for embeds in one.negative_embeds
-                ],
+                prompt_embeds=[one.prompt.embeds for one in encoded],
+                negative_prompt_embeds=[one.negative.embeds for one in encoded if one.negative],
                 height=spec.height,
                 width=spec.width,
                 num_inference_steps=spec.steps,
@@ -461,9 +459,9 @@ class ZImageEngine:
             return unsound
         clock.wait(transferred)
         return Rendering(
-            prompt=encoded.text,
-            tokens=encoded.tokens,
-            truncated=encoded.truncated,
+            prompt=encoded.prompt.text,
+            tokens=encoded.prompt.tokens,
+            truncated=encoded.is_truncated,
             evaluations=len(denoising.steps_ms),
             latency_ms=Latency(
                 encode=clock.milliseconds(encoded.begin, encoded.end),
