@@ -6,9 +6,9 @@ the same card; `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it 
   154.9  an evaluation of the library as it comes
    97.4  its blocks compiled by torch, real-valued rotation: matrix products 68.5, attention 16.5
          (cuDNN), what is between them 11.2
-   91.1  FastForward with `kernels.py` between the products, 7.5 instead of those 11.2; on a hot card and
-         over 100 images 100.4, where the library takes 162.6
-   62.8  the same with fp8 products, on that hot card
+   91.1  FastForward with `kernels.py` between the products, 7.5 instead of those 11.2; over 100 images
+         94.1, and on a slower card 100.4, where the library takes 162.6
+   62.8  the same with fp8 products, on that slower card
 
   91.2  a decode by the library's VAE
   38.7  channels last and compiled
