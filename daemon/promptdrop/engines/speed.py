@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -261,6 +262,26 @@ def text_ids(length: int) -> Tensor:
     ids = torch.zeros(length, 3, dtype=torch.long)
     ids[:, 0] = torch.arange(1, length + 1)
     return ids
+
+
+class SettledPipeline(ZImagePipeline):  # type: ignore[misc]  # diffusers has no types
+    """Knows where it runs."""
+
+    _execution_device: torch.device | None = None
+
+
+class SettledTransformer(ZImageTransformer2DModel):  # type: ignore[misc]  # diffusers has no types
+    """Knows what its weights are."""
+
+    dtype: torch.dtype | None = None
+
+
+def settle(pipe: Any, device: torch.device) -> None:
+    """Tell the pipeline what it would look up in its 1,500 modules at every image and every step:
+    4.8 and 1.3 ms of a slow CPU, in which a GPU waits for its next image."""
+    dtype = pipe.transformer.dtype
+    pipe.__class__, pipe.transformer.__class__ = SettledPipeline, SettledTransformer
+    pipe._execution_device, pipe.transformer.dtype = device, dtype
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from promptdrop.engines.speed import (
     accelerate,
     discard_cache,
     meet_text_lengths,
+    settle,
     together,
     use_cache,
 )
@@ -137,6 +138,7 @@ class ZImageEngine:
                 f"{self._device}: the model cannot be moved there: {e}{why}"
             ) from e
         pipe.set_progress_bar_config(disable=True)
+        settle(pipe, self._device)
         self._embeddings = Embeddings(pipe, padded=not self._compiles)
         if self._compiles and self._device.type == "cuda" and self._offload == "none":
             self._embeddings.graphs = EncoderGraphs(pipe.text_encoder)
@@ -451,6 +453,7 @@ class ZImageEngine:
     ) -> Rendering | EngineError:
         """Bring an image's pixels into its buffer. Returns an EngineError: they are not sound."""
         clock, pixels = self._clock, decoded.pixels
+        memory_now = _memory(self._device)  # of what is queued: here the device still has work
         begin = clock.mark()
         count = pixels.numel()
         torch.frombuffer(encoded.buffer, dtype=torch.uint8, count=count).copy_(pixels.view(-1))
@@ -474,7 +477,7 @@ class ZImageEngine:
             compiled=self._compiles
             and _size(encoded.spec) in self._warmed
             and not self._pipe.vae.use_tiling,
-            **_memory(self._device),
+            **memory_now,
         )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
