@@ -156,6 +156,24 @@ def test_a_missing_model_is_named_with_its_cure(daemon: Daemon) -> None:
     assert "promptdrop model fetch nobody/nothing" in done.stderr
 
 
+@pytest.mark.timeout(300)
+def test_fp8_on_a_cpu_is_a_wrong_configuration(daemon: Daemon, model: Path) -> None:
+    """78, so that systemd does not try again: no device grows matrix units. doctor knows without torch."""
+    daemon.run("init", str(daemon.home))
+    daemon.write_config(
+        {
+            "model": {"id": "tiny", "path": str(model), "device": "cpu"},
+            "engine": {"quantization": "fp8"},
+        }
+    )
+    doctor, done = daemon.run("doctor"), daemon.run("run", timeout=120)
+
+    assert done.returncode == 78
+    assert doctor.returncode == 1
+    for output in (doctor.stdout, done.stderr):
+        assert "engine.quantization: fp8: the CPU does not multiply fp8; expected" in output
+
+
 def test_an_incomplete_model_names_each_file(daemon: Daemon, model: Path, tmp_path: Path) -> None:
     """A snapshot that lacks files is found out before anything is loaded."""
     copy = tmp_path / "copy"

@@ -21,6 +21,7 @@ from promptdrop.config import Config, Prompt
 from promptdrop.engines.text import Embeddings, templated
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.errors import (
+    ConfigError,
     EngineError,
     EngineStartError,
     ImageCancelled,
@@ -216,7 +217,7 @@ def test_fp8_is_refused_where_nothing_multiplies_it(checkpoint: Path) -> None:
         {"model": {"path": str(checkpoint), "device": "cpu"}, "engine": {"quantization": "fp8"}}
     )
 
-    with pytest.raises(EngineStartError, match="fp8: the CPU does not multiply fp8; expected"):
+    with pytest.raises(ConfigError, match="fp8: the CPU does not multiply fp8; expected"):
         ZImageEngine(settings, lambda stage: None)
 
 

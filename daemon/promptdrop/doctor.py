@@ -5,7 +5,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from promptdrop import cluster, engine, fs, names, pool, weights
 from promptdrop.config import Config
@@ -132,30 +132,45 @@ def _cluster(settings: Config) -> Finding:
 def _device(settings: Config) -> Finding:
     pool.ChildProcesses(settings)  # as many engines as there are GPUs
     wanted, present = settings.model.device, _nvidia_devices()
-    if wanted == "cpu" or (wanted == "auto" and not present):
+    is_cpu = wanted == "cpu" or (wanted == "auto" and not present)
+    index = int(wanted.partition(":")[2] or 0)
+    if is_cpu:
+        engine.require_quantization(settings, "cpu", None)
         return Finding(
             "ok" if wanted == "cpu" else "note",
             "device",
             "cpu, float32" + ("" if wanted == "cpu" else ": no NVIDIA GPU was found"),
         )
-    index = int(wanted.partition(":")[2] or 0)
     if index >= len(present):
         return Finding(
             "bad",
             "device",
             f"model.device: {wanted}: no such device; found {len(present)} NVIDIA GPUs",
         )
-    return Finding("ok", "device", f"cuda:{index} {present[index]}, {settings.model.dtype}")
+    gpu = present[index]
+    engine.require_quantization(settings, gpu.name, gpu.capability)
+    free = f"{gpu.free / 2**30:.0f} GiB free"
+    return Finding("ok", "device", f"cuda:{index} {gpu.name}, {free}, {settings.model.dtype}")
 
 
-def _nvidia_devices() -> list[str]:
+class _Gpu(NamedTuple):
+    name: str
+    free: int  # bytes
+    capability: tuple[int, int]  # CUDA's
+
+
+def _nvidia_devices() -> list[_Gpu]:
     import pynvml
 
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return [
-            f"{pynvml.nvmlDeviceGetName(h)}, {pynvml.nvmlDeviceGetMemoryInfo(h).free / 2**30:.0f} GiB free"
+            _Gpu(
+                pynvml.nvmlDeviceGetName(h),
+                pynvml.nvmlDeviceGetMemoryInfo(h).free,
+                tuple(pynvml.nvmlDeviceGetCudaComputeCapability(h)),
+            )
             for h in handles
         ]
     except pynvml.NVMLError:

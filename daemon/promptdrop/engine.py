@@ -7,7 +7,7 @@ from typing import Protocol
 
 from promptdrop import weights
 from promptdrop.config import Config, Prompt, width_height
-from promptdrop.errors import EngineError
+from promptdrop.errors import ConfigError, EngineError
 from promptdrop.job import EngineInfo, ImageSpec, Rendering
 
 OnStage = Callable[[str], None]  # what loading is doing now
@@ -16,6 +16,8 @@ OnStep = Callable[[int, int], None]  # (step, steps): so many evaluations are do
 # By model.id; imported only when asked for.
 ENGINES = {"gradient": "promptdrop.engines.gradient:GradientEngine"}
 DEFAULT_ENGINE = "promptdrop.engines.zimage:ZImageEngine"
+
+FP8_CAPABILITY = 8, 9  # of CUDA devices: Ada's and Hopper's matrix units multiply fp8
 
 
 class Engine(Protocol):
@@ -96,7 +98,7 @@ def warm_up_spec(config: Config, size: str, prompt: str) -> ImageSpec:
 def load(config: Config, on_stage: OnStage) -> Engine:
     """Load the configured engine. Called in the engine process, or in a script's own.
 
-    Raises ModelError, EngineStartError.
+    Raises ConfigError, ModelError, EngineStartError.
     """
     on_stage("importing")
     module, _, name = ENGINES.get(config.model.id, DEFAULT_ENGINE).partition(":")
@@ -113,3 +115,16 @@ def require(config: Config) -> None:
     """Whether the model can be loaded, as far as its files tell. Raises ModelError."""
     if needs_weights(config):
         weights.require(config)
+
+
+def require_quantization(config: Config, device: str, capability: tuple[int, int] | None) -> None:
+    """Whether a device can do what `engine.quantization` asks; capability: CUDA's, of a GPU.
+
+    Raises ConfigError: it has no matrix units for fp8.
+    """
+    named = device if capability else "the CPU"
+    if config.engine.quantization == "fp8" and (capability or (0, 0)) < FP8_CAPABILITY:
+        raise ConfigError(
+            f"engine.quantization: fp8: {named} does not multiply fp8; expected an NVIDIA GPU of"
+            " compute capability 8.9 or later (Ada, Hopper), or engine.quantization: none"
+        )

@@ -7,9 +7,6 @@ from torch import Tensor, nn
 
 from promptdrop.engines.kernels import scaled
 from promptdrop.engines.rows import Rows
-from promptdrop.errors import EngineStartError
-
-CAPABILITY = 8, 9  # Ada and Hopper multiply fp8
 
 
 class Fp8Linear(nn.Module):
@@ -42,19 +39,6 @@ class Fp8Linear(nn.Module):
             use_fast_accum=True,
         )  # [rows, out]
         return out.view(*shape, -1)
-
-
-def require(device: torch.device) -> None:
-    """Raise EngineStartError: the device has no matrix units for fp8."""
-    name = "the CPU"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= CAPABILITY:
-            return
-        name = torch.cuda.get_device_name(device)
-    raise EngineStartError(
-        f"engine.quantization: fp8: {name} does not multiply fp8; expected an NVIDIA GPU of"
-        " compute capability 8.9 or later (Ada, Hopper), or engine.quantization: none"
-    )
 
 
 def quantize(transformer: Any, device: torch.device) -> None:

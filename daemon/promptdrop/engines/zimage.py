@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from promptdrop import log, weights
 from promptdrop.config import Config, Prompt
-from promptdrop.engine import OnStage, OnStep, warm_up_spec
+from promptdrop.engine import OnStage, OnStep, require_quantization, warm_up_spec
 from promptdrop.engines import kernels, memory, quantization
 from promptdrop.engines.memory import MIB
 from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
@@ -39,7 +39,7 @@ from promptdrop.engines.speed import (
     use_cache,
 )
 from promptdrop.engines.text import Embedding, Embeddings, EncoderGraphs, count_tokens
-from promptdrop.errors import EngineError, EngineStartError, ModelError
+from promptdrop.errors import ConfigError, EngineError, EngineStartError, ModelError
 from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
 
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
@@ -97,15 +97,15 @@ class ZImageEngine:
     def __init__(self, config: Config, on_stage: OnStage) -> None:
         """Load the model.
 
-        Raises ModelError: files are missing or broken. EngineStartError: the device cannot be used.
+        Raises ModelError: files are missing or broken. ConfigError: the device cannot do what is
+        asked of it. EngineStartError: it cannot be used.
         """
         directory = weights.require(config)
         self._config = config
         self._device = find_device(config.model.device)
         self._clock = Clock(self._device)
         self._compiles = compiles(config, self._device)
-        if config.engine.quantization == "fp8":
-            quantization.require(self._device)
+        require_quantization(config, _name(self._device), _capability(self._device))
         self._caches = self._compiles or (self._device.type == "cuda" and kernels.IS_FUSED)
         if self._caches:
             use_cache(config.cache / "compiled", config.model.id, _name(self._device))
@@ -525,13 +525,13 @@ class Clock:
 def compiles(config: Config, device: torch.device) -> bool:
     """`engine.compile`; auto: on a GPU, where Triton and a C compiler are.
 
-    Raises EngineStartError: it is on, and they are not.
+    Raises ConfigError: it is on, and they are not.
     """
     wanted, lacking = config.engine.compile, kernels.missing() if device.type == "cuda" else None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+    if (capability := _capability(device)) and capability < CAPABILITY:
         lacking = f"{_name(device)} is too old for Triton"
     if wanted == "on" and lacking:
-        raise EngineStartError(f"engine.compile: on: {lacking}")
+        raise ConfigError(f"engine.compile: on: {lacking}")
     if wanted == "auto" and lacking:
         log.get().warning("engine.not_compiled", reason=lacking)
     return wanted == "on" or (wanted == "auto" and device.type == "cuda" and not lacking)
@@ -618,6 +618,10 @@ def _memory(device: torch.device) -> dict[str, Any]:
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _nvml_index(device: torch.device) -> int | None:
