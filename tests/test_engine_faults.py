@@ -575,13 +575,14 @@ def test_an_image_that_daemons_die_of_goes_behind_and_then_fails(make_daemon: Ma
     daemon = make_daemon({"engine": {"warmup": []}, "queue": {"policy": "fifo"}})
     daemon.drop("a.txt", "!slow 60 x\n")
     for death in range(1, 11):
-        if death == 4:
-            daemon.drop("b.txt", "a dog\n")
         daemon.start()
         if death == 4:
             assert daemon.job("b")["outcome"] == "done"
         counted = f'"deaths": {death}}}'
         until(lambda counted=counted: counted in _begun(daemon), counted)
+        if death == 3:  # known to the next life before its engine is ready
+            daemon.drop("b.txt", "a dog\n")
+            until(lambda: len(daemon.log("job.claimed")) == 2, "b.txt is claimed")
         assert daemon.process
         daemon.process.kill()
         daemon.process.wait(10)
