@@ -1,12 +1,13 @@
 """What the engine is worth on this device, in named parts, against the library and the hardware.
 
-    python -m bench.gpu bf16 fp8 text_vae compiles restarts flow batch offload --model DIR --results bench/gpu.jsonl
+    python -m bench.gpu bf16 fp8 text_vae compiles restarts flow batch offload --model DIR \\
+        --results bench/gpu.jsonl
 
 Beside each part, in the same run, stands the floor: what the FLOPs of one evaluation would take at the
 rate of a large matrix product in the model's dtype; beside the first three the library's own eager
-loop, too. Each part appends one line to the results, with hardware, versions and date. DIR: a checkpoint, or what
-`python -m bench.random_model DIR` wrote. Without --model it is the demonstration model, with which
-every part runs on a CPU too, to check itself:
+loop, too. Each part appends one line to the results, with hardware, versions and date. DIR: a
+checkpoint, or what `python -m bench.random_model DIR` wrote. Without --model it is the demonstration
+model, with which every part runs on a CPU too, to check itself:
 
     python -m bench.gpu batch --size 64x64 --images 4
 """
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -349,7 +350,6 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
     )
     alone, many = matrix_rates()  # again: the card is hot now
     times = [one.latency_ms.render for one in renderings]
-    tenth = max(1, len(times) // 10)
     cycles = [ms * clock for ms, clock in zip(times, clocks, strict=True)]
     p50 = statistics.median(times) / 1e3
     difference = pixels.float() - library.image
@@ -368,9 +368,7 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
         "p95_of_p50": metrics.percentiles(times)[1] / (p50 * 1e3),  # type: ignore[operator]  # there are some
         "drift": drift(times),
         "drift_in_clock_cycles": drift(cycles) if all(clocks) else None,
-        "clock_mhz_first_and_last_tenth": [
-            statistics.median(part) for part in (clocks[:tenth], clocks[-tenth:])
-        ],
+        "clock_mhz_first_and_last_tenth": tenths(clocks),
         "memory_after_10_mib": renderings[min(9, len(times) - 1)].memory_allocated_mib,
         "memory_at_end_mib": renderings[-1].memory_allocated_mib,
         "memory_peak_mib": renderings[-1].memory_peak_mib,
@@ -389,8 +387,14 @@ def one_at_a_time(bench: Bench, **settings: str) -> dict[str, Any]:
 
 def drift(values: list[float]) -> float:
     """The last tenth's median over the first's."""
+    first, last = tenths(values)
+    return last / first
+
+
+def tenths(values: Sequence[float]) -> tuple[float, float]:
+    """The medians of the first tenth and of the last."""
     tenth = max(1, len(values) // 10)
-    return statistics.median(values[-tenth:]) / statistics.median(values[:tenth])
+    return statistics.median(values[:tenth]), statistics.median(values[-tenth:])
 
 
 def megahertz() -> int:

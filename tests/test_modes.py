@@ -11,6 +11,7 @@ import torch
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Prompt
+from promptdrop.engine import FP8_CAPABILITY
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.job import ImageSpec, Rendering
 
@@ -25,7 +26,7 @@ SPECS = [
     ImageSpec(1, prompt, None, 192, 192, 9, 0.0, 7 + n, "euler", "png", 600.0)
     for n, prompt in enumerate(PROMPTS)
 ]
-HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY
 
 
 def drawn(root: Path, batch: int = 1, **engine: Any) -> npt.NDArray[np.int64]:

@@ -132,15 +132,14 @@ def _cluster(settings: Config) -> Finding:
 def _device(settings: Config) -> Finding:
     pool.ChildProcesses(settings)  # as many engines as there are GPUs
     wanted, present = settings.model.device, _nvidia_devices()
-    is_cpu = wanted == "cpu" or (wanted == "auto" and not present)
-    index = int(wanted.partition(":")[2] or 0)
-    if is_cpu:
+    if wanted == "cpu" or (wanted == "auto" and not present):
         engine.require_quantization(settings, "cpu", None)
         return Finding(
             "ok" if wanted == "cpu" else "note",
             "device",
             "cpu, float32" + ("" if wanted == "cpu" else ": no NVIDIA GPU was found"),
         )
+    index = int(wanted.partition(":")[2] or 0)
     if index >= len(present):
         return Finding(
             "bad",

@@ -264,23 +264,23 @@ def text_ids(length: int) -> Tensor:
     return ids
 
 
-class SettledPipeline(ZImagePipeline):  # type: ignore[misc]  # diffusers has no types
+class PipelineOnDevice(ZImagePipeline):  # type: ignore[misc]  # diffusers has no types
     """Knows where it runs."""
 
     _execution_device: torch.device | None = None
 
 
-class SettledTransformer(ZImageTransformer2DModel):  # type: ignore[misc]  # diffusers has no types
+class TransformerOfDtype(ZImageTransformer2DModel):  # type: ignore[misc]  # diffusers has no types
     """Knows what its weights are."""
 
     dtype: torch.dtype | None = None
 
 
-def settle(pipe: Any, device: torch.device) -> None:
+def remember_device_and_dtype(pipe: Any, device: torch.device) -> None:
     """Tell the pipeline what it would look up in its 1,500 modules at every image and every step:
     4.8 and 1.3 ms of a slow CPU, in which a GPU waits for its next image."""
     dtype = pipe.transformer.dtype
-    pipe.__class__, pipe.transformer.__class__ = SettledPipeline, SettledTransformer
+    pipe.__class__, pipe.transformer.__class__ = PipelineOnDevice, TransformerOfDtype
     pipe._execution_device, pipe.transformer.dtype = device, dtype
 
 

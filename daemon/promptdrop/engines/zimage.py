@@ -34,7 +34,7 @@ from promptdrop.engines.speed import (
     accelerate,
     discard_cache,
     meet_text_lengths,
-    settle,
+    remember_device_and_dtype,
     together,
     use_cache,
 )
@@ -138,7 +138,7 @@ class ZImageEngine:
                 f"{self._device}: the model cannot be moved there: {e}{why}"
             ) from e
         pipe.set_progress_bar_config(disable=True)
-        settle(pipe, self._device)
+        remember_device_and_dtype(pipe, self._device)
         self._embeddings = Embeddings(pipe, padded=not self._compiles)
         if self._compiles and self._device.type == "cuda" and self._offload == "none":
             self._embeddings.graphs = EncoderGraphs(pipe.text_encoder)
@@ -349,14 +349,7 @@ class ZImageEngine:
         buffers: Sequence[memoryview],
     ) -> list[Rendering | EngineError]:
         clock = self._clock
-        if (
-            self._compiles
-            and self._is_warm
-            and (size := _size(specs[0])) not in self._warmed | self._unwarmed
-        ):
-            self._unwarmed.add(size)
-            why = "not in engine.warmup: decoded as the library does, not compiled"
-            log.get().info("engine.size_not_warmed", size=size, reason=why)
+        self._log_if_not_warmed(_size(specs[0]))
         begun = [self._encode(*one, prompt) for one in zip(specs, buffers, strict=True)]
         encoded = [one for one in begun if isinstance(one, Encoded)]
         if not encoded:
@@ -381,6 +374,13 @@ class ZImageEngine:
             self._finish(one, denoising, next(on_device)) if isinstance(one, Encoded) else one
             for one in begun
         ]
+
+    def _log_if_not_warmed(self, size: str) -> None:
+        """Once for each size."""
+        if self._compiles and self._is_warm and size not in self._warmed | self._unwarmed:
+            self._unwarmed.add(size)
+            why = "not in engine.warmup: decoded as the library does, not compiled"
+            log.get().info("engine.size_not_warmed", size=size, reason=why)
 
     def _encode(self, spec: ImageSpec, buffer: memoryview, prompt: Prompt) -> Encoded | EngineError:
         """Returns an EngineError where a text is too long and must not be cut."""
