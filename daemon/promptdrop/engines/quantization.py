@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from promptdrop.engines.kernels import scaled
-from promptdrop.engines.rows import Rows
+from promptdrop.engines.rows import Rows, Scaled
 
 
 class Fp8Linear(nn.Module):
     """nn.Linear without bias, with a scale for each row of the input and of the weight.
 
     The input's are taken anew each time; sums are float32, kept in the tensor core
-    (`use_fast_accum`: 8% faster, relative distance of a product 0.0375 with and without).
+    (`use_fast_accum`: 8% faster, relative distance of a product 0.0375 with and without). Where there is
+    no GPU the roundings are the same, in software.
     """
 
     weight: Tensor  # float8 [out, in]
@@ -29,16 +30,22 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Rows) -> Tensor:
         """x [..., in], or rows already in fp8, to [..., out]."""
         shape = x.shape[:-1] if isinstance(x, Tensor) else x.values.shape[:-1]
-        values, scales = scaled(x.flatten(0, -2)) if isinstance(x, Tensor) else x
-        out = torch._scaled_mm(
-            values,
+        rows = scaled(x.flatten(0, -2)) if isinstance(x, Tensor) else x
+        return self._product(rows).view(*shape, -1)
+
+    def _product(self, rows: Scaled) -> Tensor:
+        """[S, in] to [S, out]."""
+        if not self.weight.is_cuda:  # torch 2.11 knows no scales of rows there
+            sums = rows.values.float() @ self.weight.float().t()
+            return (sums * rows.scales * self.scales).to(self.dtype)
+        return torch._scaled_mm(
+            rows.values,
             self.weight.t(),
-            scale_a=scales,
+            scale_a=rows.scales,
             scale_b=self.scales,
             out_dtype=self.dtype,
             use_fast_accum=True,
-        )  # [rows, out]
-        return out.view(*shape, -1)
+        )
 
 
 def quantize(transformer: Any, device: torch.device) -> None:
