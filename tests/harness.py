@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+needs_systemd_analyze = pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed"
+)
 
 PATIENCE_SECONDS = 60.0  # longest wait for anything; a loaded machine is slow, not wrong
 
 # Fast enough for tests: a gradient instead of a model, 64x64, one process start in half a second.
 FAST: dict[str, Any] = {
     "root": "spool",
-    "model": {"id": "gradient"},
+    "model": {"id": "gradient", "device": "cpu"},
     "engine": {"warmup": ["64x64"], "stop_seconds": 5},
     "defaults": {"width": 64, "height": 64, "steps": 3},
     "watch": {"settle_seconds": 0.2, "rescan_seconds": 0.5, "give_up_seconds": 0.6},

@@ -57,16 +57,14 @@ def real(make_daemon: Callable[..., Daemon], model: Path) -> Daemon:
 
 
 def library_pixels(model: Path, prompt: str, seed: int, out: Path) -> bytes:
-    """What diffusers itself renders, in a process with the daemon's number of threads."""
+    """What diffusers itself renders on a CPU, in a process with the daemon's number of threads."""
     code = f"""
 import torch
 from diffusers import ZImagePipeline
-device = "cuda:0" if torch.cuda.is_available() else "cpu"
-dtype = torch.bfloat16 if device != "cpu" else torch.float32
-pipe = ZImagePipeline.from_pretrained({str(model)!r}, dtype=dtype, local_files_only=True)
-pipe.to(device).set_progress_bar_config(disable=True)
+pipe = ZImagePipeline.from_pretrained({str(model)!r}, dtype=torch.float32, local_files_only=True)
+pipe.set_progress_bar_config(disable=True)
 pipe(prompt={prompt!r}, height=64, width=96, num_inference_steps=3, guidance_scale=0.0,
-     generator=torch.Generator(device).manual_seed({seed})).images[0].save({str(out)!r})
+     generator=torch.Generator().manual_seed({seed})).images[0].save({str(out)!r})
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env={**os.environ, **ONE_THREAD})  # fmt: skip
     with Image.open(out) as picture:
@@ -75,7 +73,11 @@ pipe(prompt={prompt!r}, height=64, width=96, num_inference_steps=3, guidance_sca
 
 @pytest.mark.timeout(300)
 def test_a_dropped_file_becomes_the_librarys_own_pixels(real: Daemon, model: Path) -> None:
-    """Section 7 through the whole daemon, and section 4's sidecar to the key."""
+    """Section 7 through the whole daemon, and section 4's sidecar to the key.
+
+    On a CPU: a GPU's kernels round differently for texts that are padded and texts that are not.
+    """
+    real.write_config({"model": {"device": "cpu"}})
     data = json.dumps({"prompt": "a red fox, 雪", "seed": 7, "size": "96x64", "meta": {"a": [1]}})
     real.drop("fox.json", data)
     done = subprocess.run(

@@ -240,9 +240,9 @@ def test_a_job_of_every_scheduler(
 
 
 def test_the_status_counts_evaluations(daemon: Daemon) -> None:
-    """Step k of 2N - 1 while heun renders."""
+    """Step k of 2N - 1 while heun renders: slowly, for the status is written once a second."""
     daemon.start()
-    daemon.drop("a.yaml", "prompt: '!slow 0.3 a cat'\nscheduler: heun\nsteps: 4\n")
+    daemon.drop("a.yaml", "prompt: '!slow 0.6 a cat'\nscheduler: heun\nsteps: 4\n")
     current = daemon.until_status(
         "an image at step 5", lambda s: s["current"] and s["current"]["step"] >= 5
     )["current"]

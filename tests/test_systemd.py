@@ -1,24 +1,22 @@
 """The unit file, and what the daemon tells systemd."""
 
-import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from harness import Daemon, until
+from harness import Daemon, needs_systemd_analyze, until
 from promptdrop import clock
 from promptdrop.sdnotify import Notifier
 
 UNIT = Path(__file__).parent.parent / "systemd" / "promptdrop.service"
 
 
+@needs_systemd_analyze
 @pytest.mark.parametrize("name", ["promptdrop.service", "promptdrop@.service"])
 def test_the_units_are_clean(tmp_path: Path, name: str) -> None:
     """`systemd-analyze verify` has nothing to say (it returns 0 on unknown keys)."""
-    if not shutil.which("systemd-analyze"):
-        pytest.skip("systemd-analyze is not installed")
     copy = tmp_path / name
     text = UNIT.with_name(name).read_text()
     copy.write_text(text.replace("/opt/promptdrop/.venv/bin/promptdrop", "/bin/true"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import FAST, merged, until
+from harness import FAST, merged, needs_systemd_analyze, until
 from machine import Machine, installation
 
 SYSTEMD = Path(__file__).parent.parent / "systemd"
@@ -121,6 +121,7 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[MakeSe
 # --- the files ----------------------------------------------------------------------------------
 
 
+@needs_systemd_analyze
 @pytest.mark.parametrize("name", ["promptdrop.service", "promptdrop@.service"])
 def test_the_sandbox_scores_at_most_one(tmp_path: Path, name: str) -> None:
     """`systemd-analyze security`: 1.0 of 10 is what a service that needs a GPU can reach."""
@@ -411,6 +412,7 @@ def test_metrics_stay_on_this_machine(service: MakeService) -> None:
 # --- a cluster ----------------------------------------------------------------------------------
 
 
+@needs_systemd_analyze
 @pytest.mark.parametrize("name", ["promptdrop-ray-head.service", "promptdrop-ray-worker.service"])
 def test_the_units_of_a_cluster(tmp_path: Path, name: str) -> None:
     """Hardened as far as a network allows, a token asked for, no statistics, no dashboard, no open port."""

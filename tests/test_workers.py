@@ -138,9 +138,9 @@ def test_jobs_that_must_fit_are_measured_by_whoever_is_warm(make_daemon: MakeDae
 @pytest.mark.parametrize(
     ("workers", "model", "said"),
     [
-        (3, {}, "engine.workers: 3, but this machine has 2 GPUs"),
+        (3, {"device": "auto"}, "engine.workers: 3; expected at most 2, one a GPU of this machine"),
         (2, {"device": "cuda:1"}, "is one device; expected auto"),
-        ("many", {}, "engine.workers"),
+        ("many", {"device": "auto"}, "engine.workers"),
     ],
 )
 def test_more_engines_than_gpus_are_refused(

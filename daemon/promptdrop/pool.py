@@ -105,7 +105,9 @@ class ChildProcesses:
                 " expected auto"
             )
         if workers > 1 and gpus and workers > gpus:
-            raise ConfigError(f"engine.workers: {workers}, but this machine has {gpus} GPUs")
+            raise ConfigError(
+                f"engine.workers: {workers}; expected at most {gpus}, one a GPU of this machine"
+            )
         self._workers = workers
         self._has_own_device = workers > 1 and gpus > 0
 
