@@ -7,8 +7,8 @@ the same card; `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it 
    97.4  its blocks compiled by torch, real-valued rotation: matrix products 68.5, attention 16.5
          (cuDNN), what is between them 11.2
    91.1  FastForward with `kernels.py` between the products, 7.5 instead of those 11.2; over 100 images
-         94.1, and on a slower card 100.4, where the library takes 162.6
-   62.8  the same with fp8 products, on that slower card
+         94.1 to 94.7, and on a slower card 100.4, where the library takes 162.6
+   61.7  the same with fp8 products, and 62.8 on that slower card
 
   91.2  a decode by the library's VAE
   38.7  channels last and compiled
@@ -19,7 +19,9 @@ An evaluation is bound by power: the card draws its 700 W and clocks down to 1.5
 at the 700 TFLOP/s that a large product sustains there, whatever their shape, and what is saved between
 them is saved in part only. Tried without gain: one product for query, key and value and one for gate and
 input, other row counts, cuBLASLt, transposed operands, static shapes, the evaluation as a CUDA graph,
-persistent reductions (`triton.multi_kernel`), cuDNN's benchmark mode. Refining the text once an image
+persistent reductions (`triton.multi_kernel`), cuDNN's benchmark mode; with fp8, its products' scales
+applied between them (61.3 instead of 61.7), and attention in fp8, in Triton (60.5 instead of 61.9, at
+1.05 times the distance; its best variant would have been one more ms faster). Refining the text once an image
 instead of once an evaluation is within the noise; it spares two blocks of an evaluation when blocks are
 offloaded.
 """
