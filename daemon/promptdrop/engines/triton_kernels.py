@@ -70,6 +70,7 @@ def _rows(x: Tensor, branch: Branch | None, norm: Norm | None, fp8: bool) -> tup
         total, values, scales, y_eps, eps, LARGEST, SMALLEST_SCALE,
         COLUMNS=x.shape[1], BLOCK=_block(x.shape[1]), ADD=branch is not None, GATE=gate is not None,
         NORM=norm is not None, SCALE=scale is not None, FP8=fp8, num_warps=8,
+        enable_fp_fusion=False,  # gate * term is rounded before it is added
     )  # fmt: skip
     return total, out
 
@@ -100,6 +101,12 @@ def _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8: tl.
 
 
 @triton.jit
+def _rounded(value, like):
+    """float32 that is what the library has there, in the dtype that `like` points to."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _add_norm(
     x, y, y_weight, gate, weight, scale, total, out, scales, y_eps, eps, largest, smallest,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -111,19 +118,19 @@ def _add_norm(
     value = tl.load(x + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
     if ADD:
         term = tl.load(y + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
-        term *= tl.rsqrt(tl.sum(term * term, axis=0) / COLUMNS + y_eps)
-        term *= tl.load(y_weight + column, mask=inside, other=0).to(tl.float32)
+        term = _rounded(term * tl.rsqrt(tl.sum(term * term, axis=0) / COLUMNS + y_eps), x)
+        term = _rounded(term * tl.load(y_weight + column, mask=inside, other=0).to(tl.float32), x)
         if GATE:
             opening = tl.load(gate + column, mask=inside, other=0).to(tl.float32)
-            term *= 2 * tl.sigmoid(2 * opening) - 1  # tanh
-        rounded = (value + term).to(total.dtype.element_ty)
-        tl.store(total + row * COLUMNS + column, rounded, mask=inside)
-        value = rounded.to(tl.float32)
+            term = _rounded(term * _rounded(2 * tl.sigmoid(2 * opening) - 1, x), x)  # tanh
+        value = _rounded(value + term, x)
+        tl.store(total + row * COLUMNS + column, value.to(total.dtype.element_ty), mask=inside)
     if NORM:
-        value *= tl.rsqrt(tl.sum(value * value, axis=0) / COLUMNS + eps)
-        value *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+        value = _rounded(value * tl.rsqrt(tl.sum(value * value, axis=0) / COLUMNS + eps), x)
+        value = _rounded(value * tl.load(weight + column, mask=inside, other=0).to(tl.float32), x)
         if SCALE:
-            value *= 1 + tl.load(scale + column, mask=inside, other=0).to(tl.float32)
+            factor = 1 + tl.load(scale + column, mask=inside, other=0).to(tl.float32)
+            value = _rounded(value * _rounded(factor, x), x)
         _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8)
 
 
@@ -139,7 +146,8 @@ def _norm_rotate(
     column = head * (2 * HALF) + channel  # [PADDED, 2 HALF]
     value = tl.load(x + row * stride + column, mask=inside, other=0).to(tl.float32)
     square = tl.sum(value * value, axis=1)[:, None]
-    value *= tl.rsqrt(square / (2 * HALF) + eps) * tl.load(weight + channel).to(tl.float32)
+    value = _rounded(value * tl.rsqrt(square / (2 * HALF) + eps), x)
+    value = _rounded(value * tl.load(weight + channel).to(tl.float32), x)
     # Whole lines are loaded and stored; a pair stands in one thread's registers already.
     even, odd = tl.split(tl.reshape(value, (PADDED, HALF, 2)))
     turn = tl.load(freqs + row * (2 * HALF) + channel)
@@ -159,7 +167,7 @@ def _gate(
     inside = column < COLUMNS
     opening = tl.load(gate + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
     value = tl.load(up + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
-    value *= opening * tl.sigmoid(opening)  # silu
+    value = _rounded(value * _rounded(opening * tl.sigmoid(opening), gate), gate)  # silu
     _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8)
 
 
