@@ -10,17 +10,20 @@ import numpy.typing as npt
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImagePipeline
+from diffusers.models.transformers.transformer_z_image import FeedForward
 from torch._dynamo.utils import counters
 
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engine import render_one
+from promptdrop.engines import memory
 from promptdrop.engines.quantization import quantize
 from promptdrop.engines.speed import (
     CACHE_VARIABLES,
     FastForward,
     discard_cache,
+    join_weights,
     rewrite,
     together,
     use_cache,
@@ -99,6 +102,27 @@ def test_the_fast_forward_rounds_as_the_library_does() -> None:
 
     assert mine.dtype == torch.bfloat16
     assert (mine - theirs).float().norm() < 1e-3 * theirs.float().norm()  # here 0
+
+
+def test_joined_weights_are_the_same_weights() -> None:
+    """They lie where one kernel finds both, also when they pass through the device block by block."""
+    pytest.importorskip("triton")
+    from promptdrop.engines.triton_kernels import joined
+
+    def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        modules = [m for m in pipe.transformer.modules() if isinstance(m, FeedForward)]
+        return [(m.w1.weight.data, m.w3.weight.data) for m in modules]
+
+    pipe: Any = ZImagePipeline.from_pretrained(weights.DEMO, local_files_only=True)
+    before = [(w1.clone(), w3.clone()) for w1, w3 in pairs()]
+    assert not any(joined(*pair) for pair in pairs())
+    join_weights(pipe.transformer)
+
+    assert all(joined(*pair) for pair in pairs())
+    for ours, theirs in zip(pairs(), before, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    memory.stream(pipe.transformer, torch.device("cpu"))
+    assert all(joined(*pair) for pair in pairs())
 
 
 def test_a_compiled_decoder_is_the_librarys() -> None:

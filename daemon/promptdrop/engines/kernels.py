@@ -71,6 +71,13 @@ def gated(gate: Tensor, up: Tensor, fp8: bool) -> Rows:
     return rows(F.silu(gate) * up, fp8)
 
 
+def gated_products(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
+    """silu(x w1') * (x w3'), x [S, dim], each weight [hidden, dim]; one kernel if `is_fast` says so."""
+    if x.is_cuda and IS_FUSED and triton_kernels.is_fast(x, w1, w3):
+        return triton_kernels.gated_products(x, w1, w3)
+    return gated(F.linear(x, w1), F.linear(x, w3), fp8=False)  # type: ignore[return-value]  # not fp8
+
+
 def scaled(x: Tensor) -> Scaled:
     """x [S, n] in fp8."""
     if x.is_cuda and IS_FUSED:

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import FeedForward
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -85,9 +86,17 @@ def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tenso
         branch = branch_of(h, block.attention_norm2, gate)
         x, h = kernels.added_normed(x, branch, norm_of(block.ffn_norm1, mlp_scale), fp8)
         feed_forward = block.feed_forward
-        h = feed_forward.w2(kernels.gated(feed_forward.w1(h), feed_forward.w3(h), fp8))
+        h = feed_forward.w2(hidden(feed_forward, h))
         branch = branch_of(h, block.ffn_norm2, mlp_gate)
     return x if branch is None else kernels.added(x, branch)
+
+
+def hidden(feed_forward: Any, h: Rows) -> Rows:
+    """FeedForward before w2: h [S, dim] to [S, hidden]."""
+    w1, w3 = feed_forward.w1, feed_forward.w3
+    if isinstance(h, Scaled):
+        return kernels.gated(w1(h), w3(h), fp8=True)
+    return kernels.gated_products(h, w1.weight, w3.weight)
 
 
 def modulation(block: Any, adaln: Tensor | None) -> Sequence[Tensor | None]:
@@ -285,6 +294,18 @@ def remember_device_and_dtype(pipe: Any, device: torch.device) -> None:
     dtype = pipe.transformer.dtype
     pipe.__class__, pipe.transformer.__class__ = PipelineOnDevice, TransformerOfDtype
     pipe._execution_device, pipe.transformer.dtype = device, dtype
+
+
+def join_weights(transformer: Any) -> None:
+    """What `kernels.gated_products` multiplies by goes into one storage each, on the device.
+
+    Raises torch.OutOfMemoryError: there is no room for one pair beside all.
+    """
+    for block in transformer.modules():
+        if isinstance(block, FeedForward) and not isinstance(block.w1, Fp8Linear):
+            both = torch.stack([block.w1.weight.data, block.w3.weight.data])  # [2, hidden, dim]
+            block.w1.weight.data, block.w3.weight.data = both
+    torch.cuda.empty_cache()  # of pieces that fit nothing else
 
 
 @contextmanager

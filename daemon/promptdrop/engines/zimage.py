@@ -33,6 +33,7 @@ from promptdrop.engines.speed import (
     FastForward,
     accelerate,
     discard_cache,
+    join_weights,
     meet_text_lengths,
     remember_device_and_dtype,
     together,
@@ -133,6 +134,8 @@ class ZImageEngine:
             on_stage(f"moving to {self._device}")
             self._offload, why = memory.choose(config, pipe, self._device)
             memory.place(pipe, self._offload, self._device)
+            if self._compiles and self._device.type == "cuda" and self._offload != "model":
+                join_weights(pipe.transformer)
         except (RuntimeError, OSError) as e:  # torch.OutOfMemoryError is a RuntimeError
             raise EngineStartError(
                 f"{self._device}: the model cannot be moved there: {e}{why}"
