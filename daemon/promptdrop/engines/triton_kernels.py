@@ -151,9 +151,9 @@ def _rounded(value, like):
 
 
 @triton.jit
-def _in_bands(tile, tiles, down, BAND: tl.constexpr = 8):
-    """Row and column of a tile: down a band of so many rows, then the next column, so that programs
-    that run together share what they read."""
+def _in_bands(tile, tiles, down, BAND: tl.constexpr = 11):
+    """Row and column of a tile: down a band of so many rows, then the next column, so that programs that
+    run together share what they read. Of Hopper's 132, 12 columns of 11: 2.6% faster than 8."""
     across = tiles // down
     first = tile // (BAND * across) * BAND
     high = min(down - first, BAND)
