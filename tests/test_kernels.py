@@ -65,7 +65,7 @@ multiplied = [torch.float16, torch.bfloat16]
 if device == "cpu":
     multiplied = [torch.float16] if triton.__version__ >= "3.7" else []
 for dtype in multiplied:
-    tokens = values(1500, 72).to(dtype)  # more tiles than a band has, and none of the last ones full
+    tokens = values(2100, 72).to(dtype)  # more tiles than a band has, and none of the last ones full
     w1, _, w3 = (values(3, 264, 72) / 8).to(dtype)
     args = tokens, w1, w3
     if device == "cpu" or triton_kernels.is_fast(*args):

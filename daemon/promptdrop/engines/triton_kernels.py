@@ -3,6 +3,9 @@
 A program of each kernel has one row, that is one token, in its registers.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,7 @@ from promptdrop.engines.rows import FP8, LARGEST, SMALLEST_SCALE, Branch, Norm, 
 # Of a matrix product: rows, and columns of each weight, that one program has in registers, and how much
 # of the inner dimension in a step. Others were 2 to 40% slower.
 TILE, DEPTH = 128, 64
+MANY = 2048  # rows
 
 
 def normed(x: Tensor, norm: Norm, fp8: bool) -> Rows:
@@ -81,13 +85,15 @@ def gated_products(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
 
 
 def is_fast(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether `gated_products` can take these and is the faster way: on Hopper, by measurement."""
+    """Whether `gated_products` can take these and is the faster way: on Hopper, by measurement, unless
+    the rows are so few that launching it, which takes a CPU longer, is not hidden behind the GPU's work."""
     return (
-        joined(w1, w3)
+        len(x) >= MANY
+        and joined(w1, w3)
         and x.dtype == w1.dtype
         and x.dtype.itemsize == 2
         and all(n % 8 == 0 for n in w1.shape)  # TMA has rows begin at 16 bytes
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and (_properties(x.device).major, _properties(x.device).minor) == (9, 0)
     )
 
 
@@ -97,10 +103,13 @@ def joined(w1: Tensor, w3: Tensor) -> bool:
     return one == other and w3.storage_offset() > w1.storage_offset()
 
 
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
 def _multiprocessors(x: Tensor) -> int:
-    if not x.is_cuda:
-        return 2  # of Triton's interpreter
-    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return int(_properties(x.device).multi_processor_count) if x.is_cuda else 2  # of an interpreter
 
 
 def _rows(x: Tensor, branch: Branch | None, norm: Norm | None, fp8: bool) -> tuple[Tensor, Rows]:
