@@ -65,7 +65,7 @@ def test_an_engine_that_dies_costs_the_others_nothing(make_daemon: MakeDaemon) -
     """The image in its hand is charged and rendered again; the other engine never stops."""
     one_step = {"defaults": {"steps": 1}}  # what comes next is not prepared after the last step
     daemon = both_warm(make_daemon({**TWO, **one_step}))
-    daemon.drop("a.jsonl", prompts(*["!slow 0.9 a cat"] * 6))
+    daemon.drop("a.jsonl", prompts(*["!slow 5 a cat"] * 2, *["a cat"] * 4))
     status = daemon.until_status(
         "two images in hand", lambda s: all(engine["current"] for engine in s["engines"])
     )

@@ -6,24 +6,28 @@ the same card; `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it 
   154.9  an evaluation of the library as it comes
    97.4  its blocks compiled by torch, real-valued rotation: matrix products 68.5, attention 16.5
          (cuDNN), what is between them 11.2
-   91.1  FastForward with `kernels.py` between the products, 7.5 instead of those 11.2; over 100 images
-         94.1 to 94.7, and on a slower card 100.4, where the library takes 162.6
-   61.7  the same with fp8 products, and 62.8 on that slower card
+   93.7  FastForward with `kernels.py` between the products, 7.1 instead of those 11.2: to 95.0
+   90.9  the products before a gate and the gate as one kernel (`kernels.gated_products`), which brings
+         0.085 of 1.06 in each block
+   61.7  with fp8 products, each a kernel of its own, instead: to 62.8
 
   91.2  a decode by the library's VAE
   38.7  channels last and compiled
-  23.1  with ChannelGroupNorm and WideAttention; nearer to the float32 result than the library's
+  25.1  with ChannelGroupNorm and WideAttention; nearer to the float32 result than the library's
         (relative distance 0.0091, library 0.0123)
+  22.8  with TransposedUpsample: 3.2 for three convolutions that took 5.1, and a relative distance of 0.0024
+        of one of them instead of 0.0021
 
-An evaluation is bound by power: the card draws its 700 W and clocks down to 1.5 GHz, so the products run
-at the 700 TFLOP/s that a large product sustains there, whatever their shape, and what is saved between
-them is saved in part only. Tried without gain: one product for query, key and value and one for gate and
-input, other row counts, cuBLASLt, transposed operands, static shapes, the evaluation as a CUDA graph,
-persistent reductions (`triton.multi_kernel`), cuDNN's benchmark mode; with fp8, its products' scales
-applied between them (61.3 instead of 61.7), and attention in fp8, in Triton (60.5 instead of 61.9, at
-1.05 times the distance; its best variant would have been one more ms faster). Refining the text once an image
-instead of once an evaluation is within the noise; it spares two blocks of an evaluation when blocks are
-offloaded.
+An evaluation is bound by power: the card draws its 700 W and clocks down to 1.4 or 1.5 GHz, so the products
+run at the 700 TFLOP/s that a large product sustains there, whatever their shape, and what is saved between
+them is saved in part only: all of query's and key's norms and rotations are worth 0.7, all modulations and
+the gaps between kernels, by a CUDA graph, 0.5. Tried without gain: one product for query, key and value,
+other row counts, cuBLASLt, transposed operands, static shapes, persistent reductions
+(`triton.multi_kernel`), cuDNN's benchmark mode, norm and rotation in the kernel of their product, Triton's
+for the last product of a block; with fp8, its products' scales applied between them (61.3 instead of 61.7),
+and attention in fp8, in Triton (60.5 instead of 61.9, at 1.05 times the distance; its best variant would
+have been one more ms faster). Refining the text once an image instead of once an evaluation is within the
+noise; it spares two blocks of an evaluation when blocks are offloaded.
 """
 
 import hashlib
