@@ -63,7 +63,8 @@ for dtype in roundings:
 # numpy of today.
 multiplied = [torch.float16, torch.bfloat16]
 if device == "cpu":
-    multiplied = [torch.float16] if triton.__version__ >= "3.7" else []
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    multiplied = [torch.float16] if version >= (3, 7) else []
 for dtype in multiplied:
     tokens = values(2100, 72).to(dtype)  # more tiles than a band has, and none of the last ones full
     w1, _, w3 = (values(3, 264, 72) / 8).to(dtype)

@@ -1,4 +1,5 @@
-"""What a transformer block does between its matrix products, each piece in one pass over memory.
+"""What a transformer block does between its matrix products, each piece in one pass over memory, or in
+none, in the kernel of the products before it.
 
 On a GPU in Triton (`triton_kernels.py`), elsewhere, or where Triton cannot be had, in torch. Rows are
 tokens. Each operation rounds as in the library: on a CPU an evaluation in bfloat16 is the library's to the

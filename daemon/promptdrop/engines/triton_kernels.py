@@ -1,6 +1,6 @@
 """The functions of `kernels.py` on a GPU.
 
-A program of each kernel has one row, that is one token, in its registers.
+A program of each kernel has one row, that is one token, in its registers; of `gated_products` a tile.
 """
 
 import functools
@@ -163,6 +163,12 @@ def _rounded(value, like):
 
 
 @triton.jit
+def _gated(opening, value, dtype: tl.constexpr):
+    """silu(opening) * value in float32, all that goes in of dtype, as is the silu in the library."""
+    return (opening * tl.sigmoid(opening)).to(dtype).to(tl.float32) * value
+
+
+@triton.jit
 def _in_bands(tile, tiles, down, BAND: tl.constexpr = 11):
     """Row and column of a tile: down a band of so many rows, then the next column, so that programs that
     run together share what they read. Of Hopper's 132, 12 columns of 11: 2.6% faster than 8."""
@@ -233,7 +239,7 @@ def _gate(
     inside = column < COLUMNS
     opening = tl.load(gate + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
     value = tl.load(up + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
-    value = _rounded(value * _rounded(opening * tl.sigmoid(opening), gate), gate)  # silu
+    value = _rounded(_gated(opening, value, gate.dtype.element_ty), gate)
     _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8)
 
 
@@ -251,9 +257,8 @@ def _gated_products(x, weights, out, rows, hidden, dim, TILE: tl.constexpr, DEPT
             both = weights.load([0, column * TILE, inner]).reshape(2 * TILE, DEPTH)
             sums = tl.dot(some, both.T, sums)
         gate, up = tl.split(sums.reshape(TILE, 2, TILE).permute(0, 2, 1))  # each [TILE, TILE]
-        opening = gate.to(out.dtype).to(tl.float32)
-        opening = (opening * tl.sigmoid(opening)).to(out.dtype).to(tl.float32)  # silu
-        value = opening * up.to(out.dtype).to(tl.float32)
+        opening, value = gate.to(out.dtype).to(tl.float32), up.to(out.dtype).to(tl.float32)
+        value = _gated(opening, value, out.dtype)
         out.store([row * TILE, column * TILE], value.to(out.dtype))
 
 
