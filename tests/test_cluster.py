@@ -19,7 +19,7 @@ import clusters
 from clusters import Cluster
 from harness import Daemon, until
 from promptdrop import cluster as cluster_module
-from promptdrop import config, pool
+from promptdrop import __version__, config, pool
 
 pytest.importorskip("ray", reason="ray is not installed: pip install promptdrop[ray]")
 pytestmark = pytest.mark.timeout(300)
@@ -251,7 +251,7 @@ def test_a_host_of_another_version_is_refused_by_name(
     other = tmp_path / "other"
     shutil.copytree(PACKAGE, other / "promptdrop")
     init = other / "promptdrop" / "__init__.py"
-    init.write_text(init.read_text().replace('"0.1.0"', '"0.0.9"'))
+    init.write_text(init.read_text().replace(f'"{__version__}"', '"0.0.9"'))
     cluster.add_host(PYTHONPATH=str(other))
     cluster.add_host()
     daemon = make_daemon(settings(cluster))
@@ -260,7 +260,7 @@ def test_a_host_of_another_version_is_refused_by_name(
     daemon.drop("a.jsonl", prompts(*["a cat"] * 4))
     each_once(daemon, "a", 4)
 
-    assert "runs promptdrop 0.0.9, this daemon 0.1.0" in refused["reason"]
+    assert f"runs promptdrop 0.0.9, this daemon {__version__}" in refused["reason"]
     assert daemon.stop() == 0
 
 

@@ -6,7 +6,7 @@ this package does not.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Engine", "__version__"]
 
 if TYPE_CHECKING:
