@@ -28,7 +28,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: $(VENV)/installed
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/support/soak.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ lint: $(VENV)/installed
 # SECONDS of coverage-guided fuzzing; what it found stays in fuzz/ and is where the next run begins.
 SECONDS ?= 600
 fuzz: $(VENV)/installed
-	$(BIN)/python tests/fuzz.py fuzz -max_total_time=$(SECONDS)
+	$(BIN)/python tests/support/fuzz.py fuzz -max_total_time=$(SECONDS)
 
 # After a change to constraints.txt. torch has no hash: its CPU and CUDA builds share a version.
 hashes: $(VENV)/installed

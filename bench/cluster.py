@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import psutil
 
@@ -121,11 +121,11 @@ def cpu_seconds(daemon: Daemon) -> dict[str, float]:
         times = process.info["cpu_times"]
         if process.info["pid"] == daemon.process.pid:
             used["daemon"] += times.user + times.system
-        elif "promptdrop.ray_gateway" in command:
+        elif "promptdrop.cluster.gateway" in command:
             used["gateway"] += times.user + times.system
         elif command.startswith("ray::EngineHost"):
             used["actors"] += times.user + times.system
-        elif "promptdrop.worker" in command:
+        elif "promptdrop.engines.worker" in command:
             used["engines"] += times.user + times.system
         elif "/raylet/raylet" in command or "gcs_server" in command:
             used["ray"] += times.user + times.system

@@ -44,11 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promptdrop import __version__, config, metrics, weights
 from promptdrop.config import Config, Prompt
-from promptdrop.engine import batches
+from promptdrop.engines.engine import batches
 from promptdrop.engines.memory import GIB, MIB
 from promptdrop.engines.zimage import ZImageEngine, find_device
 from promptdrop.errors import EngineError
-from promptdrop.job import ImageSpec, Rendering
+from promptdrop.nouns import ImageSpec, Rendering
 
 PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed, painted in oil"
 STEPS = 9
@@ -57,7 +57,8 @@ LENGTHS = 16  # text lengths that are met after warm-up
 WARM_UPS = 3  # of the library's loop, not counted
 READY = """
 import json, sys, time
-from promptdrop import config, engine, log
+from promptdrop import config, log
+from promptdrop.engines import engine
 from promptdrop.engines import zimage
 settings = config.load(__import__("pathlib").Path(sys.argv[1]))
 log.set_up("info", "json")

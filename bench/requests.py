@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from promptdrop import config
-from promptdrop.reading import read_job_file
+from promptdrop.intake.reading import read_job_file
 
 CONFIG = config.parse({"model": {"id": "x"}})
 SIZES = (1 << 16, 1 << 20)

@@ -28,7 +28,7 @@ from demo_model.evaluate import Case, batched, held_out_cases, load
 from demo_model.judge import is_right, look
 from promptdrop import weights
 from promptdrop.engines.schedulers import scheduler_for
-from promptdrop.job import SCHEDULERS
+from promptdrop.nouns import SCHEDULERS
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 

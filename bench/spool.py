@@ -28,11 +28,11 @@ from watchdog.observers.api import EventQueue, ObservedWatch
 from watchdog.observers.polling import PollingEmitter
 
 from promptdrop import config, log
-from promptdrop.inbox import Inbox
-from promptdrop.intake import settings_of
-from promptdrop.job import ImageSpec, Request
-from promptdrop.spool import Settled, Spool
-from promptdrop.supervisor import GC_THRESHOLDS, Supervisor
+from promptdrop.intake.inbox import Inbox
+from promptdrop.intake.intake import settings_of
+from promptdrop.nouns import ImageSpec, Request
+from promptdrop.spool.spool import Settled, Spool
+from promptdrop.supervisor.supervisor import GC_THRESHOLDS, Supervisor
 
 Points = list[tuple[float, float]]
 RENDERED = 100  # images a daemon renders while its turns are timed

@@ -6,9 +6,9 @@ import random
 import pytest
 from PIL import Image
 
-from promptdrop.infotext import format_infotext
-from promptdrop.job import FORMATS
+from promptdrop.nouns import FORMATS
 from promptdrop.picture import encode, placeholder, read_parameters
+from promptdrop.request.infotext import format_infotext
 
 WIDTH, HEIGHT = 64, 48
 PIXELS = random.Random(7).randbytes(WIDTH * HEIGHT * 3)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from promptdrop import cli, config, request
+from promptdrop import config
+from promptdrop.cli import parser
+from promptdrop.errors import RequestError
+from promptdrop.request import parse
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -26,14 +29,14 @@ def test_job_files_are_accepted(kind: str, text: str) -> None:
     """Every job file shown parses."""
     settings = config.parse({"model": {"id": "x"}})
 
-    assert request.parse(text.encode(), f".{kind}", settings).images
+    assert parse.parse(text.encode(), f".{kind}", settings).images
 
 
 def test_the_refusal_is_the_real_one() -> None:
     """The message shown is the one users get."""
     settings = config.parse({"model": {"id": "x"}})
-    with pytest.raises(request.RequestError) as raised:
-        request.parse(b"prompt: a\nheight: 64\nwidth: 100\n", ".yaml", settings)
+    with pytest.raises(RequestError) as raised:
+        parse.parse(b"prompt: a\nheight: 64\nwidth: 100\n", ".yaml", settings)
     problem = raised.value.problems[0]
 
     assert f"dog.yaml:{problem.line}: {problem.message}" in README
@@ -44,7 +47,7 @@ def test_commands_exist(command: str) -> None:
     """Every command shown is one the program takes."""
     arguments = shlex.split(command, comments=True)[1:]
 
-    assert cli._parser().parse_args(arguments).command
+    assert parser._parser().parse_args(arguments).command
 
 
 @pytest.mark.timeout(300)

@@ -241,7 +241,7 @@ def test_another_pipeline_is_refused(tmp_path: Path) -> None:
 def test_resolving_imports_nothing_heavy() -> None:
     """The supervisor and the command line stay light."""
     code = (
-        "import sys; import promptdrop.weights, promptdrop.engine, promptdrop.engines.gradient\n"
+        "import sys; import promptdrop.weights, promptdrop.engines.engine, promptdrop.engines.gradient\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'modelscope', 'huggingface_hub'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )

@@ -10,12 +10,12 @@ __version__ = "0.2.0.dev0"
 __all__ = ["Engine", "__version__"]
 
 if TYPE_CHECKING:
-    from promptdrop.script import Engine
+    from promptdrop.engines.script import Engine
 
 
 def __getattr__(name: str) -> Any:
     if name == "Engine":
-        from promptdrop.script import Engine
+        from promptdrop.engines.script import Engine
 
         return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from promptdrop.cli import main
+from promptdrop.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

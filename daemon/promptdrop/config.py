@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from promptdrop import names, yaml12
 from promptdrop.errors import ConfigError
-from promptdrop.job import FORMATS, SCHEDULERS
+from promptdrop.nouns import FORMATS, SCHEDULERS
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
 Size = Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$", examples=["1024x1024"])]

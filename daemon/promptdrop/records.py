@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from promptdrop.job import ImageOutcome, JobOutcome
+from promptdrop.nouns import ImageOutcome, JobOutcome
 
 
 class Record(BaseModel):

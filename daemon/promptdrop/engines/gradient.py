@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from promptdrop.config import Config, Prompt
-from promptdrop.engine import OnStage, OnStep, warm_up_spec
+from promptdrop.engines.engine import OnStage, OnStep, warm_up_spec
 from promptdrop.errors import EngineError, EngineStartError
-from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
+from promptdrop.nouns import EngineInfo, ImageSpec, Latency, Rendering
 
 TEMPLATE_TOKENS = 8
 BYTES_TWICE = bytes(range(256)) * 2

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from promptdrop import log, weights
 from promptdrop.config import Config, Prompt
-from promptdrop.engine import OnStage, OnStep, require_quantization, warm_up_spec
 from promptdrop.engines import kernels, memory, quantization
+from promptdrop.engines.engine import OnStage, OnStep, require_quantization, warm_up_spec
 from promptdrop.engines.memory import MIB
 from promptdrop.engines.schedulers import checkpoint_scheduler, scheduler_for
 from promptdrop.engines.speed import (
@@ -41,7 +41,7 @@ from promptdrop.engines.speed import (
 )
 from promptdrop.engines.text import Embedding, Embeddings, EncoderGraphs, count_tokens
 from promptdrop.errors import ConfigError, EngineError, EngineStartError, ModelError
-from promptdrop.job import EngineInfo, ImageSpec, Latency, Rendering
+from promptdrop.nouns import EngineInfo, ImageSpec, Latency, Rendering
 
 WARM_UP_PROMPT = "a lighthouse on a rocky coast at sunset, soft light, highly detailed"
 CompileErrors = TorchDynamoException, subprocess.CalledProcessError  # the latter: the C compiler

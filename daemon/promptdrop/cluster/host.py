@@ -1,0 +1,231 @@
+"""What runs on a host of the cluster: one engine process, and what it says until it is asked.
+
+A Ray actor, of Ray's Python process on that host. It imports no torch and never hangs: the engine is
+the same child process as on a single machine, killed from here as it is there. It outlives the
+daemon, so that a new one finds the engine warm.
+"""
+
+import os
+import select
+import socket
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promptdrop import __version__
+from promptdrop.config import Config
+from promptdrop.pool import process
+from promptdrop.pool.link import EngineLink
+from promptdrop.pool.messages import (
+    Answer,
+    Begin,
+    Cancel,
+    Cancelled,
+    CountTokens,
+    Failed,
+    Gone,
+    Ready,
+    Render,
+    Rendered,
+    Request,
+    Stage,
+    Step,
+)
+
+STEP_SECONDS = 0.5  # steps wait so long for company: each journey costs the daemon a millisecond
+
+Said = tuple[Answer, bytes | None]  # of Rendered, the pixels: uint8 [height, width, 3]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Who answers."""
+
+    name: str
+    pid: int
+    version: str
+
+
+class EngineHost:
+    """One engine at a time. Its methods are called from the cluster, several at once."""
+
+    def __init__(self) -> None:
+        self._said: deque[Said] = deque()
+        self._wanted: deque[Request] = deque()  # for the keeper
+        # Whoever attached last; others are told that they are not heard any more.
+        self._listener = 0
+        self._link: EngineLink | None = None
+        self._settings: Config | None = None  # of the engine that runs
+        self._next: Config | None = None  # of the one that begins once there is none
+        self._stale: set[int] = set()  # tickets of a daemon that is gone
+        self._changed = threading.Condition()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Children die with the thread that forked them (PR_SET_PDEATHSIG): one that lasts.
+        threading.Thread(target=self._keep, name="keeper", daemon=True).start()
+
+    def hello(self) -> Host:
+        """Answered once the actor has found a host."""
+        return Host(socket.gethostname(), os.getpid(), __version__)
+
+    def attach(self, settings: Config) -> int:
+        """Make this caller the one that is heard; returns its number. The engine is started, or,
+        where one runs that is made of the same, found as it is: nothing of its work is anybody's."""
+        with self._changed:
+            self._listener += 1
+            self._said.clear()
+            self._wanted.clear()
+            link = self._link
+            if link and not link.killed and _makings(self._settings) == _makings(settings):
+                self._stale |= link.in_hand.keys()
+                self._wanted.extend(Cancel(ticket) for ticket in link.in_hand)
+                self._say(Ready(link.info) if link.info else Stage(link.stage))
+            else:
+                self._next = settings
+                if link:
+                    link.kill("another takes its place", time.monotonic())
+            self._changed.notify_all()
+            self._wake()
+            return self._listener
+
+    def tell(self, listener: int, requests: list[Request]) -> None:
+        """Pass requests on to the engine."""
+        with self._changed:
+            if listener == self._listener:
+                self._wanted.extend(requests)
+                self._wake()
+
+    def listen(self, listener: int, seconds: float) -> list[Said]:
+        """What the engine said since the last call; waits so long for something."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while (left := deadline - time.monotonic()) > 0:
+                self._changed.wait_for(lambda: self._is_urgent(listener), min(left, STEP_SECONDS))
+                if self._said or listener != self._listener:
+                    break
+            if listener != self._listener:
+                return [(Gone("another daemon has taken this engine over", is_lost=True), None)]
+            said = list(self._said)
+            self._said.clear()
+            return said
+
+    def kill(self, listener: int) -> None:
+        """SIGKILL the engine process, or begin none. What it said and its end are heard as ever."""
+        with self._changed:
+            if listener != self._listener:
+                return
+            is_to_begin, self._next = self._next is not None, None
+            if self._link:
+                self._link.kill("as asked", time.monotonic())
+            elif is_to_begin:
+                self._say(Gone("it had not begun", is_lost=False))
+
+    def _is_urgent(self, listener: int) -> bool:
+        is_heard = listener == self._listener
+        return not is_heard or any(not isinstance(said, (Step, Stage)) for said, _ in self._said)
+
+    def _say(self, answer: Answer, pixels: bytes | None = None) -> None:
+        """With the lock."""
+        self._said.append((answer, pixels))
+        self._changed.notify_all()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # it is awake
+
+    def _keep(self) -> None:
+        """The keeper's thread. Any exception ends the actor, and so the engine: an engine that
+        nobody keeps would be waited for in vain."""
+        try:
+            while True:
+                self._turn()
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _turn(self) -> None:
+        """Wait; then hear what the engine says, pass on what is wanted, start the next one."""
+        waiting = select.poll()
+        waiting.register(self._wake_read, select.POLLIN)
+        if link := self._link:
+            for descriptor in link.readers():
+                writes = select.POLLOUT if descriptor in link.writers() else 0
+                waiting.register(descriptor, select.POLLIN | writes)
+        waiting.poll()
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            pass  # it was the engine
+        with self._changed:
+            self._hear()
+            if self._next and not self._link:
+                self._begin(self._next)
+            self._pass_on()
+
+    def _hear(self) -> None:
+        if (link := self._link) is None:
+            return
+        now = time.monotonic()
+        link.flush()
+        ended = link.has_ended()
+        for answer in link.answers(now):
+            ticket, pixels = getattr(answer, "ticket", None), None
+            if isinstance(answer, (Rendered, Failed, Cancelled)):
+                with link.take(answer).pixels as memory:
+                    pixels = memory[:] if isinstance(answer, Rendered) else None
+            if ticket not in self._stale:
+                self._say(answer, pixels)
+            elif pixels is not None or isinstance(answer, (Failed, Cancelled)):
+                self._stale.discard(ticket)
+        if ended:
+            link.reap()
+            for image in link.in_hand.values():
+                image.pixels.close()
+            self._link, self._settings = None, None
+            self._stale.clear()
+            if not self._next:  # else it was another listener's
+                self._say(Gone(link.how_it_ended(), is_lost=False))
+
+    def _begin(self, settings: Config) -> None:
+        self._next = None
+        try:
+            here = settings.model_copy(update={"root": _cache_folder()})
+            self._link, self._settings = process.start(here), settings
+        except OSError as e:
+            self._say(Gone(f"the engine process cannot be started: {e}", is_lost=True))
+
+    def _pass_on(self) -> None:
+        now = time.monotonic()
+        while self._wanted:
+            wanted = self._wanted.popleft()
+            if self._link is None:
+                pass  # it died; its Gone says so
+            elif isinstance(wanted, Render):
+                self._link.render(wanted.ticket, wanted, now)
+            elif isinstance(wanted, Begin):
+                self._link.begin()
+            elif isinstance(wanted, CountTokens):
+                self._link.count_tokens(wanted.ticket, wanted.prompts, now)
+            elif isinstance(wanted, Cancel):
+                self._link.cancel(wanted.ticket)
+
+
+def _makings(settings: Config | None) -> tuple[Any, ...] | None:
+    """All that an engine is made of; where other settings differ, it may stay."""
+    if settings is None:
+        return None
+    engine = settings.engine
+    speed = engine.compile, engine.quantization, engine.batch
+    memory = engine.offload, engine.reserve_memory_mib
+    return settings.model, settings.model_path, engine.warmup, speed, memory
+
+
+def _cache_folder() -> Path:
+    """Where compiled code is kept on this host, in place of the spool, which is elsewhere."""
+    ours = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]  # systemd's CacheDirectory=
+    return Path(ours or Path.home() / ".cache" / "promptdrop")

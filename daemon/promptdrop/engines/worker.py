@@ -1,0 +1,335 @@
+"""The engine process: load, warm up, render until told to stop. It may die at any moment.
+
+Started by the daemon as `python -m promptdrop.engines.worker FD`, with the configuration as the first
+message on FD. Any exception that is not one of ours escapes and ends this process: after an
+unknown CUDA error every later call fails too, so the only cure is a new process.
+"""
+
+import ctypes
+import faulthandler
+import gc
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import NoReturn
+
+from promptdrop import log
+from promptdrop.config import Config
+from promptdrop.engines import engine
+from promptdrop.engines.engine import Engine
+from promptdrop.errors import (
+    ConfigError,
+    EngineError,
+    EngineStartError,
+    ImageCancelled,
+    ImageTimeout,
+)
+from promptdrop.metrics import Nvml
+from promptdrop.nouns import Rendering
+from promptdrop.pool.messages import (
+    Answer,
+    Began,
+    Begin,
+    Cancel,
+    Cancelled,
+    CannotStart,
+    CountTokens,
+    Failed,
+    Ready,
+    Render,
+    Rendered,
+    Stage,
+    Step,
+    Stop,
+    Tokens,
+)
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_STAGE_SECONDS = 1.0  # warm-up reports its steps at most this often
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One that is asked for, and the descriptor of its memory."""
+
+    render: Render
+    memory: int
+
+    def is_like(self, other: "Image") -> bool:
+        """Whether they may be rendered together."""
+        kind = self.render.kind
+        return kind is not None and kind == other.render.kind
+
+
+class Line:
+    """The engine's end of the pipe. Read by a thread, so that a Cancel overtakes the render in hand."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._waiting: deque[Image | CountTokens | Stop] = deque()
+        self._arriving: list[Image] = []  # until a Begin has followed
+        self._cancelled: set[int] = set()  # images that were begun
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+
+    def listen(self) -> None:
+        """Begin to read requests."""
+        threading.Thread(target=self._read, name="inbound", daemon=True).start()
+
+    def send(self, answer: Answer) -> None:
+        """From any thread."""
+        with self._sending:
+            self._connection.send(answer)
+
+    def next(self, most: int) -> list[Image] | CountTokens | Stop:
+        """Wait for the next request: one image, and with it, up to `most`, all there are of its kind."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            first = self._waiting[0]
+            if not isinstance(first, Image):
+                self._waiting.popleft()
+                return first
+            images = self._first_images(most)
+            for image in images:
+                self._waiting.remove(image)
+            return images
+
+    def coming(self, most: int) -> list[Image]:
+        """The images that would be next if no other came."""
+        with self._changed:
+            return self._first_images(most)
+
+    def is_cancelled(self, ticket: int) -> bool:
+        """Whether the daemon does not want this image any more."""
+        return ticket in self._cancelled
+
+    def _first_images(self, most: int) -> list[Image]:
+        images = [one for one in self._waiting if isinstance(one, Image)]
+        return [one for one in images if one is images[0] or one.is_like(images[0])][:most]
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self._connection.recv()
+                if isinstance(message, Cancel):
+                    self._cancel(message.ticket)
+                elif isinstance(message, Render):
+                    self._arriving.append(Image(message, recv_handle(self._connection)))
+                else:
+                    self._let_begin(*([] if isinstance(message, Begin) else [message]))
+        except (EOFError, OSError):
+            os._exit(0)  # the daemon is gone; nobody wants what is being rendered
+
+    def _let_begin(self, *requests: CountTokens | Stop) -> None:
+        with self._changed:
+            self._waiting += [*self._arriving, *requests]
+            self._changed.notify()
+        self._arriving = []
+
+    def _cancel(self, ticket: int) -> None:
+        """What has not begun is given back now, however long the image in hand takes."""
+        with self._changed:
+            for request in self._waiting:
+                if isinstance(request, Image) and request.render.ticket == ticket:
+                    self._waiting.remove(request)
+                    os.close(request.memory)
+                    break
+            else:
+                self._cancelled.add(ticket)
+                return
+        self.send(Cancelled(ticket))
+
+
+class Ahead:
+    """Encodes the texts of the images that come next while others are in hand.
+
+    By the thread and on the stream of their steps: no other is needed. On CUDA a step's callback
+    runs when the device has just begun a whole evaluation, so that it does not wait for an encoding
+    to be launched, which takes longer than the encoding itself. One at each step, lest it runs dry.
+    """
+
+    def __init__(self, warm: Engine, line: Line, most: int) -> None:
+        self._warm, self._line, self._most = warm, line, most
+        self._prepared: set[int] = set()  # tickets
+
+    @property
+    def has_prepared(self) -> bool:
+        """Whether time of the images in hand went into others."""
+        return bool(self._prepared)
+
+    def coming(self) -> Image | None:
+        """One that is still to be prepared; none that may be poison."""
+        for image in self._line.coming(self._most):
+            if image.render.kind is not None and image.render.ticket not in self._prepared:
+                return image
+        return None
+
+    def prepare(self, image: Image) -> None:
+        """Whatever this raises may be that image's fault."""
+        self._prepared.add(image.render.ticket)
+        self._warm.prepare(image.render.spec, image.render.prompt)
+
+
+def main(fd: int) -> None:
+    """Entry point of the engine process. Any escaping exception ends it."""
+    die_with_parent()
+    faulthandler.enable()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the daemon decides when we stop
+    signal.signal(signal.SIGALRM, _raise_timeout)
+    connection = Connection(fd)
+    config: Config = connection.recv()
+    log.set_up(config.log.level, config.log.format)
+    line = Line(connection)
+    line.listen()
+    warm = _start(config, line.send)
+    _serve(warm, Nvml(warm.info.device_index), line, config.engine.batch)
+
+
+def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
+    try:
+        loaded = engine.load(config, lambda text: send(Stage(text)))
+        loaded.warm_up(_reporter(send))
+    except (ConfigError, EngineStartError) as e:
+        send(CannotStart(str(e), e.exit_status))
+        sys.exit(e.exit_status)
+    except EngineError as e:
+        send(CannotStart(f"warm-up failed: {e}", 1))
+        sys.exit(1)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: later collections need not look at a million objects
+    loaded.info = replace(loaded.info, host=socket.gethostname())
+    send(Ready(loaded.info))
+    return loaded
+
+
+def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
+    last = 0.0
+
+    def report() -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= _STAGE_SECONDS:
+            last = now
+            send(Stage("warming up"))
+
+    return report
+
+
+def _serve(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
+    while not isinstance(request := line.next(most), Stop):
+        if isinstance(request, CountTokens):
+            line.send(Tokens(request.ticket, tuple(warm.count_tokens(list(request.prompts)))))
+            continue
+        try:
+            wanted = [image for image in request if not line.is_cancelled(image.render.ticket)]
+            for image in request:
+                if image not in wanted:
+                    line.send(Cancelled(image.render.ticket))
+            if wanted:
+                _render(warm, nvml, wanted, line, most)
+        finally:
+            for image in request:
+                os.close(image.memory)
+        if any(image.render.empty_cache for image in request):
+            warm.empty_cache()
+
+
+def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line, most: int) -> None:
+    """Render images together; one that is cancelled meanwhile is rendered all the same, for nobody."""
+    tickets = [image.render.ticket for image in images]
+    for ticket in tickets:
+        line.send(Began(ticket, len(images)))
+    seconds = sum(image.render.spec.timeout_seconds for image in images)
+    results: list[Rendering | Failed]
+    may_be_poison = images[0].render.kind is None
+    ahead = Ahead(warm, line, 0 if may_be_poison else most)
+    try:
+        results = _results(warm, images, line, seconds, ahead)
+    except ImageCancelled:
+        pass  # as `is_cancelled` says of each
+    except ImageTimeout:
+        many = f" for {len(images)} images together" if len(images) > 1 else ""
+        error = f"took longer than {seconds:g} s{many} (timeout_seconds)"
+        worked_on = len(images) + ahead.has_prepared
+        results = [Failed(ticket, error, timed_out=True, images=worked_on) for ticket in tickets]
+    except EngineError as e:
+        results = [Failed(ticket, str(e), images=len(images)) for ticket in tickets]
+    for n, ticket in enumerate(tickets):
+        if line.is_cancelled(ticket):
+            line.send(Cancelled(ticket))
+        elif isinstance(result := results[n], Failed):
+            line.send(result)
+        else:
+            used = nvml.utilization_percent()
+            line.send(Rendered(ticket, replace(result, utilization_percent=used)))
+
+
+def _results(
+    warm: Engine, images: list[Image], line: Line, seconds: float, ahead: Ahead
+) -> list[Rendering | Failed]:
+    """What came of each. Raises ImageTimeout, EngineError: of all; ImageCancelled: nobody wants one."""
+    tickets = [image.render.ticket for image in images]
+    deadline = time.monotonic() + seconds
+
+    def on_step(step: int, steps: int) -> None:
+        coming = ahead.coming() if step < steps else None
+        line.send(Step(tickets[0], step, steps, prepares=coming is not None))
+        if all(map(line.is_cancelled, tickets)):
+            raise ImageCancelled
+        if time.monotonic() > deadline:  # an alarm that a destructor or bare except swallowed
+            raise ImageTimeout
+        if coming:
+            ahead.prepare(coming)
+
+    with ExitStack() as stack:
+        stack.enter_context(_alarm(seconds))
+        buffers = [stack.enter_context(_pixels(image)) for image in images]
+        specs = [image.render.spec for image in images]
+        results = warm.render(specs, images[0].render.prompt, on_step, buffers)
+    return [
+        Failed(ticket, str(result)) if isinstance(result, EngineError) else result
+        for ticket, result in zip(tickets, results, strict=True)
+    ]
+
+
+@contextmanager
+def _pixels(image: Image) -> Iterator[memoryview]:
+    """The memory that came with it, uint8 [height, width, 3]."""
+    size = image.render.spec.height * image.render.spec.width * 3
+    with mmap.mmap(image.memory, size) as pixels, memoryview(pixels) as buffer:
+        yield buffer
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """SIGALRM after `seconds`: raises within Python code; a C call delays it to its end."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _raise_timeout(number: int, frame: object) -> NoReturn:
+    raise ImageTimeout
+
+
+def die_with_parent() -> None:
+    """SIGKILL us when the daemon's main thread ends, even while a C call holds the GIL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1:
+        os._exit(0)  # it ended before we asked
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

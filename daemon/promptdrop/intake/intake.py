@@ -1,0 +1,347 @@
+"""From a file in the inbox to a job: look, read, claim, resolve, or refuse."""
+
+import errno
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from promptdrop import fs, log, names
+from promptdrop.config import Config
+from promptdrop.errors import RequestError
+from promptdrop.intake.inbox import Inbox, Mode, Offer, Scan, Watcher, watch_mode
+from promptdrop.intake.reading import read_job_file
+from promptdrop.loop import TROUBLE, Loop, reason_of
+from promptdrop.nouns import Request
+from promptdrop.request import parse
+from promptdrop.spool import control
+from promptdrop.spool.spool import (
+    Job,
+    Settings,
+    Settled,
+    Spool,
+    Unresolved,
+    describe_permissions,
+    why_not_moved,
+)
+
+SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
+SCAN_SHARE = 0.25  # of a core, at most, that looks may take while a big inbox keeps changing
+TAKING = 16  # files being read or claimed at once; the others wait for their turn
+
+
+class Desk(Protocol):
+    """Who takes what comes in; called on the loop."""
+
+    config: Config
+
+    def accept(self, job: Job) -> None:
+        """A new job, resolved."""
+
+    def refuse(self, claimed: Unresolved, error: RequestError) -> None:
+        """A claimed file that is no job."""
+
+    def surveyed(self, survey: "Survey") -> None:
+        """Everything outside was looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """One look at everything outside: the inbox, the control folder, the disks."""
+
+    scan: Scan | None
+    trouble: str | None
+    paused: str | None  # how to go on
+    commands: tuple[control.Command, ...]
+    lanes: dict[str, list[Offer]]  # the scan's offers, by whose turn it may be
+    cost: float  # CPU seconds
+
+
+class Turns:
+    """Offers that wait to be taken: in turn between top-level sub-folders, or by arrival.
+
+    Whoever drops ten thousand files does not keep another's single one waiting.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: OrderedDict[str, deque[Offer]] = OrderedDict()
+
+    def add(self, lanes: dict[str, list[Offer]]) -> None:
+        """Behind those of the same lane."""
+        for name, offers in lanes.items():
+            self._lanes.setdefault(name, deque()).extend(offers)
+
+    def take(self) -> Offer | None:
+        """The next one, or None."""
+        if not self._lanes:
+            return None
+        name, lane = next(iter(self._lanes.items()))
+        offer = lane.popleft()
+        if lane:
+            self._lanes.move_to_end(name)
+        else:
+            del self._lanes[name]
+        return offer
+
+
+class Intake:
+    """Looks when woken and when time comes; `look` never blocks."""
+
+    def __init__(self, loop: Loop, spool: Spool, desk: Desk) -> None:
+        self.waiting: dict[str, str] = {}  # SUB/FILE -> why it is not taken yet
+        self.watch = "not yet"  # how, in words
+        self.obstacle: str | None = None  # why nothing that is left can be taken
+        self.last_activity = 0.0  # when something was last taken or put back
+        self._loop, self._spool, self._desk = loop, spool, desk
+        self._inbox = Inbox(spool.inbox)
+        self._watcher = Watcher(self.wake)
+        self._woken = True
+        self._scanning = False
+        self._last_scan = self._next_scan = self._rested = 0.0
+        self._quiet_since: float | None = None  # start of the last look that found no job file
+        self._turns = Turns()
+        self._offered = 0  # files that wait for their turn, are being read or claimed
+        self._taking = 0  # ... of which being read or claimed
+        self._verdicts: list[Callable[[], None]] = []  # what the next look must know
+
+    def wake(self) -> None:
+        """Look soon. Called from any thread."""
+        self._woken = True
+        self._loop.wake()
+
+    def next_look(self) -> float:
+        """When `look` has something to do, monotonic seconds."""
+        if self._scanning:
+            return float("inf")
+        soon = self._last_scan + SCAN_SECONDS if self._woken else float("inf")
+        return max(min(self._next_scan, soon), self._rested)
+
+    def is_quiet(self) -> bool:
+        """Whether a look that began after all that happened found nothing to take."""
+        quiet = self._quiet_since is not None and self._quiet_since >= self.last_activity
+        if not quiet:
+            self._woken = True
+        return quiet and self.is_idle()
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being looked at or taken."""
+        return not (self._scanning or self._offered or self._verdicts)
+
+    def look(self, now: float) -> None:
+        """Start a look if one is due."""
+        if self._scanning or now < self.next_look():
+            return
+        self._scanning, self._woken, self._last_scan = True, False, now
+        verdicts, self._verdicts = self._verdicts, []
+        self._off("scanner", partial(self._survey, now, verdicts), self._surveyed)
+
+    def resolve_again(self, claimed: Unresolved) -> None:
+        """Read a file that was claimed before a crash."""
+        self._offered += 1
+        self._taking += 1
+        self._off("clerk", partial(self._resolve, claimed, None, None), self._resolved)
+
+    def has_room(self) -> bool:
+        """Whether one more file may be taken now."""
+        return self._taking < TAKING
+
+    def turn_away(self, path: str, error: RequestError) -> None:
+        """Move SUB/FILE from the inbox to failed/, with the reason."""
+        sub, _, file = path.rpartition("/")
+        now = time.monotonic()
+        offer = Offer(sub, file, (0, 0, 0, 0), now)
+        self._offered += 1
+        self._taking += 1
+        self._off("clerk", partial(self._claim, offer), partial(self._was_claimed, offer, error))
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watcher.close()
+
+    def _off(
+        self,
+        room: Literal["scanner", "reader", "clerk"],
+        function: Callable[[], Any],
+        then: Callable[[Any], None],
+    ) -> None:
+        self._loop.off(room, function, then, self._desk.config.watch.rescan_seconds)
+
+    # --- looking ------------------------------------------------------------------------------
+
+    def _survey(self, now: float, verdicts: list[Callable[[], None]]) -> Survey:
+        """On the scanner's thread."""
+        began = time.thread_time()
+        settings = self._desk.config
+        for verdict in verdicts:
+            verdict()
+        verdicts.clear()
+        scan, trouble = None, None
+        try:
+            self._spool.require_folders()
+            self._watcher.check(self._watched_folders())
+            scan = self._inbox.scan(now, settings.watch, settings.inbox.recursive)
+            self._spool.require_space(settings.limits.min_free_disk_mib)
+        except TROUBLE as e:
+            trouble = reason_of(e)
+        commands = control.read(self._spool.control)
+        lanes = _by_lane(scan.offers if scan else (), settings.queue.policy)
+        cost = time.thread_time() - began  # seconds of CPU
+        return Survey(scan, trouble, self._spool.why_paused(), commands, lanes, cost)
+
+    def decide_watch(self) -> Mode:
+        """Anew at every look: a share may be mounted over what was a local folder."""
+        mode, self.watch = watch_mode(
+            self._desk.config.watch.mode, fs.file_system(self._spool.inbox)
+        )
+        return mode
+
+    def _watched_folders(self) -> dict[Path, bool]:
+        folders = {self._spool.control: False}
+        if self.decide_watch() == "inotify":
+            folders[self._spool.inbox] = self._desk.config.inbox.recursive
+        return folders
+
+    def _surveyed(self, survey: Survey) -> None:
+        self._scanning = False
+        self._rested = self._last_scan + survey.cost / SCAN_SHARE
+        self._next_scan = self._last_scan + self._desk.config.watch.rescan_seconds
+        self._desk.surveyed(survey)
+        if scan := survey.scan:
+            self.waiting = scan.waiting
+            self._next_scan = min(self._next_scan, scan.next_look)
+            self._quiet_since = scan.started if scan.found == 0 else None
+            stuck = scan.blocked and len(scan.blocked) == scan.found
+            self.obstacle = next(iter(scan.blocked.values())) if stuck else None
+            self._offered += len(scan.offers)
+            self._turns.add(survey.lanes)
+            self._take_turns()
+
+    # --- taking -------------------------------------------------------------------------------
+
+    def _take_turns(self) -> None:
+        """Read the next files, a few at a time: what else the clerk has to do comes in between."""
+        while self._taking < TAKING and (offer := self._turns.take()):
+            self._taking += 1
+            self._off("reader", partial(self._read, offer), partial(self._was_read, offer))
+
+    def _took(self) -> None:
+        """A file is taken, or not after all: the next one has its turn."""
+        self._offered -= 1
+        self._taking -= 1
+        self._take_turns()
+
+    def _read(self, offer: Offer) -> Request | RequestError | None:
+        """On the reader's thread: what the file asks for, why it is refused, or None: it changed."""
+        path = self._spool.inbox / offer.sub / offer.file
+        settings = self._desk.config.in_folder(offer.sub)
+        return read_job_file(path, offer.file, settings, offer.signature)
+
+    def _was_read(self, offer: Offer, result: Request | RequestError | None) -> None:
+        if result is None:
+            self._not_taken(lambda: self._inbox.put_back(offer.path))
+        elif isinstance(result, RequestError) and offer.give_up is None:
+            self._not_taken(lambda: self._inbox.object(offer.path, str(result)))
+        else:
+            then = partial(self._was_claimed, offer, result)
+            self._off("clerk", partial(self._claim, offer), then)
+
+    def _not_taken(self, verdict: Callable[[], None]) -> None:
+        self._verdicts.append(verdict)
+        self._took()
+        self.wake()
+
+    def _claim(self, offer: Offer) -> Unresolved | str | None:
+        """On the clerk's thread. None: withdrawn. A text: why it cannot be moved out."""
+        self._spool.require_folders()
+        source = self._spool.inbox / offer.sub / offer.file
+        try:
+            return self._spool.claim(offer.sub, offer.file)
+        except fs.NotPlain:
+            return None
+        except FileNotFoundError:
+            if fs.exists(source):
+                raise
+            return None
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+                raise
+            why = why_not_moved(source.parent) or describe_permissions(source.parent)
+            return f"cannot be moved out of the inbox: {e.strerror}: {why}"
+
+    def _was_claimed(
+        self, offer: Offer, result: Request | RequestError, claimed: Unresolved | str | None
+    ) -> None:
+        self.last_activity = now = time.monotonic()
+        if claimed is None:
+            self._not_taken(lambda: self._inbox.put_back(offer.path))
+            return
+        if isinstance(claimed, str):
+            again = now + self._desk.config.watch.rescan_seconds
+            self._not_taken(lambda: self._inbox.block(offer.path, claimed, again))
+            return
+        # Its name is free: the next file under it may be there before the next look.
+        self._verdicts.append(lambda: self._inbox.put_back(offer.path))
+        if isinstance(result, RequestError):
+            self._took()
+            self._desk.refuse(claimed, result)
+        else:
+            self._off("clerk", partial(self._resolve, claimed, offer, result), self._resolved)
+
+    def _resolve(
+        self, claimed: Unresolved, offer: Offer | None, asked: Request | None
+    ) -> Job | tuple[Unresolved, RequestError]:
+        """On the clerk's thread. The claimed file is looked at again: a writer may hold it still."""
+        self._spool.require_folders()
+        drop = claimed.home / "drop" / claimed.sub / claimed.file
+        if offer is None or asked is None or not _is_same(fs.signature_of(drop), offer.signature):
+            settings = self._desk.config.in_folder(claimed.sub)
+            result = read_job_file(drop, claimed.file, settings, None)
+            if not isinstance(result, Request):
+                return claimed, result or RequestError("changed while it was claimed")
+            asked = result
+        if self._desk.config.inbox.duplicates == "refuse" and (twin := self._spool.twin(claimed)):
+            return claimed, RequestError(
+                f"has the same bytes as {names.printable(twin)}, which was taken before"
+                " (inbox.duplicates: refuse); change it, if it is meant to be rendered again"
+            )
+        settled = Settled(offer.settled if offer else time.monotonic(), self._spool.boot)
+        kept = settings_of(self._desk.config)
+        return self._spool.resolve(claimed, parse.with_seeds(asked, claimed.id), settled, kept)
+
+    def _resolved(self, result: Job | tuple[Unresolved, RequestError]) -> None:
+        self._took()
+        self.last_activity = time.monotonic()
+        if isinstance(result, Job):
+            log.get().info(
+                "job.claimed",
+                job=result.id,
+                file=names.printable(result.path),
+                images=result.images,
+                folder=result.folder,
+            )
+            self._desk.accept(result)
+        else:
+            self._desk.refuse(*result)
+
+
+def _by_lane(offers: Iterable[Offer], policy: str) -> dict[str, list[Offer]]:
+    """By top-level sub-folder (fair), or all in one (fifo). Off the loop: there may be very many."""
+    lanes: dict[str, list[Offer]] = {}
+    for offer in offers:
+        lane = offer.sub.partition("/")[0] if policy == "fair" else ""
+        lanes.setdefault(lane, []).append(offer)
+    return lanes
+
+
+def settings_of(config: Config) -> Settings:
+    """What a job claimed now keeps of the configuration."""
+    section = config.engine
+    return Settings(config.prompt, config.output, section.max_attempts, section.on_timeout)
+
+
+def _is_same(now: fs.Signature | None, then: fs.Signature) -> bool:
+    """Whether inode, size and mtime are the same: the rename itself changed only ctime."""
+    return now is not None and now[:3] == then[:3]

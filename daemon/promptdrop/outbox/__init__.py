@@ -1,0 +1,5 @@
+"""What readers see: images and sidecars, made visible once and whole.
+
+It writes into the outbox and into the job's own folder, and never moves a job from state to state:
+that is the spool's.
+"""

@@ -1,0 +1,79 @@
+"""An engine as a child process of this one: `promptdrop.engines.worker` at the other end of a socket."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from promptdrop.config import Config
+from promptdrop.pool.link import EngineLink
+
+
+class ChildProcess:
+    """A Life: a child in a process group of its own, to be killed as one."""
+
+    is_lost = False
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        """Called in a thread that lasts as long as the child may: PR_SET_PDEATHSIG follows it.
+
+        Raises OSError: out of descriptors, processes or memory.
+        """
+        self.socket, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-m", "promptdrop.engines.worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                    start_new_session=True,
+                    env=environment,
+                )
+            self._pidfd = os.pidfd_open(self._popen.pid)
+        except OSError:
+            self.socket.close()  # an engine that was started ends with its end of the pipe
+            raise
+        self.socket.setblocking(False)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id and process group."""
+        return self._popen.pid
+
+    def ends(self) -> list[int]:
+        return [self._pidfd]
+
+    def has_ended(self) -> bool:
+        return self._popen.poll() is not None
+
+    def how_it_ended(self) -> str:
+        code = self._popen.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # dead and reaped
+
+    def reap(self, seconds: float) -> bool:
+        self.kill()
+        try:
+            self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            self.socket.close()
+            os.close(self._pidfd)
+        return True
+
+
+def start(config: Config, environment: dict[str, str] | None = None) -> EngineLink:
+    """A new engine process, loading `config`. Raises OSError: as ChildProcess."""
+    child, now = ChildProcess(environment), time.monotonic()
+    link = EngineLink(child, started=now, loads_since=now, pid=child.pid, host=socket.gethostname())
+    link.send(config)
+    return link

@@ -1,0 +1,179 @@
+"""Rules that only a model which draws can show, on the demonstration model that ships."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+
+from demo_model.evaluate import Case, draw, held_out_cases, load, round_trip_psnr
+from demo_model.judge import Seen, is_right, look
+from demo_model.world import Scene, Thing
+from harness import REPOSITORY, Daemon
+from promptdrop import config as configuration
+from promptdrop import weights
+from promptdrop.config import Prompt
+from promptdrop.engines.engine import render_one
+from promptdrop.engines.zimage import ZImageEngine
+from promptdrop.nouns import ImageSpec
+
+Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+
+MOST_BYTES = 16_000_000
+LEAST_RIGHT = 10  # of 12 held-out prompts; the seeds are fixed
+RED_CIRCLE = Scene((Thing("red", "circle"),), "white")
+BLUE_STAR = Scene((Thing("blue", "star"),), "yellow")
+SPEC = ImageSpec(1, "", None, 128, 128, 9, 0.0, 7, "euler", "png", 60.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors are quickest on one thread, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ZImagePipeline:
+    """diffusers' own pipeline on the model as it ships."""
+    return load(weights.DEMO, torch.float32)
+
+
+def red_circle(seed: int) -> Case:
+    return Case("", "a red circle", Scene(()), 128, 128, seed)
+
+
+def things(seen: Seen) -> list[Thing]:
+    return [Thing(t.thing.colour, t.thing.shape) for t in seen.things]
+
+
+def test_the_model_is_whole_and_small() -> None:
+    """Every file that model_index.json and the weights' indexes name is there, in 16 MB at most."""
+    assert not weights.missing_files(weights.DEMO)
+    assert sum(f.stat().st_size for f in weights.DEMO.rglob("*") if f.is_file()) <= MOST_BYTES
+
+
+def test_a_wheel_carries_the_model(tmp_path: Path) -> None:
+    """`model demo` of an installed wheel writes every byte of it, and imports no torch."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "daemon", tmp_path / "daemon")
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path / "site")
+    script = (
+        "import sys; from promptdrop.cli import parser; assert parser.main() == 0;"
+        " print(parser.__file__, 'torch' in sys.modules)"
+    )
+    written = subprocess.run(
+        [sys.executable, "-c", script, "model", "demo", "copied"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert written.stdout.splitlines()[-1] == f"{tmp_path}/site/promptdrop/cli/parser.py False"
+    assert contents(tmp_path / "copied") == contents(weights.DEMO)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder, by its place there."""
+    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_out_prompts_are_drawn(dtype: torch.dtype) -> None:
+    """Prompts of both kinds and languages that training never saw come out right, in either precision."""
+    kinds = ("one object", "two objects")
+    cases = [c for c in held_out_cases(500) if c.kind in kinds and c.height * c.width < 40000]
+    english = [c for c in cases if c.text.isascii()]
+    chinese = [c for c in cases if not c.text.isascii()]
+    chosen = english[:4] + english[-2:] + chinese[:4] + chinese[-2:]
+    pipe = load(weights.DEMO, dtype)
+    right = sum(is_right(look(draw(pipe, [case])[0]), case.asked) for case in chosen)
+
+    assert pipe.transformer.dtype == dtype
+    assert right >= LEAST_RIGHT
+
+
+def test_a_seed_is_a_picture(pipe: ZImagePipeline) -> None:
+    """The same seed gives the same pixels, another seed another picture."""
+    first, again, other = (draw(pipe, [red_circle(seed)]) for seed in (1, 1, 2))
+
+    assert np.array_equal(first, again)
+    assert np.abs(first.astype(int) - other).mean() > 1
+
+
+def test_a_batch_draws_what_singles_draw(pipe: ZImagePipeline) -> None:
+    """Prompts drawn together are the pictures they are alone, but for rounding."""
+    cases = [c for c in held_out_cases(500) if (c.height, c.width) == (128, 128)][:3]
+    together = draw(pipe, cases)
+    alone = np.concatenate([draw(pipe, [case]) for case in cases])
+
+    assert [things(look(pixels)) for pixels in together] == [things(look(p)) for p in alone]
+    assert np.abs(together.astype(int) - alone).mean() < 1
+
+
+def test_the_vae_keeps_pictures(pipe: ZImagePipeline) -> None:
+    """Encoding and decoding a held-out picture keeps 35 dB or more."""
+    assert round_trip_psnr(pipe, count=8, side=160) >= 35
+
+
+@pytest.mark.parametrize(
+    ("overflow", "kept"), [("keep_head", RED_CIRCLE), ("keep_tail", BLUE_STAR)]
+)
+def test_truncation_keeps_the_end_it_names(overflow: str, kept: Scene) -> None:
+    """Of a prompt that is too long, keep_head draws its beginning and keep_tail its end."""
+    sizes = {"model": {"path": str(weights.DEMO), "device": "cpu"}, "engine": {"warmup": []}}
+    engine = ZImageEngine(configuration.parse(sizes), lambda stage: None)
+    text = "a red circle on a white background" + " a" * 40 + " a blue star on a yellow background"
+    prompt = Prompt.model_validate({"max_tokens": 21, "overflow": overflow})
+    buffer = bytearray(128 * 128 * 3)
+    spec = SPEC._replace(prompt=text)
+    rendering = render_one(engine, spec, prompt, lambda step, steps: None, memoryview(buffer))
+    seen = look(np.frombuffer(buffer, np.uint8).reshape(128, 128, 3))
+
+    assert rendering.truncated
+    assert is_right(seen, kept)
+
+
+def test_the_prompt_decides_the_picture(make_daemon: Callable[..., Daemon]) -> None:
+    """Dropped, rendered, published, read back: what was asked for, in either language."""
+    asked = {
+        "a large red circle in the center on a white background": Scene(
+            (Thing("red", "circle", "large"),), "white", position="center"
+        ),
+        "右下角有一个小的黄色三角形，蓝色背景": Scene(
+            (Thing("yellow", "triangle", "small"),), "blue", position="bottom right"
+        ),
+        "a large red circle above a small blue square on a yellow background": Scene(
+            (Thing("red", "circle", "large"), Thing("blue", "square", "small")),
+            "yellow",
+            relation="above",
+        ),
+    }
+    daemon = make_daemon()
+    daemon.settings = {**daemon.settings, "model": {"path": str(weights.DEMO)}}
+    daemon.write_config()
+    images = [{"prompt": text, "seed": 5, "size": "160x160"} for text in asked]
+    daemon.drop("shapes.json", json.dumps({"images": images}))
+    done = daemon.drain(timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    for sidecar in daemon.sidecars("shapes"):
+        with Image.open(daemon.outbox / "shapes" / sidecar["image"]["file"]) as picture:
+            seen = look(np.asarray(picture))
+        assert is_right(seen, asked[sidecar["prompt"]["text"]]), (sidecar["prompt"], seen)

@@ -1,0 +1,162 @@
+"""A machine with a real systemd, booted in namespaces for a test module and taken down with it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import until
+
+SCRIPT = Path(__file__).with_name("machine.sh")
+SYSTEMD = Path("/lib/systemd/systemd")
+BOOT_SECONDS = 60.0
+
+
+def why_not() -> str | None:
+    """What keeps a machine from booting here, or None."""
+    if os.geteuid() != 0:
+        return "namespaces and cgroups need root"
+    if not SYSTEMD.exists():
+        return f"{SYSTEMD} is not there: apt-get install systemd"
+    for tool in ("unshare", "nsenter", "setpriv", "pivot_root"):
+        if not shutil.which(tool):
+            return f"no {tool}: apt-get install util-linux"
+    known = Path("/proc/filesystems").read_text().split()
+    for kind in ("overlay", "cgroup2"):
+        if kind not in known:
+            return f"the kernel has no {kind}"
+    probe = "mkdir u w r && mount -t tmpfs t u && mkdir u/f u/w && mount -t overlay -o lowerdir=/,upperdir=u/f,workdir=u/w o r && mount -t cgroup2 c w"
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--net", "--cgroup",
+         "bash", "-c", f"cd $(mktemp -d) && {probe}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return f"namespaces, overlay or cgroup2 are refused: {done.stderr}" if done.returncode else None
+
+
+class Machine:
+    """`run` runs a command on it. The root of its file system is an overlay of ours."""
+
+    def __init__(self, folder: Path, binds: dict[Path, str]) -> None:
+        if reason := why_not():
+            pytest.skip(reason)
+        self.folder = folder
+        folder.mkdir()
+        (folder / "log").touch()
+        with (folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                ["env", "STAGE=begin", "bash", str(SCRIPT), str(folder),
+                 *(f"{source}:{target}" for source, target in binds.items())],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        self._pid = 0
+        until(self._is_up, f"systemd; {folder}/log", BOOT_SECONDS)
+
+    def _is_up(self) -> bool:
+        assert self._process.poll() is None, (self.folder / "log").read_text()
+        self._pid = self._pid or self._find_init()
+        if not self._pid:
+            return False
+        state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
+        return state in ("running", "degraded")
+
+    def _find_init(self) -> int:
+        """The innermost child, once it is systemd."""
+        pid = self._process.pid
+        while children := _children(pid):
+            pid = children[0]
+        try:
+            is_systemd = Path(f"/proc/{pid}/exe").resolve() == SYSTEMD.resolve()
+        except OSError:
+            return 0
+        return pid if is_systemd else 0
+
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command as root on the machine."""
+        done = subprocess.run(
+            ["nsenter", "-t", str(self._pid), "-p", "-m", "-u", "-i", "-n", "-C", "--root", "--wd",
+             "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *command],
+            capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
+        return done
+
+    def shell(self, script: str, check: bool = True) -> str:
+        """What a line of sh prints on the machine."""
+        return self.run("sh", "-ec", script, check=check).stdout
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file on the machine."""
+        subprocess.run(
+            ["nsenter", "-t", str(self._pid), "-m", "--root", "--wd", "sh", "-ec",
+             'mkdir -p "${1%/*}"; cat > "$1"', "sh", path],
+            input=text, text=True, check=True,
+        )  # fmt: skip
+
+    def show(self, unit: str, key: str) -> str:
+        """One property of a unit."""
+        return self.run("systemctl", "show", "--value", "-p", key, unit).stdout.strip()
+
+    def journal(self, unit: str) -> list[str]:
+        """What the unit's own processes wrote, a line each."""
+        self.run("journalctl", "--sync")
+        done = self.run("journalctl", "-u", unit, "-o", "cat", "_TRANSPORT=stdout")
+        return done.stdout.splitlines()
+
+    def stop(self) -> None:
+        """Take the machine down and wait until nothing of it is left."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)  # the PID 1 of its namespace: all go with it
+        try:
+            self._process.wait(30)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+
+def installation(folder: Path) -> dict[Path, str]:
+    """Binds that put this Python, its packages and our source where the README installs them.
+
+    /opt is where the unit looks; /root and /home, where they may really lie, are closed to it.
+    """
+    source = Path(__file__).parents[2]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = next(Path(p) for p in sys.path if p.endswith("site-packages"))
+    bin_folder = folder / "bin"
+    site = folder / f"lib/{version}/site-packages"
+    for path in (bin_folder, site):
+        path.mkdir(parents=True)
+    (folder / "pyvenv.cfg").write_text("home = /opt/python/bin\n")
+    (bin_folder / "python").symlink_to(f"/opt/python/bin/{version}")
+    for command, module in (
+        ("promptdrop", "promptdrop.cli.parser"),
+        ("ray", "ray.scripts.scripts"),
+    ):
+        (bin_folder / command).write_text(
+            "#!/opt/promptdrop/.venv/bin/python\nimport sys\n"
+            f"from {module} import main\nsys.exit(main())\n"
+        )
+        (bin_folder / command).chmod(0o755)
+    (site / "promptdrop.pth").write_text("/opt/promptdrop/daemon\n/opt/promptdrop/packages\n")
+    return {
+        Path(sys.base_prefix): "/opt/python",
+        packages: "/opt/promptdrop/packages",
+        source / "daemon": "/opt/promptdrop/daemon",
+        source / "systemd": "/opt/promptdrop/systemd",
+        source / "README.md": "/opt/promptdrop/README.md",
+        folder: "/opt/promptdrop/.venv",
+    }
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in listed.split()]
