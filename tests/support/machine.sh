@@ -22,6 +22,7 @@ host() {
         source=${bind%%:*}; target=$root${bind#*:}
         if [ -d "$source" ]; then mkdir -p "$target"; else mkdir -p "${target%/*}"; : > "$target"; fi
         mount --rbind "$source" "$target"
+        mount -o remount,bind,ro "$target"  # what a test removes in there must not go from here
     done
     mount -t cgroup2 cgroup2 "$groups"
     own=$groups$(sed -n s/^0:://p /proc/self/cgroup)/promptdrop-test.$$
