@@ -31,7 +31,9 @@ from promptdrop import config, log
 from promptdrop.intake.inbox import Inbox
 from promptdrop.intake.intake import settings_of
 from promptdrop.nouns import ImageSpec, Request
-from promptdrop.spool.spool import Settled, Spool
+from promptdrop.spool import claim, recovery
+from promptdrop.spool.detail import Settled
+from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.supervisor import GC_THRESHOLDS, Supervisor
 
 Points = list[tuple[float, float]]
@@ -89,22 +91,22 @@ def make_pending(spool: Spool, jobs: int) -> None:
     for n in range(jobs):
         job_id = f"20260101T{n:012d}-abcdef"
         sub, name = (f"sub{n % 10}" if n % 2 else ""), f"job{n:06d}"
-        home = spool.own / "pending" / job_id
+        home = spool.paths.state / "pending" / job_id
         os.makedirs(home / "drop" / sub)
         (home / "drop" / sub / f"{name}.txt").write_text("a red fox\n")
         folder = f"{sub}/{name}" if sub else name
         record |= {"id": job_id, "sub": sub, "file": f"{name}.txt", "folder": folder}
         (home / "request.json").write_text(json.dumps(record))
-        os.makedirs(spool.outbox / folder)
+        os.makedirs(spool.paths.outbox / folder)
     shutil.rmtree(claimed.home)
 
 
 def _one_job(spool: Spool):  # type: ignore[no-untyped-def]
-    (spool.inbox / "one.txt").write_text("a red fox\n")
+    (spool.paths.inbox / "one.txt").write_text("a red fox\n")
     prompt = "a red fox in fresh snow, morning light, wide shot"
     spec = ImageSpec(1, prompt, None, 64, 64, 3, 0.0, 1, "euler", "png", 60.0)
-    return spool.resolve(
-        spool.claim("", "one.txt"), Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
+    return claim.resolve(
+        spool, claim.claim(spool, "", "one.txt"), Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
     )  # fmt: skip
 
 
@@ -134,9 +136,9 @@ def measure_pending(home: Path) -> dict[str, float]:
     """Recovery, memory and turns."""
     settings = settings_for(home)
     spool = Spool(settings)
-    spool.prepare()
+    spool.folders.prepare()
     began = time.monotonic()
-    spool.recover()
+    recovery.recover(spool)
     recovered = time.monotonic() - began
     daemon = Timed(settings, RENDERED, 300)
     daemon.run()
@@ -171,15 +173,15 @@ def measure_one_job(home: Path, seconds: float) -> dict[str, float]:
 def measure_claims(home: Path, claims: int) -> dict[str, float]:
     """Claim and resolve, without the engine."""
     spool = Spool(settings_for(home))
-    spool.prepare()
+    spool.folders.prepare()
     times = []
     for n in range(claims):
-        (spool.inbox / f"new{n}.txt").write_text("a\n")
+        (spool.paths.inbox / f"new{n}.txt").write_text("a\n")
         began = time.perf_counter()
-        claimed = spool.claim("", f"new{n}.txt")
+        claimed = claim.claim(spool, "", f"new{n}.txt")
         spec = ImageSpec(1, "a", None, 64, 64, 3, 0.0, 1, "euler", "png", 60.0)
-        spool.resolve(
-            claimed, Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
+        claim.resolve(
+            spool, claimed, Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
         )
         times.append(time.perf_counter() - began)
     return {"claim_first_ms": times[0] * 1e3, "claim_median_ms": statistics.median(times[1:]) * 1e3}
@@ -245,7 +247,7 @@ def scratch() -> Iterator[Path]:
 def fill_outbox(spool: Spool, images: int) -> None:
     """Finished jobs of 100 empty images."""
     for n in range(images // 100):
-        folder = spool.outbox / f"old{n:06d}"
+        folder = spool.paths.outbox / f"old{n:06d}"
         folder.mkdir()
         for image in range(100):
             os.close(os.open(folder / f"old{n:06d}-{image:04d}.png", os.O_CREAT | os.O_WRONLY))
@@ -314,7 +316,7 @@ def main() -> None:
     for jobs in wanted.pending:
         with scratch() as home:
             spool = Spool(settings_for(home))
-            spool.init()
+            spool.folders.init()
             make_pending(spool, jobs)
             found = in_a_child(measure_pending, home)
         say("pending", jobs, found)
@@ -325,7 +327,7 @@ def main() -> None:
     for images in wanted.outbox:
         with scratch() as home:
             spool = Spool(settings_for(home))
-            spool.init()
+            spool.folders.init()
             fill_outbox(spool, images)
             found = in_a_child(measure_claims, home, 50)
             make_pending(spool, RENDERED)
@@ -340,10 +342,10 @@ def main() -> None:
         if count:
             with scratch() as home:
                 spool = Spool(settings_for(home))
-                spool.init()
+                spool.folders.init()
                 names = ["one.yaml"] if text else [f"{n:06d}.txt" for n in range(count)]
                 for name in names:
-                    (spool.inbox / name).write_text(text or "a red fox\n")
+                    (spool.paths.inbox / name).write_text(text or "a red fox\n")
                 say(what, count, in_a_child(measure, home, wanted.seconds))
     if wanted.files:
         for new, there in ((1, wanted.files), (wanted.files, 0)):

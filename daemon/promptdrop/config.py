@@ -255,9 +255,14 @@ class Config(Section):
         return self._absolute(self.paths.failed) if self.paths.failed else self.spool / "failed"
 
     @property
+    def state(self) -> Path:
+        """The state folder, which only the daemon writes; spool/paths.py says what lies in it."""
+        return self.spool / ".promptdrop"
+
+    @property
     def cache(self) -> Path:
         """What is made again when it is gone."""
-        return self.spool / ".promptdrop" / "cache"
+        return self.state / "cache"
 
     @property
     def model_path(self) -> Path | None:

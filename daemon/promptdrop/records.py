@@ -4,12 +4,17 @@ Keys may be added; a key that changes or goes makes a new version of its schema.
 """
 
 import json
+import socket
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from promptdrop import __version__
 from promptdrop.nouns import ImageOutcome, JobOutcome
+
+HOST = socket.gethostname()  # `host` of what this machine writes
+VERSION = f"promptdrop {__version__}"  # ... and its `version`
 
 
 class Record(BaseModel):

@@ -13,7 +13,10 @@ from harness import Daemon, until
 from promptdrop import config, fs
 from promptdrop.nouns import Request
 from promptdrop.request import parse
-from promptdrop.spool.spool import Settings, Settled, Spool
+from promptdrop.spool import claim, recovery
+from promptdrop.spool.detail import ClaimedSettings, Settled
+from promptdrop.spool.failed import failures
+from promptdrop.spool.spool import Spool
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -22,7 +25,7 @@ MakeDaemon = Callable[..., Daemon]
 def spool(tmp_path: Path) -> Spool:
     """A spool that no daemon runs on."""
     spool = Spool(config.parse({"root": str(tmp_path / "spool"), "model": {"id": "gradient"}}))
-    spool.init()
+    spool.folders.init()
     return spool
 
 
@@ -34,24 +37,24 @@ def test_a_folder_swapped_for_a_link_gives_nothing_away(spool: Spool, tmp_path: 
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "deep").mkdir(parents=True)
     (elsewhere / "deep/a.txt").write_text("a secret\n")
-    (spool.inbox / "sub").symlink_to(elsewhere)
+    (spool.paths.inbox / "sub").symlink_to(elsewhere)
 
     for sub in ("sub/deep", "sub"):
         with pytest.raises(fs.NotPlain):
-            spool.claim(sub, "a.txt")
+            claim.claim(spool, sub, "a.txt")
     assert (elsewhere / "deep/a.txt").read_text() == "a secret\n"
-    assert not list((spool.own / "pending").iterdir())
+    assert not list((spool.paths.state / "pending").iterdir())
 
 
 def test_a_folder_in_the_place_of_a_file_stays_where_it_is(spool: Spool) -> None:
     """Swapped in just before the claim: it is no file, and what it holds is not ours to move."""
-    (spool.inbox / "a.txt").mkdir()
-    (spool.inbox / "a.txt/b.bin").write_text("mine\n")
+    (spool.paths.inbox / "a.txt").mkdir()
+    (spool.paths.inbox / "a.txt/b.bin").write_text("mine\n")
 
     with pytest.raises(fs.NotPlain):
-        spool.claim("", "a.txt")
-    assert (spool.inbox / "a.txt/b.bin").read_text() == "mine\n"
-    assert not list((spool.own / "pending").iterdir())
+        claim.claim(spool, "", "a.txt")
+    assert (spool.paths.inbox / "a.txt/b.bin").read_text() == "mine\n"
+    assert not list((spool.paths.state / "pending").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
@@ -80,11 +83,10 @@ def test_a_file_swapped_before_its_claim_is_moved_not_read(
 
 def test_a_pipe_among_the_records_of_others_hangs_nobody(spool: Spool) -> None:
     """Whoever may write to failed/ can leave a pipe named like a reason there."""
-    (spool.failed / "a.txt").write_text("a cat\n")
-    os.mkfifo(spool.failed / "a.txt.error.json")
-    from promptdrop.spool.spool import failures
+    (spool.paths.failed / "a.txt").write_text("a cat\n")
+    os.mkfifo(spool.paths.failed / "a.txt.error.json")
 
-    assert list(failures(spool.failed)) == [("a.txt", {})]
+    assert list(failures(spool.paths.failed)) == [("a.txt", {})]
 
 
 # --- folders --------------------------------------------------------------------------------
@@ -138,15 +140,16 @@ def test_a_long_prompt_is_recorded_once(spool: Spool) -> None:
         ".yaml",
         spool.config,
     )
-    (spool.inbox / "a.yaml").write_text("a cat\n")
+    (spool.paths.inbox / "a.yaml").write_text("a cat\n")
     settings = spool.config
-    job = spool.resolve(
-        spool.claim("", "a.yaml"),
+    job = claim.resolve(
+        spool,
+        claim.claim(spool, "", "a.yaml"),
         parse.with_seeds(asked, "x"),
         Settled(0.0, spool.boot),
-        Settings(settings.prompt, settings.output, 3, "fail"),
+        ClaimedSettings(settings.prompt, settings.output, 3, "fail"),
     )
-    (again,), _ = spool.recover()
+    (again,), _ = recovery.recover(spool)
 
     assert (job.home / "request.json").stat().st_size < 4_000_000
     assert again.specs == job.specs

@@ -9,11 +9,15 @@ import pytest
 from promptdrop import config, fs
 from promptdrop.errors import ConfigError, DiskTrouble, SpoolBusy
 from promptdrop.nouns import ImageSpec, Request
-from promptdrop.spool.spool import ImageState, Job, Settings, Settled, Spool, why_not_moved
+from promptdrop.spool import claim, recovery
+from promptdrop.spool.detail import ClaimedSettings, Settled
+from promptdrop.spool.job import ImageState, Job
+from promptdrop.spool.permissions import why_not_moved
+from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.queue import Queue
 
 SPEC = ImageSpec(1, "a", None, 64, 64, 1, 0.0, 1, "euler", "png", 60.0)
-SETTINGS = Settings(config.Prompt(), config.Output(), 3, "fail")
+SETTINGS = ClaimedSettings(config.Prompt(), config.Output(), 3, "fail")
 
 
 def make_spool(tmp_path: Path, **keys: Any) -> Spool:
@@ -24,42 +28,44 @@ def make_spool(tmp_path: Path, **keys: Any) -> Spool:
 
 def claimed_job(spool: Spool, sub: str, file: str, priority: int = 0, images: int = 1) -> Job:
     """Drop a file, claim and resolve it."""
-    (spool.inbox / sub).mkdir(exist_ok=True, parents=True)
-    (spool.inbox / sub / file).write_text("a\n")
+    (spool.paths.inbox / sub).mkdir(exist_ok=True, parents=True)
+    (spool.paths.inbox / sub / file).write_text("a\n")
     specs = tuple(ImageSpec(**{**SPEC.to_json(), "image": n + 1}) for n in range(images))
-    claimed = spool.claim(sub, file)
-    return spool.resolve(claimed, Request(specs, priority), Settled(0.0, spool.boot), SETTINGS)
+    claimed = claim.claim(spool, sub, file)
+    return claim.resolve(
+        spool, claimed, Request(specs, priority), Settled(0.0, spool.boot), SETTINGS
+    )
 
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
     """An initialised spool."""
     made = make_spool(tmp_path)
-    made.init()
+    made.folders.init()
     return made
 
 
 def test_a_newer_spool_is_refused(spool: Spool) -> None:
     """78: an old daemon must not touch what it does not understand."""
-    (spool.own / "version").write_text("99\n")
+    (spool.paths.state / "version").write_text("99\n")
 
     with pytest.raises(ConfigError, match="version 99, written by a newer promptdrop"):
-        spool.prepare()
+        spool.folders.prepare()
 
 
 def test_one_daemon_per_spool(spool: Spool, tmp_path: Path) -> None:
     """The second is told the first one's pid; when the first ends, the spool is free."""
-    spool.lock()
+    spool.lock.acquire()
     other = make_spool(tmp_path)
     with pytest.raises(SpoolBusy, match=rf"pid {os.getpid()}"):
-        other.lock()
-    busy = other.daemon_pid()
-    spool.unlock()
+        other.lock.acquire()
+    busy = other.lock.daemon_pid()
+    spool.lock.release()
 
     assert busy == os.getpid()
-    assert other.daemon_pid() is None
-    other.lock()
-    other.unlock()
+    assert other.lock.daemon_pid() is None
+    other.lock.acquire()
+    other.lock.release()
 
 
 @pytest.mark.parametrize("name", ["outbox", "failed"])
@@ -68,29 +74,29 @@ def test_folders_that_feed_on_themselves_are_refused(tmp_path: Path, name: str) 
     inside = make_spool(tmp_path, paths={name: str(tmp_path / "spool" / "inbox" / "x")})
 
     with pytest.raises(ConfigError, match=rf"paths\.{name}: .* lies inside the inbox"):
-        inside.prepare()
+        inside.folders.prepare()
 
 
 def test_run_never_makes_a_configured_outbox(tmp_path: Path) -> None:
     """Where a mount is missing, an empty folder must not take its place."""
     outbox = tmp_path / "share"
     spool = make_spool(tmp_path, paths={"outbox": str(outbox)})
-    spool.prepare()
+    spool.folders.prepare()
 
     assert not outbox.exists()
     with pytest.raises(DiskTrouble, match=f"outbox {outbox} is missing"):
-        spool.require_folders()
-    spool.init()
-    spool.require_folders()
+        spool.folders.require()
+    spool.folders.init()
+    spool.folders.require()
 
 
 def test_a_mount_point_is_remembered(spool: Spool) -> None:
     """One that was mounted and is not is missing, though an empty folder stands there."""
-    fs.write_durably(spool.own / "mounts.json", b'{"mounts": ["outbox"]}')
-    spool.prepare()
+    fs.write_durably(spool.paths.state / "mounts.json", b'{"mounts": ["outbox"]}')
+    spool.folders.prepare()
 
     with pytest.raises(DiskTrouble, match="was a mount point and is not mounted"):
-        spool.require_folders()
+        spool.folders.require()
 
 
 def test_folders_are_never_shared(spool: Spool) -> None:
@@ -111,15 +117,15 @@ def test_folders_are_never_shared(spool: Spool) -> None:
 def test_a_claim_of_a_withdrawn_file_leaves_nothing(spool: Spool) -> None:
     """Gone between look and rename: forgotten."""
     with pytest.raises(FileNotFoundError):
-        spool.claim("", "gone.txt")
+        claim.claim(spool, "", "gone.txt")
 
-    assert list((spool.own / "pending").iterdir()) == []
+    assert list((spool.paths.state / "pending").iterdir()) == []
 
 
 def test_ids_sort_by_arrival(spool: Spool) -> None:
     """Also within a microsecond, and when the wall clock is set back."""
     ids = [claimed_job(spool, "", f"{n}.txt").id for n in range(20)]
-    spool._last_id = "99991231T235959999999"
+    spool.ids.last = "99991231T235959999999"
     later = [claimed_job(spool, "", f"later{n}.txt").id for n in range(2)]
 
     assert ids == sorted(ids)
@@ -196,7 +202,7 @@ def test_an_image_that_daemons_die_of_goes_behind(spool: Spool) -> None:
 def test_a_free_name_is_free_in_any_case(spool: Spool) -> None:
     """`Cat` is taken where `cat` stands: some client could not tell them apart. So is status.json."""
     for stranger in ("cat", "CAT~2"):
-        (spool.outbox / stranger).mkdir()
+        (spool.paths.outbox / stranger).mkdir()
 
     folders = [claimed_job(spool, "", file).folder for file in ("Cat.txt", "STATUS.json.txt")]
 
@@ -206,11 +212,11 @@ def test_a_free_name_is_free_in_any_case(spool: Spool) -> None:
 def test_a_name_is_free_again_once_its_folder_is_taken_away(spool: Spool) -> None:
     """What readers fetch and remove does not count."""
     first = claimed_job(spool, "sub", "Cat.txt")
-    (spool.outbox / "sub" / "stranger").mkdir()
-    spool._live.clear()
+    (spool.paths.outbox / "sub" / "stranger").mkdir()
+    spool.outbox._live.clear()
     second = claimed_job(spool, "sub", "cat.txt")
-    (spool.outbox / first.folder).rmdir()
-    spool._live.clear()
+    (spool.paths.outbox / first.folder).rmdir()
+    spool.outbox._live.clear()
     third = claimed_job(spool, "SUB", "CAT.txt")
 
     assert [job.folder for job in (first, second, third)] == ["sub/Cat", "sub/cat~2", "sub/CAT"]
@@ -219,15 +225,15 @@ def test_a_name_is_free_again_once_its_folder_is_taken_away(spool: Spool) -> Non
 def test_a_ready_mark_goes_with_its_file(tmp_path: Path) -> None:
     """The next file of the name needs a mark of its own; a crash between the two is made good."""
     spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
-    spool.init()
-    mark = spool.inbox / "a.txt.done"
+    spool.folders.init()
+    mark = spool.paths.inbox / "a.txt.done"
     mark.touch()
     claimed_job(spool, "", "a.txt")
     taken_along = not mark.exists()
-    (spool.inbox / "a.txt").write_text("a\n")
-    spool.claim("", "a.txt")
+    (spool.paths.inbox / "a.txt").write_text("a\n")
+    claim.claim(spool, "", "a.txt")
     mark.touch()  # as if we had died before it was taken along
-    spool.recover()
+    recovery.recover(spool)
 
     assert taken_along
     assert not mark.exists()

@@ -27,7 +27,7 @@ import psutil
 
 from harness import Daemon, merged, until
 from promptdrop.spool import control
-from promptdrop.spool.spool import failures
+from promptdrop.spool.failed import failures
 
 SETTINGS: dict[str, Any] = {
     "watch": {"settle_seconds": 0.02, "rescan_seconds": 0.2},

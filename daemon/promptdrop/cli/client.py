@@ -11,7 +11,11 @@ from typing import Any
 
 from promptdrop import clock, fs, names
 from promptdrop.errors import ConfigError, PromptdropError, UsageError
-from promptdrop.spool.spool import Spool, failures, read_json
+from promptdrop.spool import paths
+from promptdrop.spool.failed import failures
+from promptdrop.spool.permissions import SHARED_MODE
+from promptdrop.spool.record import read_json
+from promptdrop.spool.spool import Spool
 
 POLL_SECONDS = 0.1
 LOST_SECONDS = 5.0  # a file that is nowhere for so long was withdrawn
@@ -52,13 +56,13 @@ def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
 
     Raises ConfigError: there is no inbox. OSError: it cannot be written.
     """
-    folder = spool.inbox / sub
+    folder = spool.paths.inbox / sub
     if not folder.is_dir():
-        if not spool.inbox.is_dir():
+        if not spool.paths.inbox.is_dir():
             raise ConfigError(
-                f"{spool.inbox}: no such inbox; make the spool with: promptdrop init DIR"
+                f"{spool.paths.inbox}: no such inbox; make the spool with: promptdrop init DIR"
             )
-        fs.make_directories(folder, 0o2775, below=spool.inbox)
+        fs.make_directories(folder, SHARED_MODE, below=spool.paths.inbox)
     stem, suffix = names.split(file)
     moment, n = clock.timestamp(), 1
     with fs.temporary(folder, 0o664) as (handle, temporary):
@@ -85,9 +89,7 @@ def name_of_prompt(prompt: str) -> str:
 
 def read_status(spool: Spool) -> dict[str, Any] | None:
     """What the daemon wrote last, or None: no daemon owns this spool, or it has only just begun."""
-    return (
-        (read_json(spool.own / "status.json") or None) if spool.daemon_pid() is not None else None
-    )
+    return (read_json(spool.paths.status) or None) if spool.lock.daemon_pid() is not None else None
 
 
 def wait(
@@ -103,7 +105,7 @@ def wait(
     ends: dict[int, Ended] = {}
     homes: dict[str, dict[str, Any]] = {}
     while len(ends) < len(drops):
-        status = read_json(spool.own / "status.json")
+        status = read_json(spool.paths.status)
         _look_at_homes(spool, homes)
         waiting = [(n, one) for n, one in enumerate(drops) if n not in ends]
         for n, one in waiting:
@@ -114,7 +116,7 @@ def wait(
                 raise PromptdropError(
                     f"{names.printable(one.path)}: no longer in the spool; somebody withdrew it"
                 )
-        alive = (status or None) if spool.daemon_pid() is not None else None
+        alive = (status or None) if spool.lock.daemon_pid() is not None else None
         on_poll(alive, [one for n, one in waiting if n not in ends])
         if len(ends) < len(drops):
             time.sleep(POLL_SECONDS)
@@ -138,7 +140,7 @@ def find_unfinished(spool: Spool, name: str) -> list[Match]:
 def find_failed(spool: Spool, name: str | None) -> list[Match]:
     """Files in failed/ that NAME (an id, SUB/FILE or SUB/JOB) fits; all of them for None."""
     found = []
-    for target, record in failures(spool.failed):
+    for target, record in failures(spool.paths.failed):
         known = {target, names.printable(target), record.get("id"), record.get("folder")}
         if name is None or name in known:
             found.append(
@@ -164,7 +166,7 @@ def only(found: list[Match], name: str, where: str) -> Match:
 
 def pictures(spool: Spool, folder: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The published images of an outbox folder, in order, each with its sidecar."""
-    home = spool.outbox / folder
+    home = spool.paths.outbox / folder
     sidecars = [
         read_json(Path(entry.path)) for entry in fs.entries(home) if entry.name.endswith(".json")
     ]
@@ -176,30 +178,26 @@ def pictures(spool: Spool, folder: str) -> Iterator[tuple[Path, dict[str, Any]]]
 
 
 def _unfinished(spool: Spool) -> Iterator[dict[str, Any]]:
-    for state in ("pending", "active"):
-        for entry in sorted(fs.entries(spool.own / state), key=lambda entry: entry.name):
-            if record := read_json(Path(entry.path) / "request.json"):
+    for state in paths.IN_HAND:
+        for home in sorted(spool.paths.homes(state)):
+            if record := read_json(f"{home}/{paths.REQUEST}"):
                 yield record
 
 
 def _look_at_homes(spool: Spool, homes: dict[str, dict[str, Any]]) -> None:
     """Bring the records of jobs in hand up to date, each read once; unresolved ones are empty."""
-    there = {
-        entry.name: Path(entry.path)
-        for state in ("pending", "active")
-        for entry in fs.entries(spool.own / state)
-    }
+    there = {os.path.basename(home): home for home in spool.paths.homes(*paths.IN_HAND)}
     for name in homes.keys() - there.keys():
         del homes[name]
     for name, home in there.items():
         if not homes.get(name):
-            homes[name] = read_json(home / "request.json")
+            homes[name] = read_json(f"{home}/{paths.REQUEST}")
 
 
 def _locate(spool: Spool, one: Dropped, homes: dict[str, dict[str, Any]]) -> None:
     """Where the file is now, by its inode."""
     record = next((r for r in homes.values() if r.get("inode") == one.inode), None)
-    if _inode(spool.inbox / one.path) == one.inode:
+    if _inode(spool.paths.inbox / one.path) == one.inode:
         one.where = "inbox"
     elif record:
         one.where, one.job_id, one.folder = "in hand", record["id"], record["folder"]
@@ -233,7 +231,7 @@ def _find_end(spool: Spool, status: dict[str, Any], one: Dropped) -> Ended | Non
             return Ended(end["outcome"], end["folder"], end["error"])
     if one.job_id is None or one.folder is None:
         return None
-    summary = read_json(spool.outbox / one.folder / "job.json")
+    summary = read_json(spool.paths.outbox / one.folder / paths.SUMMARY)
     if summary.get("id") == one.job_id:
         errors = [image["error"] for image in summary["images"] if image["error"]]
         return Ended(summary["outcome"], one.folder, "; ".join(errors[:3]) or None)

@@ -14,7 +14,8 @@ from promptdrop.engines import engine
 from promptdrop.errors import PromptdropError
 from promptdrop.intake.inbox import strangers, watch_mode
 from promptdrop.pool import pool
-from promptdrop.spool.spool import Spool, describe_permissions, why_not_moved
+from promptdrop.spool.permissions import describe_permissions, why_not_moved
+from promptdrop.spool.spool import Spool
 
 _STRANGERS_SHOWN = 20
 
@@ -54,19 +55,21 @@ def _configuration(settings: Config) -> Finding:
 
 def _folders(spool: Spool) -> Iterator[Finding]:
     folders = {
-        "inbox": spool.inbox,
-        "state": spool.own,
-        "outbox": spool.outbox,
-        "failed": spool.failed,
+        "inbox": spool.paths.inbox,
+        "state": spool.paths.state,
+        "outbox": spool.paths.outbox,
+        "failed": spool.paths.failed,
     }
     for what, path in folders.items():
         if not path.is_dir():
             yield Finding(
-                "bad", what, f"{path} is missing; make it with: promptdrop init {spool.root.parent}"
+                "bad",
+                what,
+                f"{path} is missing; make it with: promptdrop init {spool.paths.root.parent}",
             )
             continue
         yield _folder(what, path, spool.config.limits.min_free_disk_mib)
-    if spool.inbox.is_dir():
+    if spool.paths.inbox.is_dir():
         yield from _inbox(spool)
 
 
@@ -81,17 +84,17 @@ def _folder(what: str, path: Path, min_free_mib: int) -> Finding:
 
 
 def _inbox(spool: Spool) -> Iterator[Finding]:
-    status = spool.inbox.stat()
-    if spool.own.is_dir() and status.st_dev != spool.own.stat().st_dev:
+    status = spool.paths.inbox.stat()
+    if spool.paths.state.is_dir() and status.st_dev != spool.paths.state.stat().st_dev:
         yield Finding(
             "bad",
             "inbox",
-            f"{spool.inbox} and {spool.own} are on different file systems; a claim is one rename, so mount the file system on {spool.root} instead",
+            f"{spool.paths.inbox} and {spool.paths.state} are on different file systems; a claim is one rename, so mount the file system on {spool.paths.root} instead",
         )
-    for folder, _ in fs.walk(spool.inbox):
+    for folder, _ in fs.walk(spool.paths.inbox):
         if why := why_not_moved(Path(folder)):
             yield Finding("bad", "inbox", why)
-    for what, path in (("outbox", spool.outbox), ("failed", spool.failed)):
+    for what, path in (("outbox", spool.paths.outbox), ("failed", spool.paths.failed)):
         if path.is_dir() and path.stat().st_gid != status.st_gid:
             group = status.st_gid
             yield Finding(
@@ -101,9 +104,9 @@ def _inbox(spool: Spool) -> Iterator[Finding]:
                 f"so that all of it can fetch and delete: chgrp -R {group} {path}",
             )
     watch = spool.config.watch
-    how = watch_mode(watch.mode, fs.file_system(spool.inbox))[1]
+    how = watch_mode(watch.mode, fs.file_system(spool.paths.inbox))[1]
     yield Finding("ok", "watch", f"{how}; a look every {watch.rescan_seconds:g} s")
-    for n, (stranger, why) in enumerate(strangers(spool.inbox)):
+    for n, (stranger, why) in enumerate(strangers(spool.paths.inbox)):
         if n == _STRANGERS_SHOWN:
             yield Finding("note", "inbox", "... and more")
             break
@@ -180,5 +183,5 @@ def _nvidia_devices() -> list[_Gpu]:
 
 
 def _daemon(spool: Spool) -> Finding:
-    pid = spool.daemon_pid()
+    pid = spool.lock.daemon_pid()
     return Finding("ok", "daemon", f"running, pid {pid}" if pid is not None else "not running")

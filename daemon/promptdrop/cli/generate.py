@@ -44,7 +44,7 @@ def run(
         raise UsageError("; ".join(problem.message for problem in e.problems)) from None
     targets = _Targets(output, several or count > 1)
     spool = Spool(settings)
-    if not own_engine and spool.daemon_pid() is not None:
+    if not own_engine and spool.lock.daemon_pid() is not None:
         dropped = client.drop(spool, data, name)
         with terminal.progress_bar() as bar:
             (ended,) = client.wait(spool, [dropped], terminal.Follower(bar))
@@ -116,7 +116,7 @@ def _render_privately(
     )
     log.set_up("error", settings.log.format)
     spool = Spool(private)
-    spool.init()
+    spool.folders.init()
     client.drop(spool, data, name)
     with terminal.progress_bar() as bar:
         supervisor = Supervisor(private, drain=True, on_change=bar.show if bar else None)
@@ -125,7 +125,7 @@ def _render_privately(
         end = supervisor.finished[-1]
         return spool, client.Ended(end.outcome, end.folder, end.error)
     # Interrupted: what is finished is still theirs. Beside the one job's folder lies status.json.
-    for entry in fs.entries(spool.outbox):
+    for entry in fs.entries(spool.paths.outbox):
         if entry.is_dir():
             return spool, client.Ended("interrupted", entry.name, supervisor.ending)
     reason = supervisor.ending or "interrupted before the first image"

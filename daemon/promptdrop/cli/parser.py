@@ -313,8 +313,8 @@ def _init(arguments: argparse.Namespace) -> None:
         file.write_text(_with_model(template, arguments.model), "utf-8")
         print(f"wrote  {file}")
     spool = Spool(config.load(file))
-    spool.init()
-    for path in (spool.inbox, spool.outbox, spool.failed):
+    spool.folders.init()
+    for path in (spool.paths.inbox, spool.paths.outbox, spool.paths.failed):
         print(f"folder {path}")
     print(f"next   promptdrop doctor --config {file}; promptdrop run --config {file}")
 
@@ -381,7 +381,9 @@ def _print_results(supervisor: Any) -> None:
         if end.outcome != "done":
             terminal.say(f"{end.outcome}: {end.file}: {end.error}")
     count = "1 image" if len(rows) == 1 else f"{len(rows)} images"
-    terminal.say(f"{count} in {os.path.relpath(supervisor.spool.outbox)}, each beside its sidecar")
+    terminal.say(
+        f"{count} in {os.path.relpath(supervisor.spool.paths.outbox)}, each beside its sidecar"
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -462,7 +464,7 @@ def _wait(spool: "Spool", drops: list["Dropped"]) -> int:
     with terminal.progress_bar() as bar:
         ends = client.wait(spool, drops, terminal.Follower(bar))
     for one, end in zip(drops, ends, strict=True):
-        where = f" {spool.outbox / end.folder}" if end.folder else ""
+        where = f" {spool.paths.outbox / end.folder}" if end.folder else ""
         error = f": {end.error}" if end.error else ""
         terminal.say(f"{end.outcome} {names.printable(one.path)}{where}{error}")
     return int(any(end.outcome != "done" for end in ends))
@@ -535,7 +537,7 @@ def _status(arguments: argparse.Namespace) -> int:
                 if arguments.config
                 else "promptdrop run"
             )
-            terminal.complain(f"no daemon runs on {spool.root}; start it with: {run}")
+            terminal.complain(f"no daemon runs on {spool.paths.root}; start it with: {run}")
             return 1
         if arguments.watch and terminal.is_terminal():
             print("\033[H\033[2J", end="")
@@ -582,11 +584,11 @@ def _cluster_release(arguments: argparse.Namespace) -> None:
     from promptdrop.spool.spool import Spool
 
     settings = _cluster_config(arguments)
-    if (pid := Spool(settings).daemon_pid()) is not None:
+    if (pid := Spool(settings).lock.daemon_pid()) is not None:
         raise UsageError(f"a daemon runs on this spool (pid {pid}) and uses its engines; stop it")
     from promptdrop.cluster import view  # imports ray
 
-    count = view.release(settings.ray.address, actor_prefix(Spool(settings).own))
+    count = view.release(settings.ray.address, actor_prefix(settings.state))
     terminal.say(f"{count} engine{'s' * (count != 1)} released")
 
 
@@ -607,7 +609,7 @@ def _retry(arguments: argparse.Namespace) -> None:
             client.only(client.find_failed(spool, name), name, "in failed/")
             for name in arguments.names
         ]
-    control.send(spool.control, control.Retry(tuple(match.target for match in found)))
+    control.send(spool.paths.control, control.Retry(tuple(match.target for match in found)))
     _say_sent(spool, "retrying", found)
 
 
@@ -620,7 +622,7 @@ def _cancel(arguments: argparse.Namespace) -> None:
         client.only(client.find_unfinished(spool, name), name, "in hand")
         for name in arguments.names
     ]
-    control.send(spool.control, control.Cancel(tuple(match.target for match in found)))
+    control.send(spool.paths.control, control.Cancel(tuple(match.target for match in found)))
     _say_sent(spool, "cancelling", found)
 
 
@@ -629,14 +631,14 @@ def _say_sent(spool: "Spool", verb: str, found: list[Any]) -> None:
 
     for match in found:
         terminal.say(f"{verb} {match.description}")
-    if spool.daemon_pid() is None:
+    if spool.lock.daemon_pid() is None:
         terminal.complain("no daemon runs on this spool; it is done when one starts")
 
 
 def _pause(arguments: argparse.Namespace) -> None:
     from promptdrop.spool import control
 
-    control.pause(_spool(arguments).control)
+    control.pause(_spool(arguments).paths.control)
     print("paused: no new image is begun until `promptdrop resume`")
 
 
@@ -645,9 +647,9 @@ def _resume(arguments: argparse.Namespace) -> None:
     from promptdrop.spool import control
 
     spool = _spool(arguments)
-    was_paused = spool.why_paused() is not None
-    control.resume(spool.control)
-    fs.remove_file(spool.inbox / names.PAUSE)
+    was_paused = control.why_paused(spool.paths) is not None
+    control.resume(spool.paths.control)
+    fs.remove_file(spool.paths.inbox / names.PAUSE)
     print("resumed" if was_paused else "was not paused")
 
 

@@ -95,7 +95,7 @@ class RayCluster:
         self._retry_seconds = settings.watch.rescan_seconds
         self._gpus = 0.0 if settings.model.device == "cpu" else 1.0
         self._outlives = outlives
-        self._own = settings.spool / ".promptdrop"
+        self._own = settings.state
         self._prefix = ""  # known once there is a gateway
         self._found: set[str] = set()  # actors that earlier lives have left
         self._links: dict[str, EngineLink] = {}  # by actor, the last one of each

@@ -17,16 +17,11 @@ from promptdrop.intake.reading import read_job_file
 from promptdrop.loop import TROUBLE, Loop, reason_of
 from promptdrop.nouns import Request
 from promptdrop.request import parse
-from promptdrop.spool import control
-from promptdrop.spool.spool import (
-    Job,
-    Settings,
-    Settled,
-    Spool,
-    Unresolved,
-    describe_permissions,
-    why_not_moved,
-)
+from promptdrop.spool import claim, control
+from promptdrop.spool.detail import ClaimedSettings, Settled
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.permissions import describe_permissions, why_not_moved
+from promptdrop.spool.spool import Spool
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
 SCAN_SHARE = 0.25  # of a core, at most, that looks may take while a big inbox keeps changing
@@ -96,7 +91,7 @@ class Intake:
         self.obstacle: str | None = None  # why nothing that is left can be taken
         self.last_activity = 0.0  # when something was last taken or put back
         self._loop, self._spool, self._desk = loop, spool, desk
-        self._inbox = Inbox(spool.inbox)
+        self._inbox = Inbox(spool.paths.inbox)
         self._watcher = Watcher(self.wake)
         self._woken = True
         self._scanning = False
@@ -180,28 +175,28 @@ class Intake:
         verdicts.clear()
         scan, trouble = None, None
         try:
-            self._spool.require_folders()
+            self._spool.folders.require()
             self._watcher.check(self._watched_folders())
             scan = self._inbox.scan(now, settings.watch, settings.inbox.recursive)
-            self._spool.require_space(settings.limits.min_free_disk_mib)
+            self._spool.folders.require_space(settings.limits.min_free_disk_mib)
         except TROUBLE as e:
             trouble = reason_of(e)
-        commands = control.read(self._spool.control)
+        commands = control.read(self._spool.paths.control)
         lanes = _by_lane(scan.offers if scan else (), settings.queue.policy)
         cost = time.thread_time() - began  # seconds of CPU
-        return Survey(scan, trouble, self._spool.why_paused(), commands, lanes, cost)
+        return Survey(scan, trouble, control.why_paused(self._spool.paths), commands, lanes, cost)
 
     def decide_watch(self) -> Mode:
         """Anew at every look: a share may be mounted over what was a local folder."""
         mode, self.watch = watch_mode(
-            self._desk.config.watch.mode, fs.file_system(self._spool.inbox)
+            self._desk.config.watch.mode, fs.file_system(self._spool.paths.inbox)
         )
         return mode
 
     def _watched_folders(self) -> dict[Path, bool]:
-        folders = {self._spool.control: False}
+        folders = {self._spool.paths.control: False}
         if self.decide_watch() == "inotify":
-            folders[self._spool.inbox] = self._desk.config.inbox.recursive
+            folders[self._spool.paths.inbox] = self._desk.config.inbox.recursive
         return folders
 
     def _surveyed(self, survey: Survey) -> None:
@@ -235,7 +230,7 @@ class Intake:
 
     def _read(self, offer: Offer) -> Request | RequestError | None:
         """On the reader's thread: what the file asks for, why it is refused, or None: it changed."""
-        path = self._spool.inbox / offer.sub / offer.file
+        path = self._spool.paths.inbox / offer.sub / offer.file
         settings = self._desk.config.in_folder(offer.sub)
         return read_job_file(path, offer.file, settings, offer.signature)
 
@@ -255,10 +250,10 @@ class Intake:
 
     def _claim(self, offer: Offer) -> Unresolved | str | None:
         """On the clerk's thread. None: withdrawn. A text: why it cannot be moved out."""
-        self._spool.require_folders()
-        source = self._spool.inbox / offer.sub / offer.file
+        self._spool.folders.require()
+        source = self._spool.paths.inbox / offer.sub / offer.file
         try:
-            return self._spool.claim(offer.sub, offer.file)
+            return claim.claim(self._spool, offer.sub, offer.file)
         except fs.NotPlain:
             return None
         except FileNotFoundError:
@@ -294,22 +289,30 @@ class Intake:
         self, claimed: Unresolved, offer: Offer | None, asked: Request | None
     ) -> Job | tuple[Unresolved, RequestError]:
         """On the clerk's thread. The claimed file is looked at again: a writer may hold it still."""
-        self._spool.require_folders()
-        drop = claimed.home / "drop" / claimed.sub / claimed.file
+        self._spool.folders.require()
+        drop = claimed.drop
         if offer is None or asked is None or not _is_same(fs.signature_of(drop), offer.signature):
             settings = self._desk.config.in_folder(claimed.sub)
             result = read_job_file(drop, claimed.file, settings, None)
             if not isinstance(result, Request):
                 return claimed, result or RequestError("changed while it was claimed")
             asked = result
-        if self._desk.config.inbox.duplicates == "refuse" and (twin := self._spool.twin(claimed)):
+        if self._desk.config.inbox.duplicates == "refuse" and (twin := self._twin(claimed)):
             return claimed, RequestError(
                 f"has the same bytes as {names.printable(twin)}, which was taken before"
                 " (inbox.duplicates: refuse); change it, if it is meant to be rendered again"
             )
         settled = Settled(offer.settled if offer else time.monotonic(), self._spool.boot)
         kept = settings_of(self._desk.config)
-        return self._spool.resolve(claimed, parse.with_seeds(asked, claimed.id), settled, kept)
+        request = parse.with_seeds(asked, claimed.id)
+        return claim.resolve(self._spool, claimed, request, settled, kept)
+
+    def _twin(self, claimed: Unresolved) -> str | None:
+        """SUB/FILE of a job taken before with the same bytes.
+
+        Thread: clerk.
+        """
+        return self._spool.duplicates.find_or_remember(claimed, self._spool.job_file_bytes)
 
     def _resolved(self, result: Job | tuple[Unresolved, RequestError]) -> None:
         self._took()
@@ -336,10 +339,10 @@ def _by_lane(offers: Iterable[Offer], policy: str) -> dict[str, list[Offer]]:
     return lanes
 
 
-def settings_of(config: Config) -> Settings:
+def settings_of(config: Config) -> ClaimedSettings:
     """What a job claimed now keeps of the configuration."""
     section = config.engine
-    return Settings(config.prompt, config.output, section.max_attempts, section.on_timeout)
+    return ClaimedSettings(config.prompt, config.output, section.max_attempts, section.on_timeout)
 
 
 def _is_same(now: fs.Signature | None, then: fs.Signature) -> bool:

@@ -11,7 +11,7 @@ from promptdrop.errors import RequestError
 from promptdrop.fs import Signature, signature_of
 from promptdrop.nouns import Request
 from promptdrop.request import parse
-from promptdrop.spool.spool import describe_permissions
+from promptdrop.spool.permissions import describe_permissions
 
 
 def read_job_file(

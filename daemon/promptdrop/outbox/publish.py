@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from promptdrop import __version__, clock, fs, names, picture
+from promptdrop import clock, fs, names, picture
 from promptdrop.nouns import SUFFIX_OF_FORMAT, EngineInfo, ImageSpec, Rendering
 from promptdrop.records import (
+    HOST,
+    VERSION,
     Device,
     LatencyMs,
     Sidecar,
@@ -31,7 +33,8 @@ from promptdrop.records import (
     to_bytes,
 )
 from promptdrop.request.infotext import format_infotext
-from promptdrop.spool.spool import HOST, Job, read_json
+from promptdrop.spool.job import Job
+from promptdrop.spool.record import read_json
 
 
 @dataclass(slots=True)
@@ -61,7 +64,7 @@ class Publication:
             if self._data is None:
                 self._data = self._encode()
             folder = self.job.outbox_folder
-            fs.make_directories(folder, self._directory_mode, below=self.job.outbox)
+            fs.make_directories(folder, self._directory_mode, below=self.job.paths.outbox)
             self._sha256 = hashlib.sha256(self._data).hexdigest()
             # Once: state that cannot be written all night must not fill the outbox meanwhile.
             if self._temporary is None or not fs.exists(self._temporary):
@@ -170,7 +173,7 @@ class Publication:
                 published=None,
             ),
             host=HOST,
-            version=f"promptdrop {__version__}",
+            version=VERSION,
         )
 
 
@@ -217,7 +220,7 @@ def infotext(spec: ImageSpec, model: str) -> str:
         "Seed": spec.seed,
         "Size": f"{spec.width}x{spec.height}",
         "Model": model,
-        "Version": f"promptdrop {__version__}",
+        "Version": VERSION,
     }
     return format_infotext(spec.prompt, spec.negative_prompt, fields)
 

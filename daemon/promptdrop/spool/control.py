@@ -10,7 +10,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from promptdrop import fs
+from promptdrop import fs, names
+from promptdrop.spool.paths import Paths
 
 PAUSE = "pause"
 _LIMIT = 1 << 20  # bytes of a command
@@ -23,7 +24,7 @@ class Cancel:
     """Withdraw or stop these jobs, by id."""
 
     targets: tuple[str, ...]
-    file: str = ""  # of a command that was read
+    file: str = ""  # its name in the control folder, once it was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,23 @@ def resume(folder: Path) -> None:
     fs.sync_directory(folder)
 
 
-def is_paused(folder: Path) -> bool:
-    """Whether `pause` stands."""
-    return os.path.lexists(folder / PAUSE)
+def why_paused(paths: Paths) -> str | None:
+    """How to go on, while nobody wants new images; None if they are wanted.
+
+    Thread: any.
+    """
+    if os.path.lexists(paths.control / PAUSE):
+        return "paused; go on with: promptdrop resume"
+    if os.path.lexists(paths.inbox / names.PAUSE):
+        return f"paused by the file {names.PAUSE} in the inbox; delete it to go on"
+    return None
 
 
 def read(folder: Path) -> tuple[Command, ...]:
-    """The first commands that are not `done`; what is no command is removed."""
+    """The first commands that are not `done`; what is no command is removed.
+
+    Thread: scanner.
+    """
     commands: list[Command] = []
     for entry in sorted(fs.entries(folder), key=lambda entry: entry.name):
         if len(commands) == _AT_ONCE:
@@ -78,7 +89,10 @@ def read(folder: Path) -> tuple[Command, ...]:
 
 
 def done(folder: Path, file: str) -> None:
-    """The command was carried out; a crash before this repeats it."""
+    """The command was carried out: remove it. A crash before this repeats it.
+
+    Thread: clerk; scanner for what is no command.
+    """
     try:
         os.unlink(folder / file)
     except OSError as e:
@@ -87,7 +101,7 @@ def done(folder: Path, file: str) -> None:
 
 
 def _parse(path: Path) -> Command | None:
-    """None: not a command of ours; anybody of the group may write here."""
+    """The command in a file; None if it is none: anybody of the group may write here."""
     try:
         data, _ = fs.read_plain(path, _LIMIT)
         document = json.loads(data)

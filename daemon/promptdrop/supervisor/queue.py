@@ -7,7 +7,7 @@ here grows with what waits: a turn with a hundred thousand jobs costs what it co
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from promptdrop.spool.spool import DEATHS_BEHIND, Job
+from promptdrop.spool.job import DEATHS_BEHIND, Job
 
 _BEHIND = -1_000_000  # below every priority: images that daemon deaths make suspicious
 

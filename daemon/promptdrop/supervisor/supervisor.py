@@ -54,15 +54,10 @@ from promptdrop.records import (
 )
 from promptdrop.request.data_readers import MAX_PROBLEMS
 from promptdrop.sdnotify import Notifier
-from promptdrop.spool import control
-from promptdrop.spool.spool import (
-    DEATHS_FAILED,
-    STATUS,
-    Job,
-    Spool,
-    Unresolved,
-    why_not_moved,
-)
+from promptdrop.spool import claim, control, ending, record, recovery, retry
+from promptdrop.spool.job import DEATHS_FAILED, Job, Unresolved
+from promptdrop.spool.permissions import why_not_moved
+from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.queue import Queue
 
 STATUS_SECONDS = 1.0  # shortest time between two writes of status.json
@@ -156,9 +151,9 @@ class Supervisor:
         """
         if self.config.engine.backend == "process":
             engine.require(self.config)
-        self.spool.require_mount()
-        self.spool.prepare()
-        self.spool.lock()
+        self.spool.folders.require_mount()
+        self.spool.folders.prepare()
+        self.spool.lock.acquire()
         os.umask(0o022 | os.umask(0o022))  # what we make for ourselves, only we may change
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -179,12 +174,12 @@ class Supervisor:
         log.get().info(
             "daemon.started",
             pid=os.getpid(),
-            root=str(self.spool.root),
+            root=str(self.spool.paths.root),
             watch=self._intake.watch,
             version=__version__,
         )
-        self._paused = self.spool.why_paused()
-        if why := why_not_moved(self.spool.inbox):
+        self._paused = control.why_paused(self.spool.paths)
+        if why := why_not_moved(self.spool.paths.inbox):
             log.get().warning("inbox.unusable", reason=f"the inbox {why}")
         self._export_metrics()
         self._write_status(self._shown)
@@ -241,7 +236,7 @@ class Supervisor:
             self._write_shared(last)
         if self._on_change:
             self._on_change(last)
-        self.spool.unlock()
+        self.spool.lock.release()
         self._notifier.close()
         log.get().info("daemon.stopped", exit_status=self.exit_status, published=self._published)
         if not has_ended and self.exit_status is not None:
@@ -340,7 +335,7 @@ class Supervisor:
             self._obey_retry(command, list(command.targets))
             return
         self._obeying.add(command.file)
-        done = partial(control.done, self.spool.control, command.file)
+        done = partial(control.done, self.spool.paths.control, command.file)
         work = partial(self._record_cancel, command.targets, done)
         self._off("clerk", work, partial(self._obeyed, command.file, self._cancel))
 
@@ -352,7 +347,7 @@ class Supervisor:
         """On the clerk's thread: durable before the command goes."""
         for target in targets:
             if running := self._running.get(target):
-                self.spool.cancel(running.job)
+                record.cancel(running.job)
         done()
         return targets
 
@@ -371,7 +366,9 @@ class Supervisor:
             ids = named[path]
             if len(ids) == 1:
                 self._obeying.add(path)
-                work = partial(self._record_cancel, ids, partial(self.spool.take_cancel, path))
+                work = partial(
+                    self._record_cancel, ids, partial(claim.take_cancel, self.spool, path)
+                )
                 self._off("clerk", work, partial(self._obeyed, path, self._cancel))
             elif since <= too_late and self._intake.has_room():
                 self._turned_away.add(path)
@@ -400,16 +397,16 @@ class Supervisor:
         Returns jobs to go on with, and texts that say why something is not retried. What takes
         longer is left for the clerk's next turn, when `_retried` asks for it.
         """
-        self.spool.require_folders()
+        self.spool.folders.require()
         until = time.monotonic() + RETRY_SECONDS
         while left and time.monotonic() < until:
             try:
-                results += [job] if (job := self.spool.retry(left[0])) else []
+                results += [job] if (job := retry.retry(self.spool, left[0])) else []
             except (UsageError, FileNotFoundError, PermissionError) as e:
                 results.append(f"cannot retry {names.printable(left[0][:300])}: {e}")
             left.pop(0)
         if not left:
-            control.done(self.spool.control, command.file)
+            control.done(self.spool.paths.control, command.file)
         return results
 
     def _retried(self, command: control.Retry, left: list[str], results: list[Job | str]) -> None:
@@ -434,7 +431,7 @@ class Supervisor:
 
     def _recover(self) -> tuple[list[Job], list[Unresolved]]:
         """On the clerk's thread."""
-        jobs, unresolved = self.spool.recover()
+        jobs, unresolved = recovery.recover(self.spool)
         for job in jobs:
             if job.is_fresh and job.place == "pending":
                 continue  # nothing of it was ever begun
@@ -442,7 +439,7 @@ class Supervisor:
             for image in job.todo():
                 if job.deaths(image) >= DEATHS_FAILED:
                     reason = f"the daemon died {DEATHS_FAILED} times with this image in hand"
-                    self.spool.fail_image(job, image, reason)
+                    record.fail_image(job, image, reason)
         return jobs, unresolved
 
     def _recovered(self, left: tuple[list[Job], list[Unresolved]]) -> None:
@@ -491,7 +488,7 @@ class Supervisor:
         self._refusing += 1
         self._off(
             "clerk",
-            partial(self.spool.refuse, claimed, error.problems),
+            partial(ending.refuse, self.spool, claimed, error.problems),
             partial(self._refused, claimed),
         )
 
@@ -532,8 +529,8 @@ class Supervisor:
             return
         del self._running[job.id]
         self._refusing += 1
-        then = partial(self._refused, Unresolved(job.id, job.home, job.sub, job.file, job.inode))
-        self._off("clerk", partial(self.spool.refuse_job, job, problems), then)
+        then = partial(self._refused, job.unresolved())
+        self._off("clerk", partial(ending.refuse_job, self.spool, job, problems), then)
 
     def _maybe_finish(self, running: Running) -> None:
         """End the job if nothing of it is left to do or in flight."""
@@ -544,8 +541,8 @@ class Supervisor:
 
     def _finish(self, running: Running) -> JobOutcome:
         """On the clerk's thread."""
-        self.spool.require_folders()
-        return self.spool.finish(running.job)
+        self.spool.folders.require()
+        return ending.finish(self.spool, running.job)
 
     def _job_ended(self, running: Running, outcome: JobOutcome) -> None:
         job = running.job
@@ -730,7 +727,7 @@ class Supervisor:
                 return
             job, image = taken
             try:
-                self.spool.take(job)
+                claim.take(job)
                 self._send(slot, self._running[job.id], image, now)
             except OSError as e:
                 self._queue.put_back(job, image)
@@ -799,7 +796,7 @@ class Supervisor:
         else:
             running.busy += 1
             text = f"{error} (attempt {state.attempts} of {job.settings.max_attempts})"
-            work = partial(self.spool.fail_image, job, spec.image, text)
+            work = partial(record.fail_image, job, spec.image, text)
             self._off("clerk", work, partial(self._image_given_up, running))
 
     def _image_lost(self, running: Running, spec: ImageSpec, counts: bool) -> None:
@@ -811,7 +808,7 @@ class Supervisor:
             return
         running.busy += 1
         text = f"hosts were lost, or the daemon died, {DEATHS_FAILED} times with this image in hand"
-        work = partial(self.spool.fail_image, running.job, spec.image, text)
+        work = partial(record.fail_image, running.job, spec.image, text)
         self._off("clerk", work, partial(self._image_given_up, running))
 
     def _batch_failed(self, running: Running, spec: ImageSpec, error: str) -> None:
@@ -844,13 +841,13 @@ class Supervisor:
 
     def _begin_attempt(self, job: Job, spec: ImageSpec) -> None:
         try:
-            self.spool.begin_image(job, spec.image)
+            record.begin_image(job, spec.image)
         except OSError as e:
             log.get().warning("disk.trouble", reason=reason_of(e))  # a death of ours goes uncounted
 
     def _end_attempt(self, job: Job, image: int) -> None:
         try:
-            self.spool.end_attempt(job, image)
+            record.end_attempt(job, image)
         except OSError as e:
             log.get().warning("disk.trouble", reason=reason_of(e))  # one death too many is counted
 
@@ -858,7 +855,7 @@ class Supervisor:
         self._publishing += 1
 
         def run() -> str:
-            self.spool.require_folders()
+            self.spool.folders.require()
             return publication.run()
 
         self._off("publisher", run, partial(self._image_published, running, publication))
@@ -949,7 +946,7 @@ class Supervisor:
 
     def _write_status(self, status: Status) -> None:
         try:
-            fs.write_quickly(self.spool.own / "status.json", to_bytes(status))
+            fs.write_quickly(self.spool.paths.status, to_bytes(status))
         except OSError:
             pass  # the disk's trouble is reported by those who need it to work
 
@@ -968,9 +965,9 @@ class Supervisor:
     def _write_shared(self, status: Status) -> None:
         """On the herald's thread, and at the end."""
         try:
-            self.spool.require_folders()
+            self.spool.folders.require()
             mode = int(self.config.output.mode, 8)
-            fs.write_quickly(self.spool.outbox / STATUS, to_bytes(status), mode)
+            fs.write_quickly(self.spool.paths.shared_status, to_bytes(status), mode)
         except TROUBLE:
             pass  # reported by those who need the outbox to work
 

@@ -1,0 +1,121 @@
+"""From a file in the inbox to a job that is being rendered: claim, resolve, take."""
+
+import errno
+import os
+import stat
+import sys
+from pathlib import Path
+
+from promptdrop import clock, fs
+from promptdrop.nouns import Request
+from promptdrop.spool.detail import ClaimedSettings, Detail, Settled
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.paths import DROP, READY, state_of
+from promptdrop.spool.spool import Spool
+
+
+def claim(spool: Spool, sub: str, file: str) -> Unresolved:
+    """Take a file out of the inbox.
+
+    Raises FileNotFoundError: it was withdrawn. NotPlain: a folder above it is a link by now.
+
+    Thread: clerk.
+    """
+    job_id = spool.ids.new()
+    home = spool.paths.home("pending", job_id)
+    folder = home / DROP / sub
+    os.makedirs(folder)
+    source = spool.paths.inbox / sub / file
+    try:
+        with fs.below(spool.paths.inbox, sub) as inner:
+            fs.rename(inner / file, folder / file)
+            if stat.S_ISDIR(os.lstat(folder / file).st_mode):  # swapped in, and no file to move
+                fs.rename(folder / file, inner / file)
+                raise fs.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
+    except OSError:
+        fs.remove_empty_tree(home)  # never the file, if it came after all
+        raise
+    take_marker(spool, home, sub, file)
+    between = [folder, *folder.parents]
+    for path in (*between[: between.index(home.parent) + 1], source.parent):
+        _sync_if_there(path)
+    return Unresolved(job_id, home, sub, file, os.lstat(folder / file).st_ino)
+
+
+def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:
+    """Move FILE.done away with FILE: the next file of this name needs a marker of its own.
+
+    Thread: clerk.
+    """
+    suffix = spool.config.watch.ready_suffix
+    if suffix and not fs.exists(spool.paths.inbox / sub / file):
+        try:
+            with fs.below(spool.paths.inbox, sub) as inner:
+                fs.rename(inner / f"{file}{suffix}", home / READY)
+        except OSError:
+            pass  # gone, or claimed with it before a crash; the file itself is ours
+
+
+def resolve(
+    spool: Spool,
+    claimed: Unresolved,
+    request: Request,
+    settled: Settled,
+    settings: ClaimedSettings,
+) -> Job:
+    """Record what a claimed file asks for, seeds included, then make its outbox folder.
+
+    Once in a job's life.
+
+    Thread: clerk.
+    """
+    job = Job(
+        id=claimed.id,
+        paths=spool.paths,
+        place=state_of(claimed.home),  # active, if its record was torn
+        sub=sys.intern(claimed.sub),
+        file=claimed.file,
+        inode=claimed.inode,
+        folder="",
+        priority=request.priority,
+        images=len(request.images),
+        must_fit=settings.prompt.overflow == "refuse",
+        detail_in_memory=Detail(clock.timestamp(), settled, settings, request.images),
+    )
+    spool.outbox.choose_folder(job)
+    return job
+
+
+def take(job: Job) -> None:
+    """The job's first image is on its way: pending -> active.
+
+    Its detail is read first, so that nothing later meets trouble with a disk on its way.
+
+    Raises OSError. Runs on the loop: one rename, and one small file to read if the job is closed.
+    """
+    job.open()
+    if job.place == "pending":
+        fs.rename(job.home, job.paths.home("active", job.id))
+        job.place = "active"
+
+
+def take_cancel(spool: Spool, path: str) -> None:
+    """Remove SUB/NAME.cancel, which has done its work.
+
+    Where it cannot be taken away, it names no job any more.
+
+    Thread: clerk.
+    """
+    sub, _, file = path.rpartition("/")
+    try:
+        with fs.below(spool.paths.inbox, sub) as folder:
+            fs.remove_file(folder / file)
+    except (FileNotFoundError, PermissionError, fs.NotPlain):
+        pass  # taken back, in a folder that is not ours to change, or swapped
+
+
+def _sync_if_there(path: Path) -> None:
+    try:
+        fs.sync_directory(path)
+    except OSError:
+        pass  # the dropper's folder is gone, or the disk is sick: the file is ours all the same

@@ -1,0 +1,65 @@
+"""Which files were taken before from the same folder with the same bytes (inbox.duplicates: refuse)."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from promptdrop import fs
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.paths import Paths
+from promptdrop.spool.permissions import OWN_MODE
+from promptdrop.spool.record import read_json
+
+KEPT_DAYS = 30  # how long a file is remembered
+
+
+class Duplicates:
+    """One small file for each that was taken, named by its SHA-256. For the clerk's thread.
+
+    limit: bytes of a job file, limits.job_file_kib; what is larger is neither remembered nor known.
+    """
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    def find_or_remember(self, claimed: Unresolved, limit: int) -> str | None:
+        """SUB/FILE of a job taken before with the same bytes; None if there was none: now it is one."""
+        if (path := self._note_of(claimed, limit)) is None:
+            return None
+        known = read_json(path)
+        if known and known["id"] != claimed.id:
+            return str(known["file"])
+        fs.make_directories(path.parent, OWN_MODE, below=self._paths.state)
+        note = {"id": claimed.id, "file": claimed.path}
+        fs.write_quickly(path, json.dumps(note).encode())
+        return None
+
+    def forget(self, job: Job | Unresolved, limit: int) -> None:
+        """A job that did not end well is forgotten: its file may come back."""
+        path = self._note_of(job, limit)
+        if path and read_json(path).get("id") == job.id:
+            fs.remove_file(path)
+
+    def forget_old(self) -> None:
+        """Forget what was taken more than KEPT_DAYS ago."""
+        oldest = time.time() - KEPT_DAYS * 86400
+        for folder in fs.entries(self._paths.taken):
+            for entry in fs.entries(Path(folder.path)):
+                if entry.stat(follow_symlinks=False).st_mtime < oldest:
+                    fs.remove_file(Path(entry.path))
+
+    def _note_of(self, claimed: Job | Unresolved, limit: int) -> Path | None:
+        """The path of the note on this drop; None if the drop cannot be read whole.
+
+        It may have been moved already, swapped before its claim, or grown by a writer that held it.
+        """
+        try:
+            data, _ = fs.read_plain(claimed.drop, limit)
+        except (FileNotFoundError, fs.NotPlain):
+            return None
+        if len(data) > limit:
+            return None
+        digest = hashlib.sha256(os.fsencode(claimed.sub) + b"\0" + data).hexdigest()
+        return self._paths.taken / digest[:2] / digest

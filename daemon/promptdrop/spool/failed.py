@@ -1,0 +1,110 @@
+"""What lies in failed/: each file with its reason beside it."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from promptdrop import fs, names
+from promptdrop.records import ErrorRecord, to_bytes
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.paths import FAILING, REASON, reason_file
+from promptdrop.spool.permissions import is_for_us
+from promptdrop.spool.record import read_json
+from promptdrop.spool.spool import Spool
+
+
+def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every file in failed/ that has a reason beside it: (path below failed/, its error record).
+
+    Thread: any.
+    """
+    found = (Path(entry.path) for _, listed in fs.walk(failed) for entry in listed)
+    for reason in sorted(path for path in found if path.name.endswith(REASON)):
+        target = reason.with_name(reason.name.removesuffix(REASON))
+        if target.is_file():
+            yield os.path.relpath(target, failed), read_json(reason)
+
+
+def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> None:
+    """Record the place in failed/, then move there, then say why beside it. Repeatable.
+
+    Thread: clerk.
+    """
+    if planned := read_json(job.home / FAILING):
+        target = spool.paths.failed / planned["target"]
+        record = ErrorRecord.model_validate(planned["record"])
+    else:
+        target = _plan(spool, job, record)
+    while fs.exists(job.drop):
+        _make_folder_of(spool, target)
+        share_drop(job.drop, _file_mode(spool), target.parent)
+        try:
+            fs.move(job.drop, target)
+        except FileExistsError:
+            target = _plan(spool, job, record)
+    reason = reason_file(target)
+    if not fs.exists(reason):
+        _make_folder_of(spool, target)
+        fs.write_durably(reason, to_bytes(record), _file_mode(spool))
+
+
+def share_drop(drop: Path, mode: int, folder: Path) -> None:
+    """A dropped file that is about to move to `folder` is for the whole group from then on.
+
+    Thread: clerk.
+    """
+    # The mode of a file with other names is not ours to change: those are somebody's own.
+    if (status := status_of(drop)) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        fs.share(drop, mode, folder)
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """lstat; None if it is gone."""
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _plan(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> Path:
+    """Choose a free name in failed/ and record it with the reason."""
+    stem, suffix = names.split(job.file)
+    folder = _mirror(spool.paths.failed, job.sub)
+    n = 1
+    while True:
+        target = folder / names.numbered(stem, suffix, n, 255 - len(REASON))
+        if not fs.exists(target) and not fs.exists(reason_file(target)):
+            break
+        n += 1
+    document = {
+        "target": os.path.relpath(target, spool.paths.failed),
+        "record": record.model_dump(mode="json"),
+    }
+    fs.write_durably(job.home / FAILING, json.dumps(document).encode())
+    return target
+
+
+def _mirror(failed: Path, sub: str) -> Path:
+    """failed/SUB; SUB~2 where a file has its name, or somebody keeps that folder to himself."""
+    folder = failed
+    for part in Path(sub).parts:
+        n = 1
+        while True:
+            inner = folder / names.numbered(part, "", n)
+            if not fs.exists(inner) or is_for_us(inner):
+                break
+            n += 1
+        folder = inner
+    return folder
+
+
+def _make_folder_of(spool: Spool, target: Path) -> None:
+    mode = int(spool.config.output.directory_mode, 8)
+    fs.make_directories(target.parent, mode, below=spool.paths.failed)
+
+
+def _file_mode(spool: Spool) -> int:
+    return int(spool.config.output.mode, 8)

@@ -1,0 +1,157 @@
+"""The spool's folders: making them, and whether they can be worked with now."""
+
+import json
+import os
+from pathlib import Path
+
+from promptdrop import fs
+from promptdrop.config import Config
+from promptdrop.errors import ConfigError, DiskTrouble, PromptdropError
+from promptdrop.spool.lock import Lock
+from promptdrop.spool.paths import STATES, Paths
+from promptdrop.spool.permissions import OWN_MODE, describe_permissions, make_folder
+from promptdrop.spool.record import read_json
+
+VERSION = 1  # of the state folder's format
+
+
+class Folders:
+    """Inbox, outbox, failed and state folder. Remembers which of them have been mount points."""
+
+    def __init__(self, config: Config, paths: Paths, lock: Lock) -> None:
+        self._paths, self._lock = paths, lock
+        self._to_make = [  # a configured one may be a mount point: only `init` makes it
+            path
+            for path, configured in (
+                (paths.outbox, config.paths.outbox),
+                (paths.failed, config.paths.failed),
+            )
+            if configured is None
+        ]
+        self._shared = {"inbox": paths.inbox, "outbox": paths.outbox, "failed": paths.failed}
+        self._mounts: list[str] = []  # which of these have been mount points
+
+    # --- at the start -------------------------------------------------------------------------
+
+    def init(self) -> None:
+        """Make every folder, configured ones too. For `promptdrop init`."""
+        make_folder(self._paths.root, OWN_MODE)
+        for path in (self._paths.outbox, self._paths.failed):
+            make_folder(path)
+        self.prepare()
+
+    def require_mount(self) -> None:
+        """Raise PromptdropError: there is no spool yet, and its place in /etc/fstab is not mounted.
+
+        An empty mount point would make a fine new spool, and hide the real one's jobs.
+        """
+        root = self._paths.root
+        if not self._paths.state.is_dir() and (place := fs.missing_mount(root)):
+            raise PromptdropError(
+                f"{root}: there is no spool here: {place} is in /etc/fstab and not mounted"
+            )
+
+    def prepare(self) -> None:
+        """Make what `run` may make: never a configured outbox or failed.
+
+        Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
+        """
+        paths = self._paths
+        self._refuse_nesting()
+        make_folder(paths.root, OWN_MODE)  # nobody else may put another inbox or state in its place
+        make_folder(paths.inbox)
+        for path in (paths.state, paths.cache, *map(paths.of_state, STATES)):
+            make_folder(path, OWN_MODE)
+        for path in (paths.control, *self._to_make):
+            make_folder(path)
+        self._check_version()
+        self._mounts = read_json(paths.mounts).get("mounts", [])
+        if os.stat(paths.inbox).st_dev != os.stat(paths.state).st_dev:
+            raise ConfigError(
+                f"{paths.inbox} and {paths.state} are on different file systems; a claim is one"
+                f" rename, so mount the file system on {paths.root} instead"
+            )
+
+    def _refuse_nesting(self) -> None:
+        paths = self._paths
+        for name, path in (("outbox", paths.outbox), ("failed", paths.failed)):
+            for other, inside in (("inbox", paths.inbox), (".promptdrop", paths.state)):
+                if path.resolve().is_relative_to(inside.resolve()):
+                    raise ConfigError(
+                        f"paths.{name}: {path} lies inside the {other} {inside}: what is written"
+                        " there would be taken as a job; choose a folder beside it"
+                    )
+                if inside.resolve().is_relative_to(path.resolve()):
+                    raise ConfigError(
+                        f"paths.{name}: {path} contains the {other} {inside}; choose a folder beside it"
+                    )
+        if paths.outbox.resolve() == paths.failed.resolve():
+            raise ConfigError(f"paths.outbox and paths.failed are one folder: {paths.outbox}")
+
+    def _check_version(self) -> None:
+        path = self._paths.version
+        try:
+            found = int(path.read_text())
+        except FileNotFoundError:
+            fs.write_durably(path, f"{VERSION}\n".encode())
+            return
+        except ValueError:
+            raise ConfigError(f"{path}: expected the number {VERSION}") from None
+        if found > VERSION:
+            raise ConfigError(
+                f"{path}: this spool is of version {found}, written by a newer promptdrop; this one knows up to {VERSION}"
+            )
+
+    # --- while the daemon works ---------------------------------------------------------------
+
+    def require(self) -> None:
+        """Raise DiskTrouble: a folder is missing; an empty mount point is not the folder.
+
+        Thread: any.
+        """
+        self._lock.require()
+        for name, path in self._shared.items():
+            if not path.is_dir():
+                raise DiskTrouble(f"{name} {path} is missing; waiting for it")
+            if name == "inbox" and path.stat().st_dev != self._paths.state.stat().st_dev:
+                raise DiskTrouble(
+                    f"{name} {path}: another file system is mounted over it, and a claim is one"
+                    f" rename; waiting until it is gone, or mounted on {self._paths.root} instead"
+                )
+            mounted = os.path.ismount(path)
+            if name in self._mounts and not mounted:
+                raise DiskTrouble(
+                    f"{name} {path} was a mount point and is not mounted; waiting for it"
+                )
+            if mounted and name not in self._mounts:
+                self._mounts.append(name)
+                document = json.dumps({"mounts": self._mounts})
+                fs.write_durably(self._paths.mounts, document.encode())
+
+    def require_space(self, min_free_mib: int) -> None:
+        """Raise DiskTrouble: a folder is not to be written, or its disk is nearly full.
+
+        Thread: scanner.
+        """
+        self.require()
+        self._share_group()
+        for name, path in {**self._shared, "state": self._paths.state}.items():
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise DiskTrouble(f"{name} {describe_permissions(path)} cannot be written")
+            if (free := fs.free_mib(path)) < min_free_mib:
+                raise DiskTrouble(
+                    f"{name} {path} has {free:.0f} MiB free, less than limits.min_free_disk_mib: {min_free_mib}"
+                )
+
+    def _share_group(self) -> None:
+        """Give outbox and failed the inbox's group, which all that is made below them inherits."""
+        group = os.stat(self._paths.inbox).st_gid
+        for path in (self._paths.outbox, self._paths.failed):
+            if os.stat(path).st_gid != group:
+                self._give(path, group)
+
+    def _give(self, path: Path, group: int) -> None:
+        try:
+            os.chown(path, -1, group)
+        except OSError:
+            pass  # not ours to give, or a share that has no groups: doctor says so

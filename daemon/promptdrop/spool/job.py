@@ -1,0 +1,174 @@
+"""A job in memory: one claimed file, and what has come of each image so far."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from promptdrop import names
+from promptdrop.nouns import ImageSpec
+from promptdrop.spool import detail
+from promptdrop.spool.detail import ClaimedSettings, Detail, Settled
+from promptdrop.spool.paths import DROP, ImageRecord, Paths, State, dropped_path, image_record
+
+CLOSED_IMAGES = 16  # a job of more images is never closed: reading it again would take too long
+DEATHS_BEHIND = 3  # daemon deaths in a row after which an image goes behind all other work
+DEATHS_FAILED = 10  # ... and after which it fails
+_STEM_BYTES = 220  # of an image's file name, so that suffixes and temporaries still fit into 255
+
+
+@dataclass(slots=True)
+class ImageState:
+    """What has come of one image so far."""
+
+    outcome: Literal["todo", "rendered", "placeholder", "failed"] = "todo"
+    file: str | None = None  # its name in the job's outbox folder
+    error: str | None = None
+    attempts: int = 0  # charged to it
+    deaths: int = 0  # in a row of the daemon, or losses of its hosts, with this image in hand
+
+
+@dataclass(slots=True)
+class Unresolved:
+    """A claimed file whose request is not recorded."""
+
+    id: str
+    home: Path
+    sub: str
+    file: str
+    inode: int
+
+    @property
+    def path(self) -> str:
+        """SUB/FILE as dropped."""
+        return dropped_path(self.sub, self.file)
+
+    @property
+    def drop(self) -> Path:
+        """The dropped file, until the job ends."""
+        return self.home / DROP / self.sub / self.file
+
+
+@dataclass(slots=True)
+class Job:
+    """One claimed file. While it waits among many it is closed: its detail is on the disk only."""
+
+    id: str
+    paths: Paths
+    place: State  # the state whose folder it lies in now
+    sub: str  # folder below the inbox, as dropped; "" at the top
+    file: str  # the dropped file's name
+    inode: int
+    folder: str  # SUB/JOB below the outbox
+    priority: int
+    images: int
+    must_fit: bool  # a prompt that is too long refuses the whole file (prompt.overflow)
+    detail_in_memory: Detail | None = None
+    cancelled: bool = False
+    _states: dict[int, ImageState] | None = None
+
+    @property
+    def home(self) -> Path:
+        """Its folder in the state folder."""
+        return self.paths.home(self.place, self.id)
+
+    def open(self) -> None:
+        """Read the detail of a closed job. Raises OSError.
+
+        Thread: any.
+        """
+        if self.detail_in_memory is None:
+            self.detail_in_memory = detail.read(self.home)
+
+    def close(self) -> None:
+        """Keep the detail on the disk only, unless it is large."""
+        if self.images <= CLOSED_IMAGES:
+            self.detail_in_memory = None
+
+    @property
+    def detail(self) -> Detail:
+        """What it asks for; of a closed job read from the disk. Raises OSError."""
+        self.open()
+        assert self.detail_in_memory
+        return self.detail_in_memory
+
+    @property
+    def specs(self) -> tuple[ImageSpec, ...]:
+        """Its images, as asked for: number 1 first."""
+        return self.detail.specs
+
+    @property
+    def settings(self) -> ClaimedSettings:
+        """The configuration it was claimed under."""
+        return self.detail.settings
+
+    @property
+    def settled(self) -> Settled:
+        """When the drop settled."""
+        return self.detail.settled
+
+    @property
+    def claimed(self) -> str:
+        """When it was claimed, as a timestamp."""
+        return self.detail.claimed
+
+    @property
+    def states(self) -> dict[int, ImageState]:
+        """The states of its images by number; one that is missing is plain todo."""
+        if self._states is None:
+            self._states = {}
+        return self._states
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing has come of any image."""
+        return not self._states
+
+    @property
+    def name(self) -> str:
+        """JOB: the name of its outbox folder, with ~2 and the like."""
+        return self.folder.rpartition("/")[2]
+
+    @property
+    def outbox_folder(self) -> Path:
+        """Where its images are published."""
+        return self.paths.outbox / self.folder
+
+    @property
+    def path(self) -> str:
+        """SUB/FILE as dropped."""
+        return dropped_path(self.sub, self.file)
+
+    @property
+    def drop(self) -> Path:
+        """The dropped file, until the job ends."""
+        return self.home / DROP / self.sub / self.file
+
+    def record_path(self, number: int, kind: ImageRecord) -> Path:
+        """The record of an image: begun, publishing, published or failed."""
+        return image_record(self.home, number, kind)
+
+    def state(self, number: int) -> ImageState:
+        """The state of an image, to be changed in place."""
+        return self.states.setdefault(number, ImageState())
+
+    def todo(self) -> list[int]:
+        """The numbers of the images that are neither published nor given up."""
+        numbers = range(1, self.images + 1)
+        if self.is_fresh:
+            return list(numbers)
+        ended = {number for number, state in self.states.items() if state.outcome != "todo"}
+        return [number for number in numbers if number not in ended]
+
+    def deaths(self, number: int) -> int:
+        """Deaths in a row of the daemon, or losses of its hosts, with this image in hand."""
+        return 0 if self.is_fresh or number not in self.states else self.states[number].deaths
+
+    def stem(self, spec: ImageSpec) -> str:
+        """The file name of an image without its suffix, by `output.name`."""
+        assert spec.seed is not None
+        name = self.settings.output.name
+        return names.cut(name.format(job=self.name, image=spec.image, seed=spec.seed), _STEM_BYTES)
+
+    def unresolved(self) -> Unresolved:
+        """The same claim, as if its request had not been recorded."""
+        return Unresolved(self.id, self.home, self.sub, self.file, self.inode)

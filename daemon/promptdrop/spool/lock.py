@@ -1,0 +1,110 @@
+"""One daemon for each spool: the lock in its state folder."""
+
+import fcntl
+import os
+import secrets
+import threading
+import time
+
+from promptdrop.errors import DiskTrouble, SpoolBusy
+from promptdrop.spool.paths import Paths
+
+_TRIES = 10  # `status` holds the lock for microseconds when it looks who is there
+_TRY_SECONDS = 0.05
+
+
+class Lock:
+    """Held from `acquire` until this process ends, also over a remount of the state folder."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self._descriptor: int | None = None
+        self._identity: tuple[int, int] | None = None  # device and inode of the file we locked
+        self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n"  # what we write into it
+        self._relocking = threading.Lock()
+
+    def acquire(self) -> None:
+        """Own the spool. Raises SpoolBusy naming the daemon that owns it.
+
+        Called on the loop before anything else, and by `require` in any thread.
+        """
+        fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock(fd)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, self._mark.encode(), 0)
+        status = os.fstat(fd)
+        old, self._descriptor = self._descriptor, fd
+        self._identity = status.st_dev, status.st_ino
+        if old is not None:
+            _close_quietly(old)
+
+    def _lock(self, fd: int) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if left:
+                    time.sleep(_TRY_SECONDS)
+        owner = _pid_in(fd) or "unknown"
+        os.close(fd)
+        raise SpoolBusy(
+            f"{self._paths.root}: another promptdrop daemon (pid {owner}) owns this spool"
+        )
+
+    def release(self) -> None:
+        """Let the spool go."""
+        if self._descriptor is not None:
+            _close_quietly(self._descriptor)
+            self._descriptor = None
+
+    def require(self) -> None:
+        """Raise DiskTrouble: the state folder is not the one we locked: a file system came or went.
+
+        The same one, mounted anew, is locked anew: the old lock went with the old mount.
+        Raises SpoolBusy: another daemon was faster.
+
+        Thread: any.
+        """
+        if self._descriptor is None:
+            return  # nothing is owned: `init`, `doctor`
+        with self._relocking:
+            try:
+                status = os.stat(self._paths.lock)
+            except FileNotFoundError:
+                raise DiskTrouble(f"state {self._paths.state} is missing; waiting for it") from None
+            if (status.st_dev, status.st_ino) == self._identity:
+                return
+            if self._paths.lock.read_text() != self._mark:
+                raise DiskTrouble(
+                    f"state {self._paths.state} is not the one we own; waiting for that one"
+                )
+            self.acquire()
+
+    def daemon_pid(self) -> int | None:
+        """The process id of the daemon that owns this spool, or None. For commands."""
+        try:
+            fd = os.open(self._paths.lock, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _pid_in(fd)
+        else:
+            return None
+        finally:
+            os.close(fd)
+
+
+def _pid_in(fd: int) -> int:
+    """The process id in a lock file; 0 if it cannot be read."""
+    pid = os.pread(fd, 20, 0).decode("ascii", "replace").partition("\n")[0]
+    return int(pid) if pid.isdecimal() else 0
+
+
+def _close_quietly(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # on a file system that has gone

@@ -1,0 +1,143 @@
+"""Every path and file name of the spool, spelled once.
+
+ROOT/inbox/SUB/FILE                   dropped; with FILE.done where watch.ready_suffix asks for it
+outbox/SUB/JOB/                       images, their sidecars, request.EXT, job.json
+outbox/status.json                    for those who see nothing but the outbox
+failed/SUB/FILE, FILE.error.json      refused or failed, with the reason
+ROOT/.promptdrop/                     the state folder
+    lock, version, mounts.json, status.json
+    control/                          commands; spool/control.py names the files
+    cache/taken/                      files that were taken before (inbox.duplicates: refuse)
+    cluster                           cluster/backend.py
+    pending/ID/  active/ID/  parked/ID/  finished/ID/
+        drop/SUB/FILE                 the dropped file
+        ready                         its FILE.done
+        request.json                  what the job asks for
+        cancelled                     nobody wants the rest
+        failing.json                  where in failed/ the file goes, and why
+        NNNN.begun  NNNN.publishing  NNNN.published  NNNN.failed     of image NNNN
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from promptdrop import fs
+from promptdrop.config import Config
+from promptdrop.spool.ids import is_job_id
+
+State = Literal["pending", "active", "parked", "finished"]
+STATES: tuple[State, ...] = ("pending", "active", "parked", "finished")
+IN_HAND: tuple[State, ...] = ("pending", "active")  # where jobs lie that have not ended
+ImageRecord = Literal["begun", "publishing", "published", "failed"]
+
+DROP = "drop"
+READY = "ready"
+REQUEST = "request.json"
+CANCELLED = "cancelled"
+FAILING = "failing.json"
+SUMMARY = "job.json"
+STATUS = "status.json"
+REASON = ".error.json"  # appended to the name of a file in failed/
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the spool of one configuration lies."""
+
+    root: Path
+    inbox: Path
+    outbox: Path
+    failed: Path
+    state: Path
+    cache: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "Paths":
+        """The paths of a configuration, absolute."""
+        root = config.spool
+        return cls(
+            root, root / "inbox", config.outbox, config.failed, config.state, config.cache
+        )  # fmt: skip
+
+    @property
+    def lock(self) -> Path:
+        """Locked with flock(2) by the daemon; holds its pid."""
+        return self.state / "lock"
+
+    @property
+    def version(self) -> Path:
+        """The version of the state folder's format."""
+        return self.state / "version"
+
+    @property
+    def mounts(self) -> Path:
+        """Which of inbox, outbox and failed have been mount points."""
+        return self.state / "mounts.json"
+
+    @property
+    def status(self) -> Path:
+        """The daemon's status, for its commands."""
+        return self.state / STATUS
+
+    @property
+    def shared_status(self) -> Path:
+        """The same in the outbox."""
+        return self.outbox / STATUS
+
+    @property
+    def control(self) -> Path:
+        """The folder of commands, which the spool's group may write."""
+        return self.state / "control"
+
+    @property
+    def taken(self) -> Path:
+        """The folder of the SHA-256 sums of files that were taken before."""
+        return self.cache / "taken"
+
+    def of_state(self, state: State) -> Path:
+        """The folder of the jobs in this state."""
+        return self.state / state
+
+    def home(self, state: State, job_id: str) -> Path:
+        """The folder of a job in this state."""
+        return self.state / state / job_id
+
+    def homes(self, *states: State) -> Iterator[str]:
+        """The folders of all jobs in these states; as text, since there may be a hundred thousand.
+
+        What else lies among them is not ours. Raises OSError: a state cannot be listed.
+        """
+        for state in states:
+            for entry in fs.entries(self.of_state(state)):
+                if is_job_id(entry.name) and entry.is_dir(follow_symlinks=False):
+                    yield entry.path
+
+
+def state_of(home: Path | str) -> State:
+    """The state whose folder a job's folder lies in."""
+    name = os.path.basename(os.path.dirname(home))
+    return next(state for state in STATES if state == name)
+
+
+def dropped_path(sub: str, file: str) -> str:
+    """SUB/FILE, or FILE at the top of the inbox."""
+    return f"{sub}/{file}" if sub else file
+
+
+def reason_file(target: Path) -> Path:
+    """The error record beside a file in failed/."""
+    return target.with_name(target.name + REASON)
+
+
+def image_record(home: Path, number: int, kind: ImageRecord) -> Path:
+    """A record of an image in its job's folder."""
+    return home / f"{number:04d}.{kind}"
+
+
+def parse_image_record(name: str) -> tuple[int, str] | None:
+    """(number, kind) of a record's file name; None for any other name in a job's folder."""
+    number, _, kind = name.partition(".")
+    return (int(number), kind) if number.isdecimal() else None

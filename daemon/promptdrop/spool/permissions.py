@@ -1,0 +1,76 @@
+"""What this process may do with a folder, in words that say how to cure it; and making folders."""
+
+import os
+import stat
+from pathlib import Path
+
+from promptdrop import fs
+from promptdrop.errors import ConfigError
+
+SHARED_MODE = 0o2775  # inbox, outbox, failed and control: the whole group may write
+OWN_MODE = 0o2755  # only the daemon writes
+_CAP_FOWNER = 3  # linux/capability.h
+
+
+def describe_permissions(path: Path) -> str:
+    """`/x (uid 1000, gid 1000, mode 0755; we are uid 990)`: what a permission error needs.
+
+    Thread: any.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as e:
+        return f"{path} ({e.strerror})"
+    return f"{path} (uid {status.st_uid}, gid {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; we are uid {os.geteuid()})"
+
+
+def why_not_moved(folder: Path) -> str | None:
+    """Why this process cannot move files of others out of a folder of the inbox, and the cure.
+
+    Thread: any.
+    """
+    status = os.stat(folder)
+    described = describe_permissions(folder)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{described} is on a file system mounted read-only; mount it read-write"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{described} is read-only for us; give it to our group and: chmod g+rwx {folder}"
+    is_sticky = status.st_mode & stat.S_ISVTX and os.geteuid() != status.st_uid
+    if is_sticky and not _may_act_as_owner():
+        return f"{described} is sticky: only the owner of a file may move it out; chmod -t {folder}"
+    return None
+
+
+def _may_act_as_owner() -> bool:
+    """CAP_FOWNER, which root may have been left without: capabilities(7)."""
+    with open("/proc/self/status", "rb") as lines:
+        effective = next(line for line in lines if line.startswith(b"CapEff:"))
+    return bool(int(effective.split()[1], 16) >> _CAP_FOWNER & 1)
+
+
+def is_for_us(path: Path) -> bool:
+    """Whether it is a folder that we can list and fill. Raises OSError: nobody can tell now.
+
+    One on a file system that is read-only counts: the disk's trouble passes, a person's will does not.
+
+    Thread: clerk.
+    """
+    if not path.is_dir():
+        return False
+    is_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    return is_read_only or os.access(path, os.R_OK | os.W_OK | os.X_OK)
+
+
+def make_folder(path: Path, mode: int = SHARED_MODE) -> None:
+    """mkdir -p; new files inherit its group. Raises ConfigError."""
+    try:
+        if not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fs.make_directory(path, mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise ConfigError(f"{path} exists and is not a folder") from None
+    except OSError as e:
+        raise ConfigError(
+            f"{path} cannot be made: {e.strerror}: {describe_permissions(path.parent)}"
+        ) from None

@@ -1,0 +1,138 @@
+"""A job's records on the disk: request.json, and one for each image in hand or ended."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from promptdrop import fs
+from promptdrop.spool import detail
+from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
+from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record, state_of
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """A record of our own; empty if it is gone, torn, no regular file or no JSON object.
+
+    Thread: any.
+    """
+    try:
+        loaded = json.loads(fs.read_plain(Path(path), None)[0])
+    except (FileNotFoundError, NotADirectoryError, fs.NotPlain, ValueError, RecursionError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def write(job: Job) -> None:
+    """Record durably what the job asks for.
+
+    Thread: clerk.
+    """
+    document = {
+        "id": job.id,
+        "sub": job.sub,
+        "file": job.file,
+        "inode": job.inode,
+        "folder": job.folder,
+        "priority": job.priority,
+        **job.detail.to_json(),
+    }
+    fs.write_durably(job.home / REQUEST, json.dumps(document).encode())
+
+
+def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
+    """The job in a folder with these names in it. A field that its record lacks has its default.
+
+    Raises OSError; KeyError, TypeError, ValueError: request.json is torn.
+
+    Thread: clerk, and the threads that help it to recover.
+    """
+    record = json.loads(fs.read_whole(f"{home}/{REQUEST}"))
+    images = len(record["images"])
+    job = Job(
+        id=record["id"],
+        paths=paths,
+        place=state_of(home),
+        sub=sys.intern(record["sub"]),
+        file=record["file"],
+        inode=record.get("inode", 0),
+        folder=record["folder"],
+        priority=record.get("priority", 0),
+        images=images,
+        must_fit=record["settings"].get("prompt", {}).get("overflow") == "refuse",
+        detail_in_memory=detail.parse(record) if images > CLOSED_IMAGES else None,
+    )
+    for name in listed:
+        job.cancelled |= name == CANCELLED
+        if known := parse_image_record(name):
+            number, kind = known
+            _load_image(job.state(number), kind, read_json(f"{home}/{name}"))
+    return job
+
+
+def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
+    """The job in a folder; None if it is not recorded yet, or torn by a disk that lied about fsync.
+
+    Thread: clerk, and the threads that help it to recover.
+    """
+    try:
+        return load(paths, home, listed) if REQUEST in listed else None
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _load_image(state: ImageState, kind: str, record: dict[str, Any]) -> None:
+    """Add to an image's state what one of its records says."""
+    if kind == "published" and record:
+        state.outcome, state.file = record["outcome"], record["image"]["file"]
+        state.error = record.get("error")
+    elif kind == "failed":
+        state.outcome, state.error = "failed", record.get("error")
+    elif kind == "begun":
+        state.attempts, state.deaths = record.get("attempts", 0), record.get("deaths", 1)
+
+
+def begin_image(job: Job, number: int) -> None:
+    """Count a daemon death in advance; whatever ends the image otherwise takes it back.
+
+    Runs on the loop: one small file, which is not flushed to the disk.
+    """
+    state = job.state(number)
+    _write_begun(job, number, state.attempts, state.deaths + 1)
+
+
+def end_attempt(job: Job, number: int) -> None:
+    """The image was put down while the daemon lives: only charged attempts are remembered.
+
+    Runs on the loop: one small file, which is not flushed to the disk.
+    """
+    state = job.state(number)
+    _write_begun(job, number, state.attempts, state.deaths)
+
+
+def fail_image(job: Job, number: int, error: str) -> None:
+    """Give an image up, durably.
+
+    Thread: clerk.
+    """
+    fs.write_durably(job.record_path(number, "failed"), json.dumps({"error": error}).encode())
+    fs.remove_file(job.record_path(number, "begun"))
+    job.states[number] = ImageState("failed", None, error)
+
+
+def cancel(job: Job) -> None:
+    """Remember durably that nobody wants the rest of this job.
+
+    Thread: clerk.
+    """
+    if fs.exists(job.home):
+        fs.write_durably(job.home / CANCELLED, b"")
+
+
+def _write_begun(job: Job, number: int, attempts: int, deaths: int) -> None:
+    path = job.record_path(number, "begun")
+    if attempts or deaths:
+        fs.write_quickly(path, json.dumps({"attempts": attempts, "deaths": deaths}).encode())
+    else:
+        fs.remove_file(path)

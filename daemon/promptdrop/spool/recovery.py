@@ -1,0 +1,127 @@
+"""Going on after a crash: every folder in the state folder says what is left of its job."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from promptdrop import fs
+from promptdrop.records import ErrorRecord
+from promptdrop.spool import claim, ending, record, retry
+from promptdrop.spool.failed import move_to_failed
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.paths import DROP, FAILING, IN_HAND, Paths
+from promptdrop.spool.record import read_json
+from promptdrop.spool.spool import Spool
+
+_THREADS, _SLICE = 8, 128  # threads that read folders, and how many folders each at a time
+NEWEST = 64  # jobs whose outbox folder is looked into after a crash; one is enough
+
+_Found = tuple[list[str], Job | None]  # the names in a job's folder, and the job if it is recorded
+
+
+def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
+    """Jobs to go on with, in the order they came, and claims to be read again.
+
+    Half-made moves are completed here, half-published images by `publish.recover`.
+    Repeatable. Raises OSError, DiskTrouble: a folder cannot be used now.
+
+    Thread: clerk.
+    """
+    paths = spool.paths
+    spool.folders.require()
+    spool.duplicates.forget_old()
+    for finished in paths.homes("finished"):
+        fs.remove_tree(Path(finished))
+    for parked in paths.homes("parked"):
+        _recover_parked(spool, Path(parked))
+    jobs, unresolved = [], []
+    homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
+    newest = frozenset(homes[-NEWEST:])
+    for home, (listed, job) in zip(homes, _look_into(paths, homes), strict=True):
+        if any(name.startswith(fs.TEMPORARY) for name in listed):
+            fs.remove_temporaries(Path(home))
+        is_failing = FAILING in listed and bool(read_json(f"{home}/{FAILING}"))
+        if job:
+            if left := _recover_job(spool, job, is_failing, home in newest):
+                jobs.append(left)
+        elif claimed := _recover_claim(spool, Path(home), is_failing):
+            unresolved.append(claimed)
+    _remove_temporaries(paths)
+    return jobs, unresolved
+
+
+def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
+    """What each folder holds. In several threads, because after a power cut all comes from the disk."""
+
+    def look(some: list[str]) -> list[_Found]:
+        found = []
+        for home in some:
+            listed = os.listdir(home)
+            found.append((listed, record.load_if_whole(paths, home, listed)))
+        return found
+
+    slices = [homes[n : n + _SLICE] for n in range(0, len(homes), _SLICE)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for found in pool.map(look, slices):
+            yield from found
+
+
+def _recover_job(spool: Spool, job: Job, is_failing: bool, is_new: bool) -> Job | None:
+    """The job to go on with; None if it was at its end, which is completed."""
+    if is_failing:
+        fs.remove_temporaries(job.outbox_folder)
+        ending.finish(spool, job)
+        return None
+    spool.outbox.recover_folder(job, is_new)
+    job.close()
+    return job
+
+
+def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | None:
+    """The claim to be read again; None if it held no file, or was being refused."""
+    drop = next(fs.files(home / DROP), None)
+    if is_failing:
+        claimed = _unresolved(home, drop or home / DROP / "gone")
+        planned = ErrorRecord.model_validate(read_json(home / FAILING)["record"])
+        move_to_failed(spool, claimed, planned)
+        ending.leave(spool, home, "finished")
+        return None
+    if drop is None:
+        fs.remove_tree(home)
+        return None
+    claimed = _unresolved(home, drop)
+    claim.take_marker(spool, home, claimed.sub, claimed.file)
+    return claimed
+
+
+def _recover_parked(spool: Spool, home: Path) -> None:
+    """Complete a retry that had begun; let a job go whose file somebody took back."""
+    plan = read_json(home / FAILING)
+    if any(True for _ in fs.files(home / DROP)):
+        retry.unpark(spool, home)
+    elif plan and not fs.exists(spool.paths.failed / plan["target"]):
+        fs.remove_tree(home)  # the file is a new job now, if it is dropped again
+
+
+def _unresolved(home: Path, drop: Path) -> Unresolved:
+    inode = os.lstat(drop).st_ino if fs.exists(drop) else 0
+    sub = os.path.relpath(drop.parent, home / DROP)
+    return Unresolved(home.name, home, "" if sub == "." else sub, drop.name, inode)
+
+
+def _remove_temporaries(paths: Paths) -> None:
+    """Remove what a crash left half-written in the state folder and in failed/."""
+    for folder in (paths.state, paths.control):
+        fs.remove_temporaries(folder)
+    for _, listed in fs.walk(paths.failed):
+        for entry in listed:
+            if entry.name.startswith(fs.TEMPORARY) and entry.is_file(follow_symlinks=False):
+                _remove_if_ours(Path(entry.path))
+
+
+def _remove_if_ours(path: Path) -> None:
+    try:
+        fs.remove_file(path)
+    except PermissionError:
+        pass  # in a folder where we may not
