@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from harness import Daemon, until
-
-MakeDaemon = Callable[..., Daemon]
+from harness import Daemon, MakeDaemon, until
 
 FOUR: dict[str, Any] = {"engine": {"batch": 4, "max_attempts": 2}}
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,35 @@ def test_a_negative_prompt_is_counted_too(daemon: Daemon) -> None:
 
     assert "image 2: the negative_prompt has" in daemon.error("a.yaml")["error"]
     assert daemon.tree() == ["failed/a.yaml", "failed/a.yaml.error.json"]
+
+
+def test_generate_goes_through_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    """Where a daemon runs its engine renders the image, and a copy stands where it was asked for."""
+    daemon.start().until_ready()
+    one = daemon.run("generate", "a fox", "-o", str(tmp_path / "fox.jpg"), "--seed", "7")
+    failed = daemon.run("generate", "a fox", "-o", str(tmp_path / "no.png"), "--width", "65")
+    several = daemon.run("generate", "--prompts", "cat;dog", "--output", str(tmp_path / "pets"))
+
+    assert (one.returncode, several.returncode) == (0, 0)
+    assert (tmp_path / "fox.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+    assert str(tmp_path / "fox.jpg") in one.stdout
+    assert len(list((tmp_path / "pets").iterdir())) == 2
+    assert failed.returncode == 2
+    assert "width" in failed.stderr
+    assert not (tmp_path / "no.png").exists()
+    assert len(daemon.published()) == 3
+    assert daemon.stop() == 0
+
+
+def test_generate_with_an_engine_of_its_own(daemon: Daemon, tmp_path: Path) -> None:
+    """--own-engine leaves daemon and spool alone; same seed, same picture."""
+    daemon.start().until_ready()
+    theirs, own = tmp_path / "theirs.png", tmp_path / "own.png"
+    arguments = ("--seed", "7", "--size", "64x64")
+    through = daemon.run("generate", "a fox", "-o", str(theirs), *arguments)
+    alone = daemon.run("generate", "a fox", "-o", str(own), "--own-engine", *arguments)
+
+    assert (through.returncode, alone.returncode) == (0, 0)
+    assert theirs.read_bytes() == own.read_bytes()
+    assert len(daemon.published()) == 1
+    assert daemon.stop() == 0

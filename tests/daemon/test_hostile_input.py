@@ -3,13 +3,12 @@
 import os
 import resource
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_hostile_drops import obedient, tmpfs, works
 
-from harness import Daemon, until
+import disks
+from harness import Daemon, MakeDaemon, until, works
 from promptdrop import config, fs
 from promptdrop.nouns import Request
 from promptdrop.request import parse
@@ -17,8 +16,7 @@ from promptdrop.spool import claim, recovery
 from promptdrop.spool.detail import ClaimedSettings, Settled
 from promptdrop.spool.failed import failures
 from promptdrop.spool.spool import Spool
-
-MakeDaemon = Callable[..., Daemon]
+from users import obedient
 
 
 @pytest.fixture
@@ -69,7 +67,7 @@ def test_a_file_swapped_before_its_claim_is_moved_not_read(
     (home / "drop").mkdir(parents=True)
     swapped = home / "drop" / "a.txt"
     swapped.symlink_to(secret) if kind == "link" else os.mkfifo(swapped)
-    with tmpfs(daemon.failed):
+    with disks.tmpfs(daemon.failed):
         done = daemon.drain()
         moved = daemon.failed / "a.txt"
         is_as_it_was = moved.is_symlink() if kind == "link" else moved.is_fifo()

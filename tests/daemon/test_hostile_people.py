@@ -6,17 +6,14 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_hostile_drops import obedient, tmpfs, works
 
-from harness import Daemon, until
+import disks
+from harness import Daemon, MakeDaemon, until, works
 from promptdrop.spool import control
-
-MakeDaemon = Callable[..., Daemon]
-
+from users import obedient
 
 # --- commands -----------------------------------------------------------------------------------
 
@@ -140,7 +137,7 @@ def test_a_copy_is_no_program_of_ours(daemon: Daemon) -> None:
     path = daemon.drop("a.txt", "\x7fELF")
     os.chown(path, 12345, -1)  # so that it is not ours to give another mode
     path.chmod(0o6755)
-    with tmpfs(daemon.failed):
+    with disks.tmpfs(daemon.failed):
         daemon.start(wrapper=["setpriv", "--bounding-set=-fowner", *obedient()[2:]])
         daemon.error("a.txt")
         mode = (daemon.failed / "a.txt").stat().st_mode

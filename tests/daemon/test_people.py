@@ -4,16 +4,14 @@ import json
 import os
 import stat
 import subprocess
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from test_hostile_drops import obedient
 
-from harness import Daemon, until
+from harness import Daemon, MakeDaemon, until
+from users import obedient
 
-MakeDaemon = Callable[..., Daemon]
 SLOW = "!slow 0.05\n"
 
 

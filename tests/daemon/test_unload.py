@@ -1,13 +1,10 @@
 """`engine.unload_after_seconds`: an engine that nobody needs gives its device back."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from harness import Daemon, alive, until
-
-MakeDaemon = Callable[..., Daemon]
+from harness import Daemon, MakeDaemon, alive, until
 
 
 def unloading(**engine: Any) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from harness import Daemon, until
+from harness import Daemon, MakeDaemon, until
 
-MakeDaemon = Callable[..., Daemon]
 TWO = {"engine": {"workers": 2}}
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 import clusters
-from clusters import Cluster
-from harness import REPOSITORY, Daemon, until
+from clusters import Cluster, attempts, each_once, prompts
+from harness import REPOSITORY, Daemon, MakeDaemon, until
 from promptdrop import __version__, config
 from promptdrop.cluster import backend as cluster_module
 from promptdrop.pool import pool
@@ -26,7 +26,6 @@ pytest.importorskip("ray", reason="ray is not installed: pip install promptdrop[
 pytestmark = pytest.mark.timeout(300)
 
 PACKAGE = REPOSITORY / "daemon" / "promptdrop"
-MakeDaemon = Callable[..., Daemon]
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +49,6 @@ def settings(cluster: Cluster, **engine: Any) -> dict[str, Any]:
         "engine": {"backend": "ray", "workers": 2, **engine},
         "ray": {"address": cluster.address},
     }
-
-
-def prompts(*texts: str) -> str:
-    """A JSONL job, one image a text."""
-    return "\n".join(json.dumps({"prompt": text}) for text in texts)
-
-
-def attempts(daemon: Daemon, folder: str) -> list[int]:
-    """How often each image was tried."""
-    return [sidecar["job"]["attempt"] for sidecar in daemon.sidecars(folder)]
-
-
-def each_once(daemon: Daemon, folder: str, images: int) -> None:
-    """Every image is in the outbox and was published once, ever."""
-    job = daemon.job(folder)
-    assert [image["outcome"] for image in job["images"]] == ["rendered"] * images
-    numbers = sorted(image for file, image in daemon.published() if file.startswith(f"{folder}/"))
-    assert numbers == list(range(1, images + 1))
 
 
 def engines(daemon: Daemon) -> list[dict[str, Any]]:

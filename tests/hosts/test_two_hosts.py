@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cluster import attempts, each_once, prompts
 
-from clusters import Cluster
+from clusters import Cluster, attempts, each_once, prompts
 from harness import Daemon, until
 
 pytest.importorskip("ray", reason="ray is not installed: pip install promptdrop[ray]")

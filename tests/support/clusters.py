@@ -1,10 +1,10 @@
 """A real Ray cluster on this machine: a head without cores, hosts that come and go."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import until
+from harness import Daemon, free_port, until
 
 RAY = Path(sys.executable).with_name("ray")
 # A host that is gone is known to be gone in seconds, not in minutes.
@@ -106,13 +106,6 @@ class Cluster:
         return Host(process, log_file)
 
 
-def free_port() -> int:
-    """A port of loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def running(**environment: str) -> Iterator[Cluster]:
     """A cluster with a head and no hosts."""
@@ -124,3 +117,21 @@ def running(**environment: str) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.close()
+
+
+def prompts(*texts: str) -> str:
+    """A JSONL job, one image a text."""
+    return "\n".join(json.dumps({"prompt": text}) for text in texts)
+
+
+def attempts(daemon: Daemon, folder: str) -> list[int]:
+    """How often each image was tried."""
+    return [sidecar["job"]["attempt"] for sidecar in daemon.sidecars(folder)]
+
+
+def each_once(daemon: Daemon, folder: str, images: int) -> None:
+    """Every image is in the outbox and was published once, ever."""
+    job = daemon.job(folder)
+    assert [image["outcome"] for image in job["images"]] == ["rendered"] * images
+    numbers = sorted(image for file, image in daemon.published() if file.startswith(f"{folder}/"))
+    assert numbers == list(range(1, images + 1))

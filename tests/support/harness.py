@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,18 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
         )
     return both
+
+
+def jsonl(*prompts: str) -> str:
+    """A job of one image per prompt, as JSON lines."""
+    return "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def alive(pid: int) -> bool:
@@ -262,3 +275,12 @@ class Daemon:
         return sorted(
             p.name for state in ("pending", "active") for p in (self.own / state).glob("*")
         )
+
+
+def works(daemon: Daemon, name: str = "witness") -> None:
+    """An ordinary job goes through."""
+    daemon.drop(f"{name}.txt", "a cat\n")
+    assert daemon.job(name)["outcome"] == "done"
+
+
+MakeDaemon = Callable[..., Daemon]

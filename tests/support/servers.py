@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import PATIENCE_SECONDS
+from harness import PATIENCE_SECONDS, free_port
 
 NETWORK_SHARE = Path(__file__).parents[2] / "docs" / "network-share.md"
 PASSWORD = "a password for tests"
@@ -28,14 +28,6 @@ def need(*programs: str) -> None:
 def which(program: str) -> str | None:
     """Also where only root looks."""
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin:/usr/lib/openssh")
-
-
-def free_port() -> int:
-    """One that nobody listens on just now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def answers(port: int) -> bool:

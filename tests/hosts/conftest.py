@@ -1,0 +1,83 @@
+"""Fixtures: one daemon for the clients of a file, and one machine with a real systemd."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients import JSON, JUNK, SETTINGS, TEXT
+from harness import Daemon
+from machine import Machine, installation
+from service import MakeService, Service
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for the clients of this file, and for nobody else; all is counted again at its end."""
+    daemon = Daemon(tmp_path_factory.mktemp("clients"), SETTINGS).start().until_ready()
+    yield daemon
+    stopped = daemon.stop()
+    claimed = [event["file"] for event in daemon.log("job.claimed")]
+    refused = [event["file"] for event in daemon.log("job.refused")]
+
+    assert stopped == 0
+    assert len({*claimed, *refused}) == len(claimed) + len(refused)
+    assert len(daemon.log("job.done")) == len(claimed)
+    assert daemon.unfinished() == []
+
+
+@pytest.fixture
+def inbox(running: Daemon, request: pytest.FixtureRequest) -> Path:
+    """A sub-folder of the inbox for one test."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:70].strip("-")
+    folder = running.inbox / name
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Three job files and what programs leave beside them."""
+    folder = tmp_path / "source"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "one.txt").write_text(TEXT)
+    (folder / "two words.json").write_text(JSON)
+    (folder / "deeper" / "drei ü.txt").write_text(TEXT)
+    for name in JUNK:
+        (folder / name).write_text("x")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Machine]:
+    """A machine with promptdrop installed as the README says, the model's place taken by a small one."""
+    folder = tmp_path_factory.mktemp("machine")
+    binds = {**installation(folder / "venv"), model: "/srv/models/Z-Image-Turbo"}
+    machine = Machine(folder / "machine", binds)
+    try:
+        # A Python with a libpython of its own finds it by a path that ProtectHome may hide.
+        machine.write("/etc/ld.so.conf.d/00-python.conf", "/opt/python/lib\n")
+        machine.run("ldconfig")
+        machine.run("/opt/promptdrop/systemd/install.sh", "--run", "/srv/models/Z-Image-Turbo")
+        yield machine
+    finally:
+        machine.stop()
+
+
+@pytest.fixture
+def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[MakeService]:
+    """`service({...changes...}, "line of the drop-in", ...)`, named after the test; stopped after it."""
+    made: list[Service] = []
+
+    def make(changes: dict[str, Any] | None = None, *lines: str) -> Service:
+        name = re.sub(r"\W", "", request.node.name.removeprefix("test_"))[:40] + str(len(made))
+        made.append(Service(machine, name, changes or {}))
+        made[-1].override(*lines)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.override("TimeoutStopSec=1")
+        one.systemctl("stop", check=False)
