@@ -1,14 +1,15 @@
-"""The only durable writes: hidden temporary, fsync, rename, fsync of the directory.
+"""Files and folders of our own: durable writes, exclusive moves, listing, removal.
 
-Nothing here overwrites a file it did not make: moves are exclusive (renameat2, RENAME_NOREPLACE).
-Every temporary starts with `.promptdrop-`, so a later start knows its own leftovers.
+A durable write is a hidden temporary, fsync, rename, fsync of the directory; there is no other place
+that does it. Nothing here overwrites a file it did not make: moves are exclusive (renameat2,
+RENAME_NOREPLACE). Every temporary starts with `.promptdrop-`, so a later start knows its leftovers.
+Everything here may wait for a disk; nothing keeps a state, so any thread may call it.
 """
 
 import ctypes
 import errno
 import filecmp
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -17,19 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from promptdrop.untrusted import open_plain
+
 TEMPORARY = ".promptdrop-"
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1  # renameat2(2); glibc 2.28
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS, some FUSE file systems
 
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-
-
-Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
-
-
-class NotPlain(OSError):
-    """Not a regular file, or swapped for another while it was opened."""
 
 
 def rename(source: Path, target: Path) -> None:
@@ -42,33 +38,6 @@ def rename(source: Path, target: Path) -> None:
     except OSError as e:
         if e.errno in (errno.EEXIST, errno.EXDEV) or not _took_place(source, target):
             raise
-
-
-@contextmanager
-def below(root: Path, sub: str) -> Iterator[Path]:
-    """The folder root/sub, where others may swap folders for links: none below `root` is followed.
-
-    The path holds while the context lasts, whatever becomes of the names (proc(5), /proc/self/fd).
-    Raises NotPlain: `sub` is no folder by now. FileNotFoundError: it is gone.
-    """
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for part in Path(sub).parts:
-            outer = folder
-            try:
-                folder = os.open(
-                    part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer
-                )
-            except NotADirectoryError:
-                raise NotPlain(errno.ENOTDIR, "no folder by now", str(root / sub)) from None
-            os.close(outer)
-        yield Path(f"/proc/self/fd/{folder}")
-    except OSError as e:
-        if str(e.filename).startswith(f"/proc/self/fd/{folder}/"):
-            e.filename = str(root / sub / Path(e.filename).name)  # a message must say where
-        raise
-    finally:
-        os.close(folder)
 
 
 def move(source: Path, target: Path) -> None:
@@ -131,7 +100,7 @@ def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
 def temporary(
     directory: Path, mode: int, keep: bool = False, name: Path | None = None
 ) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new hidden file, unlinked afterwards unless it was renamed (or `keep` and no error)."""
+    """Open a new hidden file. It is unlinked afterwards, unless it was renamed or `keep` and no error."""
     name = name or directory / f"{TEMPORARY}{secrets.token_hex(8)}.tmp"
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -154,7 +123,7 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to the disk; a file system without that (some FUSE) is left be."""
+    """Flush a directory's entries to the disk, where the file system can (some FUSE cannot)."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -185,24 +154,8 @@ def make_directory(path: Path, mode: int) -> None:
     share(path, mode, path.parent)
 
 
-def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
-    """Read a file anybody may have put there: no links, no devices, no blocking, at most `limit` + 1 bytes.
-
-    limit: None for a record of our own, which is read to its end.
-
-    Raises NotPlain: a link, pipe, socket, device, or swapped while opening. OSError as open(2).
-    """
-    with _open_plain(path) as file:
-        try:
-            data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
-        except OSError as e:
-            e.filename = str(path)  # of a read; a message must say where
-            raise
-        return data, os.fstat(file.fileno())
-
-
 def read_whole(path: Path | str) -> bytes:
-    """A file of our own, with the fewest calls. Raises OSError as open(2)."""
+    """Read a file of our own with the fewest system calls. Raises OSError as open(2)."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts = []
@@ -211,20 +164,6 @@ def read_whole(path: Path | str) -> bytes:
     finally:
         os.close(fd)
     return b"".join(parts)
-
-
-def signature(status: os.stat_result) -> Signature:
-    """What changes when a file's content does."""
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def signature_of(path: Path) -> Signature | None:
-    """None: gone or not a regular file."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return signature(status) if stat.S_ISREG(status.st_mode) else None
 
 
 def share(path: Path, mode: int, folder: Path) -> None:
@@ -245,6 +184,7 @@ def share(path: Path, mode: int, folder: Path) -> None:
 
 
 def _share(fd: int, mode: int, folder: Path) -> None:
+    """The same for an open file."""
     try:
         group = os.stat(folder).st_gid
         if os.fstat(fd).st_gid != group:
@@ -334,46 +274,12 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def entries(directory: Path) -> list[os.DirEntry[str]]:
-    """What a directory holds; nothing if it is gone."""
+    """The entries of a directory; none if it is gone."""
     try:
         with os.scandir(directory) as scan:
             return list(scan)
     except FileNotFoundError:
         return []
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system `path` lies on, as mountinfo spells it: ext4, xfs, nfs4, fuse.sshfs."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            left, _, right = line.partition(" - ")
-            if left.split()[2] == wanted:
-                return right.split()[0]
-    return "unknown"
-
-
-def missing_mount(path: Path) -> Path | None:
-    """The mount point of fstab(5) that `path` lies at or below and that is not mounted now."""
-    try:
-        lines = Path("/etc/fstab").read_bytes().splitlines()
-    except OSError:
-        return None
-    for fields in map(bytes.split, lines):
-        if len(fields) < 2 or fields[0].startswith(b"#") or not fields[1].startswith(b"/"):
-            continue
-        name = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), fields[1])
-        place = Path(os.fsdecode(name))
-        if path.is_relative_to(place) and not os.path.ismount(place):
-            return place
-    return None
-
-
-def free_mib(path: Path) -> float:
-    """Free space for an unprivileged writer, MiB."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize / 2**20
 
 
 def _rename_or_copy(source: Path, target: Path) -> None:
@@ -409,7 +315,10 @@ def _took_place(source: Path, target: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """What is no regular file is made anew: nothing is read through a link, or from a pipe."""
+    """Copy a file durably, never onto an existing name.
+
+    A link, pipe or device is made anew: nothing is read through it.
+    """
     status = os.lstat(source)
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(source), target)
@@ -417,7 +326,7 @@ def _copy(source: Path, target: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         os.mknod(target, status.st_mode, status.st_rdev)
         return
-    with _open_plain(source) as original, temporary(target.parent, 0o600) as (file, name):
+    with open_plain(source) as original, temporary(target.parent, 0o600) as (file, name):
         shutil.copyfileobj(original, file, 1 << 20)
         # By descriptor, and without the bits that would make it a program of our own user's.
         os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode) & 0o777)
@@ -426,21 +335,8 @@ def _copy(source: Path, target: Path) -> None:
         rename(name, target)
 
 
-def _open_plain(path: Path) -> BinaryIO:
-    """Raises NotPlain: a link, pipe, socket, device, or swapped while opening."""
-    before = os.lstat(path)
-    if not stat.S_ISREG(before.st_mode):
-        raise NotPlain(errno.EINVAL, "not a regular file", str(path))
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    file = os.fdopen(fd, "rb")
-    after = os.fstat(fd)
-    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
-        file.close()
-        raise NotPlain(errno.EINVAL, "changed while it was opened", str(path))
-    return file
-
-
 def _is_rest_of_move(source: Path, target: Path) -> bool:
+    """Whether a crash came between the copy of a file and the end of the original."""
     return (
         target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
     )

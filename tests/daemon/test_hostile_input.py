@@ -9,7 +9,7 @@ import pytest
 
 import disks
 from harness import Daemon, MakeDaemon, until, works
-from promptdrop import config, fs
+from promptdrop import config, untrusted
 from promptdrop.nouns import Request
 from promptdrop.request import parse
 from promptdrop.spool import claim, recovery
@@ -38,7 +38,7 @@ def test_a_folder_swapped_for_a_link_gives_nothing_away(spool: Spool, tmp_path: 
     (spool.paths.inbox / "sub").symlink_to(elsewhere)
 
     for sub in ("sub/deep", "sub"):
-        with pytest.raises(fs.NotPlain):
+        with pytest.raises(untrusted.NotPlain):
             claim.claim(spool, sub, "a.txt")
     assert (elsewhere / "deep/a.txt").read_text() == "a secret\n"
     assert not list((spool.paths.state / "pending").iterdir())
@@ -49,7 +49,7 @@ def test_a_folder_in_the_place_of_a_file_stays_where_it_is(spool: Spool) -> None
     (spool.paths.inbox / "a.txt").mkdir()
     (spool.paths.inbox / "a.txt/b.bin").write_text("mine\n")
 
-    with pytest.raises(fs.NotPlain):
+    with pytest.raises(untrusted.NotPlain):
         claim.claim(spool, "", "a.txt")
     assert (spool.paths.inbox / "a.txt/b.bin").read_text() == "mine\n"
     assert not list((spool.paths.state / "pending").iterdir())

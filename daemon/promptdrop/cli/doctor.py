@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from promptdrop import fs, names, weights
+from promptdrop import fs, mounts, names, weights
 from promptdrop.cluster import backend
 from promptdrop.config import Config
 from promptdrop.engines import engine
@@ -74,8 +74,8 @@ def _folders(spool: Spool) -> Iterator[Finding]:
 
 
 def _folder(what: str, path: Path, min_free_mib: int) -> Finding:
-    free = fs.free_mib(path)
-    text = f"{path} on {fs.file_system(path)}, {free:,.0f} MiB free, mode {stat.S_IMODE(path.stat().st_mode):04o}"
+    free = mounts.free_mib(path)
+    text = f"{path} on {mounts.file_system(path)}, {free:,.0f} MiB free, mode {stat.S_IMODE(path.stat().st_mode):04o}"
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return Finding("bad", what, f"{describe_permissions(path)} cannot be read and written")
     if free < min_free_mib:
@@ -104,7 +104,7 @@ def _inbox(spool: Spool) -> Iterator[Finding]:
                 f"so that all of it can fetch and delete: chgrp -R {group} {path}",
             )
     watch = spool.config.watch
-    how = watch_mode(watch.mode, fs.file_system(spool.paths.inbox))[1]
+    how = watch_mode(watch.mode, mounts.file_system(spool.paths.inbox))[1]
     yield Finding("ok", "watch", f"{how}; a look every {watch.rescan_seconds:g} s")
     for n, (stranger, why) in enumerate(strangers(spool.paths.inbox)):
         if n == _STRANGERS_SHOWN:

@@ -31,7 +31,7 @@ from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGroupe
 
 from promptdrop import fs, names
 from promptdrop.config import Watch
-from promptdrop.fs import Signature, signature
+from promptdrop.untrusted import Signature, signature
 
 SUB_BYTES = 1024  # longest path below the inbox that is entered: it must fit below our folders too
 _NOT_OURS = (FileNotFoundError, NotADirectoryError, PermissionError)  # withdrawn, or not to be read

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from promptdrop import fs, log, names
+from promptdrop import fs, log, mounts, names, untrusted
 from promptdrop.config import Config
 from promptdrop.errors import RequestError
 from promptdrop.intake.inbox import Inbox, Mode, Offer, Scan, Watcher, watch_mode
@@ -189,7 +189,7 @@ class Intake:
     def decide_watch(self) -> Mode:
         """Anew at every look: a share may be mounted over what was a local folder."""
         mode, self.watch = watch_mode(
-            self._desk.config.watch.mode, fs.file_system(self._spool.paths.inbox)
+            self._desk.config.watch.mode, mounts.file_system(self._spool.paths.inbox)
         )
         return mode
 
@@ -254,7 +254,7 @@ class Intake:
         source = self._spool.paths.inbox / offer.sub / offer.file
         try:
             return claim.claim(self._spool, offer.sub, offer.file)
-        except fs.NotPlain:
+        except untrusted.NotPlain:
             return None
         except FileNotFoundError:
             if fs.exists(source):
@@ -291,7 +291,11 @@ class Intake:
         """On the clerk's thread. The claimed file is looked at again: a writer may hold it still."""
         self._spool.folders.require()
         drop = claimed.drop
-        if offer is None or asked is None or not _is_same(fs.signature_of(drop), offer.signature):
+        if (
+            offer is None
+            or asked is None
+            or not _is_same(untrusted.signature_of(drop), offer.signature)
+        ):
             settings = self._desk.config.in_folder(claimed.sub)
             result = read_job_file(drop, claimed.file, settings, None)
             if not isinstance(result, Request):
@@ -345,6 +349,6 @@ def settings_of(config: Config) -> ClaimedSettings:
     return ClaimedSettings(config.prompt, config.output, section.max_attempts, section.on_timeout)
 
 
-def _is_same(now: fs.Signature | None, then: fs.Signature) -> bool:
+def _is_same(now: untrusted.Signature | None, then: untrusted.Signature) -> bool:
     """Whether inode, size and mtime are the same: the rename itself changed only ctime."""
     return now is not None and now[:3] == then[:3]

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from promptdrop import fs, names
+from promptdrop import names, untrusted
 from promptdrop.config import Config
 from promptdrop.errors import RequestError
-from promptdrop.fs import Signature, signature_of
 from promptdrop.nouns import Request
 from promptdrop.request import parse
 from promptdrop.spool.permissions import describe_permissions
+from promptdrop.untrusted import Signature, signature_of
 
 
 def read_job_file(
@@ -21,7 +21,7 @@ def read_job_file(
     limit = settings.limits.job_file_kib * 1024
     try:
         before = signature_of(path)
-        data, _ = fs.read_plain(path, limit)
+        data, _ = untrusted.read_plain(path, limit)
         if (
             before is None
             or signature_of(path) != before
@@ -40,7 +40,7 @@ def read_job_file(
         return e
     except PermissionError:
         return RequestError(f"cannot be read: {describe_permissions(path)}")
-    except (FileNotFoundError, fs.NotPlain):
+    except (FileNotFoundError, untrusted.NotPlain):
         return None
 
 

@@ -6,7 +6,7 @@ import stat
 import sys
 from pathlib import Path
 
-from promptdrop import clock, fs
+from promptdrop import clock, fs, untrusted
 from promptdrop.nouns import Request
 from promptdrop.spool.detail import ClaimedSettings, Detail, Settled
 from promptdrop.spool.job import Job, Unresolved
@@ -27,11 +27,11 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
     os.makedirs(folder)
     source = spool.paths.inbox / sub / file
     try:
-        with fs.below(spool.paths.inbox, sub) as inner:
+        with untrusted.below(spool.paths.inbox, sub) as inner:
             fs.rename(inner / file, folder / file)
             if stat.S_ISDIR(os.lstat(folder / file).st_mode):  # swapped in, and no file to move
                 fs.rename(folder / file, inner / file)
-                raise fs.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
+                raise untrusted.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
     except OSError:
         fs.remove_empty_tree(home)  # never the file, if it came after all
         raise
@@ -50,7 +50,7 @@ def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:
     suffix = spool.config.watch.ready_suffix
     if suffix and not fs.exists(spool.paths.inbox / sub / file):
         try:
-            with fs.below(spool.paths.inbox, sub) as inner:
+            with untrusted.below(spool.paths.inbox, sub) as inner:
                 fs.rename(inner / f"{file}{suffix}", home / READY)
         except OSError:
             pass  # gone, or claimed with it before a crash; the file itself is ours
@@ -108,9 +108,9 @@ def take_cancel(spool: Spool, path: str) -> None:
     """
     sub, _, file = path.rpartition("/")
     try:
-        with fs.below(spool.paths.inbox, sub) as folder:
+        with untrusted.below(spool.paths.inbox, sub) as folder:
             fs.remove_file(folder / file)
-    except (FileNotFoundError, PermissionError, fs.NotPlain):
+    except (FileNotFoundError, PermissionError, untrusted.NotPlain):
         pass  # taken back, in a folder that is not ours to change, or swapped
 
 

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from promptdrop import fs, names
+from promptdrop import fs, names, untrusted
 from promptdrop.spool.paths import Paths
 
 PAUSE = "pause"
@@ -103,7 +103,7 @@ def done(folder: Path, file: str) -> None:
 def _parse(path: Path) -> Command | None:
     """The command in a file; None if it is none: anybody of the group may write here."""
     try:
-        data, _ = fs.read_plain(path, _LIMIT)
+        data, _ = untrusted.read_plain(path, _LIMIT)
         document = json.loads(data)
         kind, targets = _KINDS[document["command"]], document["targets"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from promptdrop import fs
+from promptdrop import fs, untrusted
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.paths import Paths
 from promptdrop.spool.permissions import OWN_MODE
@@ -56,8 +56,8 @@ class Duplicates:
         It may have been moved already, swapped before its claim, or grown by a writer that held it.
         """
         try:
-            data, _ = fs.read_plain(claimed.drop, limit)
-        except (FileNotFoundError, fs.NotPlain):
+            data, _ = untrusted.read_plain(claimed.drop, limit)
+        except (FileNotFoundError, untrusted.NotPlain):
             return None
         if len(data) > limit:
             return None

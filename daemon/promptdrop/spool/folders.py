@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from promptdrop import fs
+from promptdrop import fs, mounts
 from promptdrop.config import Config
 from promptdrop.errors import ConfigError, DiskTrouble, PromptdropError
 from promptdrop.spool.lock import Lock
@@ -46,7 +46,7 @@ class Folders:
         An empty mount point would make a fine new spool, and hide the real one's jobs.
         """
         root = self._paths.root
-        if not self._paths.state.is_dir() and (place := fs.missing_mount(root)):
+        if not self._paths.state.is_dir() and (place := mounts.missing_mount(root)):
             raise PromptdropError(
                 f"{root}: there is no spool here: {place} is in /etc/fstab and not mounted"
             )
@@ -138,7 +138,7 @@ class Folders:
         for name, path in {**self._shared, "state": self._paths.state}.items():
             if not os.access(path, os.W_OK | os.X_OK):
                 raise DiskTrouble(f"{name} {describe_permissions(path)} cannot be written")
-            if (free := fs.free_mib(path)) < min_free_mib:
+            if (free := mounts.free_mib(path)) < min_free_mib:
                 raise DiskTrouble(
                     f"{name} {path} has {free:.0f} MiB free, less than limits.min_free_disk_mib: {min_free_mib}"
                 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from promptdrop import fs
+from promptdrop import fs, untrusted
 from promptdrop.spool import detail
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
 from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record, state_of
@@ -18,8 +18,8 @@ def read_json(path: Path | str) -> dict[str, Any]:
     Thread: any.
     """
     try:
-        loaded = json.loads(fs.read_plain(Path(path), None)[0])
-    except (FileNotFoundError, NotADirectoryError, fs.NotPlain, ValueError, RecursionError):
+        loaded = json.loads(untrusted.read_plain(Path(path), None)[0])
+    except (FileNotFoundError, NotADirectoryError, untrusted.NotPlain, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 

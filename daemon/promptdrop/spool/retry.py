@@ -5,7 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from promptdrop import fs, names
+from promptdrop import fs, names, untrusted
 from promptdrop.errors import UsageError
 from promptdrop.spool import record
 from promptdrop.spool.failed import status_of
@@ -44,7 +44,7 @@ def unpark(spool: Spool, home: Path) -> Job:
     plan = read_json(home / FAILING)
     if plan and not fs.exists(job.drop):
         sub, _, file = plan["target"].rpartition("/")
-        with fs.below(spool.paths.failed, sub) as folder:
+        with untrusted.below(spool.paths.failed, sub) as folder:
             fs.move(folder / file, job.drop)
     _forget_failures(home)
     if plan:
@@ -76,13 +76,13 @@ def _require_inside(failed: Path, target: str) -> None:
     try:
         is_inside = bool(file) and ".." not in (file, *Path(sub).parts) and target[0] != "/"
         if is_inside and fs.exists(failed / sub):
-            with fs.below(failed, sub) as folder:
+            with untrusted.below(failed, sub) as folder:
                 status = status_of(folder / file)
             is_inside = status is None or stat.S_ISREG(status.st_mode)
     except ValueError:  # NUL, or half a surrogate pair
         is_inside = False
     except OSError as e:
-        if not isinstance(e, fs.NotPlain) and e.errno not in _INCURABLE:
+        if not isinstance(e, untrusted.NotPlain) and e.errno not in _INCURABLE:
             raise
         is_inside = False
     if not is_inside:
@@ -106,7 +106,7 @@ def _drop_again(spool: Spool, target: str) -> None:
     stem, suffix = names.split(file)
     root = spool.paths.inbox
     fs.make_directories(root / sub, SHARED_MODE, below=root)
-    with fs.below(spool.paths.failed, sub) as failed, fs.below(root, sub) as inbox:
+    with untrusted.below(spool.paths.failed, sub) as failed, untrusted.below(root, sub) as inbox:
         fs.remove_file(reason_file(failed / file))
         n = 1
         while fs.exists(failed / file):

@@ -1,0 +1,86 @@
+"""Files and folders that others may swap while we look: no link is followed, nothing blocks."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
+
+
+class NotPlain(OSError):
+    """Not a regular file, or swapped for another while it was opened."""
+
+
+def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
+    """Read a file anybody may have put there: no links, no devices, no blocking, at most `limit` + 1 bytes.
+
+    limit: None for a record of our own, which is read to its end.
+
+    Raises NotPlain: a link, pipe, socket, device, or swapped while opening. OSError as open(2).
+    """
+    with open_plain(path) as file:
+        try:
+            data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
+        except OSError as e:
+            e.filename = str(path)  # of a read; a message must say where
+            raise
+        return data, os.fstat(file.fileno())
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a regular file. Raises NotPlain: a link, pipe, socket, device, or swapped while opening."""
+    before = os.lstat(path)
+    if not stat.S_ISREG(before.st_mode):
+        raise NotPlain(errno.EINVAL, "not a regular file", str(path))
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    file = os.fdopen(fd, "rb")
+    after = os.fstat(fd)
+    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+        file.close()
+        raise NotPlain(errno.EINVAL, "changed while it was opened", str(path))
+    return file
+
+
+@contextmanager
+def below(root: Path, sub: str) -> Iterator[Path]:
+    """Yield a path of the folder root/sub; no link below `root` is followed on the way there.
+
+    The path holds while the context lasts, whatever becomes of the names (proc(5), /proc/self/fd).
+    Raises NotPlain: `sub` is no folder by now. FileNotFoundError: it is gone.
+    """
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in Path(sub).parts:
+            outer = folder
+            try:
+                folder = os.open(
+                    part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer
+                )
+            except NotADirectoryError:
+                raise NotPlain(errno.ENOTDIR, "no folder by now", str(root / sub)) from None
+            os.close(outer)
+        yield Path(f"/proc/self/fd/{folder}")
+    except OSError as e:
+        if str(e.filename).startswith(f"/proc/self/fd/{folder}/"):
+            e.filename = str(root / sub / Path(e.filename).name)  # a message must say where
+        raise
+    finally:
+        os.close(folder)
+
+
+def signature(status: os.stat_result) -> Signature:
+    """The numbers of a file of which one changes when its content does."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def signature_of(path: Path) -> Signature | None:
+    """The signature of a file; None if it is gone or not a regular file."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return signature(status) if stat.S_ISREG(status.st_mode) else None
