@@ -22,6 +22,8 @@ _CUT = "... (cut: a JPEG holds 64 KiB of comment; the sidecar has all of it)"
 
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\0"  # EXIF 2.32, table 9
+_LONG, _UNDEFINED = 4, 7  # types of a value, TIFF 6.0 section 2
+_DIRECTORY_BYTES = 2 + 12 + 4  # of an IFD with one entry
 
 # https://iptc.org/std/photometadata/specification/ (Digital Source Type)
 XMP = b"""<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -45,14 +47,14 @@ def encode(
 ) -> bytes:
     """The picture file of `pixels`: uint8 [height, width, 3], RGB.
 
-    format: `png`, `jpeg`, `webp`, `avif`. quality: 1 to 100, of no meaning for png.
-    infotext: None for a file without any metadata. In a JPEG more than 64 KiB of it (as UTF-16)
-    are cut in the middle: the prompt's end goes, the last line stays.
+    format: `png`, `jpeg`, `webp`, `avif`. quality: 1 to 100, ignored for png.
+    infotext: None for a file without any metadata. A JPEG holds 64 KiB of it, as UTF-16: a longer
+    one is cut before its last line.
     """
     if len(pixels) != width * height * 3:
         raise ValueError(f"{len(pixels)} bytes are not {width}x{height} RGB pixels")
-    size = (width, height)
-    image = Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1)  # type: ignore[arg-type]  # any buffer does
+    rows = ("RGB", 0, 1)  # without padding, the top one first
+    image = Image.frombuffer("RGB", (width, height), pixels, "raw", *rows)  # type: ignore[arg-type]  # any buffer does
     options: dict[str, Any] = {"quality": quality}
     if format == "png":
         options = {"compress_level": PNG_COMPRESS_LEVEL}
@@ -66,7 +68,7 @@ def encode(
 
 
 def read_parameters(path: Path) -> str | None:
-    """The infotext embedded in a picture file, as A1111 would read it; None if there is none."""
+    """The infotext embedded in a picture file, read as A1111 does; None if there is none."""
     with Image.open(path) as image:
         if isinstance(text := image.info.get("parameters"), str):
             return str(text)
@@ -77,7 +79,7 @@ def read_parameters(path: Path) -> str | None:
 
 
 def placeholder(width: int, height: int, text: str) -> bytes:
-    """Pixels nobody takes for a rendered picture: stripes, and `PLACEHOLDER: text` across them.
+    """Pixels that nobody takes for a rendered picture: stripes, and `PLACEHOLDER: text` across them.
 
     Returns: uint8 [height, width, 3], RGB.
     """
@@ -100,6 +102,7 @@ def placeholder(width: int, height: int, text: str) -> bytes:
 
 
 def _png_metadata(infotext: str) -> dict[str, Any]:
+    """Options of `Image.save`."""
     info = PngInfo()
     info.add_text("parameters", infotext)  # tEXt, or iTXt where Latin-1 does not do
     info.add_itxt("XML:com.adobe.xmp", XMP.decode())
@@ -107,6 +110,7 @@ def _png_metadata(infotext: str) -> dict[str, Any]:
 
 
 def _metadata(infotext: str, format: str) -> dict[str, Any]:  # noqa: A002 - as in encode
+    """Options of `Image.save` for the other formats."""
     exif = _exif(infotext)
     if format == "jpeg" and len(exif) > JPEG_EXIF_BYTES:
         exif = _exif(_cut(infotext, JPEG_EXIF_BYTES - len(_exif(""))))
@@ -134,8 +138,14 @@ def _exif(comment: str) -> bytes:
     TIFF 6.0 section 2: header, IFD 0 with one pointer, the EXIF IFD with one value.
     """
     value = _UNICODE + _utf16(comment)
-    entry = 2 + 12 + 4  # bytes of an IFD: count, one entry, no next
-    header = b"Exif\0\0MM\0*" + struct.pack(">L", 8)
-    pointer = struct.pack(">HHHLLL", 1, _EXIF_IFD, 4, 1, 8 + entry, 0)
-    user_comment = struct.pack(">HHHLLL", 1, _USER_COMMENT, 7, len(value), 8 + 2 * entry, 0)
+    start = 8  # of IFD 0, in bytes from the start of the TIFF header
+    header = b"Exif\0\0MM\0*" + struct.pack(">L", start)
+    pointer = _directory(_EXIF_IFD, _LONG, 1, start + _DIRECTORY_BYTES)
+    user_comment = _directory(_USER_COMMENT, _UNDEFINED, len(value), start + 2 * _DIRECTORY_BYTES)
     return header + pointer + user_comment + value
+
+
+def _directory(tag: int, kind: int, count: int, value: int) -> bytes:
+    """An IFD of one entry: how many entries, the entry, no next IFD."""
+    entry = struct.pack(">HHLL", tag, kind, count, value)
+    return struct.pack(">H", 1) + entry + struct.pack(">L", 0)

@@ -17,39 +17,42 @@ from typing import Any
 
 from promptdrop import clock, fs, names, picture
 from promptdrop.nouns import SUFFIX_OF_FORMAT, EngineInfo, ImageSpec, Rendering
+from promptdrop.outbox import sidecar
 from promptdrop.records import (
     HOST,
     VERSION,
-    Device,
-    LatencyMs,
     Sidecar,
-    SidecarImage,
-    SidecarJob,
-    SidecarModel,
-    SidecarPrompt,
-    SidecarRequest,
     SidecarTime,
     Window,
     to_bytes,
 )
 from promptdrop.request.infotext import format_infotext
 from promptdrop.spool.job import Job
+from promptdrop.spool.paths import parse_image_record
 from promptdrop.spool.record import read_json
 
+_SAMPLERS = {
+    "euler": "Euler",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "heun": "Heun",
+}
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, kw_only=True)
 class Publication:
     """One image on its way to the outbox. `run` may be called again after trouble with a disk."""
 
     job: Job
     spec: ImageSpec
-    pixels: bytes | mmap.mmap  # buffer of uint8 [height, width, 3]
-    rendering: Rendering | None  # None: a placeholder, made because of `error`
+    pixels: bytes | mmap.mmap  # uint8 [height, width, 3], RGB
+    rendering: Rendering | None  # None for a placeholder, which is made because of `error`
     engine: EngineInfo
-    attempt: int
+    engine_name: str | None
+    attempt: int  # counts from 1
     started: float  # the image's first step of work, monotonic seconds
     window: Window
-    engine_name: str | None
     error: str | None = None
     _data: bytes | None = field(default=None, init=False)
     _sha256: str = field(default="", init=False)
@@ -58,17 +61,22 @@ class Publication:
     _recorded: bool = field(default=False, init=False)
 
     def run(self) -> str:
-        """Publish; returns the image's file name. Raises OSError: trouble with a disk, call again."""
+        """Publish; returns the image's file name. Raises OSError: trouble with a disk, call again.
+
+        Thread: publisher.
+        """
         began = time.monotonic()
         if not self._recorded:
             if self._data is None:
                 self._data = self._encode()
             folder = self.job.outbox_folder
-            fs.make_directories(folder, self._directory_mode, below=self.job.paths.outbox)
+            fs.make_directories(folder, self.job.settings.folder_mode, below=self.job.paths.outbox)
             self._sha256 = hashlib.sha256(self._data).hexdigest()
             # Once: state that cannot be written all night must not fill the outbox meanwhile.
             if self._temporary is None or not fs.exists(self._temporary):
-                self._temporary = fs.write_temporary(folder, self._data, self._mode)
+                self._temporary = fs.write_temporary(
+                    folder, self._data, self.job.settings.file_mode
+                )
             self._save_ms += (time.monotonic() - began) * 1e3
             _write_record(self.job, self.spec.image, self._record(self._temporary.name))
             self._recorded = True
@@ -79,132 +87,74 @@ class Publication:
         if isinstance(self.pixels, mmap.mmap):
             self.pixels.close()
 
-    @property
-    def _mode(self) -> int:
-        return int(self.job.settings.output.mode, 8)
-
-    @property
-    def _directory_mode(self) -> int:
-        return int(self.job.settings.output.directory_mode, 8)
-
     def _encode(self) -> bytes:
         spec, output = self.spec, self.job.settings.output
         text = infotext(spec, self.engine.model) if output.embed_metadata else None
-        size = spec.width, spec.height
         with memoryview(self.pixels) as pixels:
-            return picture.encode(pixels, *size, spec.format, output.quality, text)
+            return picture.encode(
+                pixels, spec.width, spec.height, spec.format, quality=output.quality, infotext=text
+            )
 
     def _record(self, temporary: str) -> dict[str, Any]:
+        """The sidecar to be, and what `complete` needs besides."""
         record = self._sidecar().model_dump(mode="json")
         return {**record, "temporary": temporary, "error": self.error}
 
     def _sidecar(self) -> Sidecar:
         job, spec, rendering, data = self.job, self.spec, self.rendering, self._data
-        assert spec.seed is not None
         assert data is not None
-        latency = rendering.latency_ms if rendering else None
+        file = job.stem(spec) + SUFFIX_OF_FORMAT[spec.format]
+        started = time.time() - (time.monotonic() - self.started)
         return Sidecar(
             outcome="rendered" if rendering else "placeholder",
-            job=SidecarJob(
-                id=job.id,
-                name=job.name,
-                file=names.printable(job.file),
-                image=spec.image,
-                images=job.images,
-                attempt=self.attempt,
-            ),
-            image=SidecarImage(
-                file=job.stem(spec) + SUFFIX_OF_FORMAT[spec.format],
-                format=spec.format,
-                width=spec.width,
-                height=spec.height,
-                bytes=len(data),
-                sha256=self._sha256,
-            ),
-            request=SidecarRequest(
-                prompt=spec.prompt,
-                negative_prompt=spec.negative_prompt,
-                seed=spec.seed,
-                width=spec.width,
-                height=spec.height,
-                steps=spec.steps,
-                guidance_scale=spec.guidance_scale,
-                scheduler=spec.scheduler,
-                meta=spec.meta,
-            ),
-            prompt=SidecarPrompt(
-                text=rendering.prompt if rendering else spec.prompt,
-                tokens=rendering.tokens if rendering else None,
-                truncated=rendering.truncated if rendering else False,
-            ),
-            model=SidecarModel(
-                id=self.engine.model,
-                revision=self.engine.revision,
-                dtype=self.engine.dtype,
-                quantization=self.engine.quantization,
-                compiled=rendering.compiled if rendering else self.engine.compiled,
-            ),
+            job=sidecar.of_job(job, spec, self.attempt),
+            image=sidecar.of_image(spec, file, len(data), self._sha256),
+            request=sidecar.of_request(spec),
+            prompt=sidecar.of_prompt(spec, rendering),
+            model=sidecar.of_model(self.engine, rendering),
             evaluations=rendering.evaluations if rendering else 0,
             batch=rendering.batch if rendering else 1,
-            latency_ms=LatencyMs(
-                queued=_round(job.settled.milliseconds_to(self.started, clock.boot_id())),
-                encode=_round(latency.encode) if latency else None,
-                denoise=_round(latency.denoise) if latency else None,
-                decode=_round(latency.decode) if latency else None,
-                transfer=_round(latency.transfer) if latency else None,
-                render=_round(latency.render) if latency else None,
-                save=round(self._save_ms, 1),
-                total=None,
-            ),
+            latency_ms=sidecar.latency(job.settled, rendering, self.started, self._save_ms),
             steps_ms=[round(step, 1) for step in rendering.steps_ms] if rendering else [],
             window=self.window,
-            device=Device(
-                name=self.engine.device,
-                engine=self.engine_name,
-                host=self.engine.host,
-                utilization_percent=rendering.utilization_percent if rendering else None,
-                memory_allocated_mib=rendering.memory_allocated_mib if rendering else None,
-                memory_reserved_mib=rendering.memory_reserved_mib if rendering else None,
-                memory_peak_mib=rendering.memory_peak_mib if rendering else None,
-            ),
-            time=SidecarTime(
-                claimed=job.claimed,
-                started=clock.timestamp(time.time() - (time.monotonic() - self.started)),
-                published=None,
-            ),
+            device=sidecar.of_device(self.engine, self.engine_name, rendering),
+            time=SidecarTime(claimed=job.claimed, started=clock.timestamp(started), published=None),
             host=HOST,
             version=VERSION,
         )
 
 
-def complete(job: Job, image: int) -> str:
-    """Finish a publication whose record stands. Repeatable; returns the image's file name."""
-    path = job.record_path(image, "publishing")
-    if not fs.exists(path):  # done but for what comes after the last rename
-        record = json.loads(job.record_path(image, "published").read_bytes())
-        return _remember(job, image, record)
-    record = json.loads(path.read_bytes())
-    folder = job.outbox_folder
+def complete(job: Job, number: int) -> str:
+    """Finish a publication whose record stands; returns the image's file name. Repeatable.
+
+    Thread: publisher, clerk.
+    """
+    publishing = job.record_path(number, "publishing")
+    published = job.record_path(number, "published")
+    if not fs.exists(publishing):  # all is done but for the last step
+        return _remember(job, number, json.loads(published.read_bytes()))
+    record = json.loads(publishing.read_bytes())
     began = time.monotonic()
-    record = _give_name(job, image, record)
-    file = record["image"]["file"]
-    sidecar = folder / f"{Path(file).stem}.json"
-    if fs.exists(folder / file) and not fs.exists(sidecar):
-        record["latency_ms"]["save"] = round(
-            record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3, 1
-        )
-        _write_sidecar(job, record, sidecar)
-    os.replace(path, job.record_path(image, "published"))
-    return _remember(job, image, record)
+    record = _give_name(job, number, record)
+    image = job.outbox_folder / record["image"]["file"]
+    if fs.exists(image) and not fs.exists(_sidecar_of(image)):
+        save_ms = record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3
+        record["latency_ms"]["save"] = round(save_ms, 1)
+        _write_sidecar(job, record, _sidecar_of(image))
+    os.replace(publishing, published)
+    return _remember(job, number, record)
 
 
 def recover(job: Job) -> None:
-    """Complete what a crash left half-published, and remove its temporaries."""
+    """Complete what a crash left half-published, and remove its temporaries.
+
+    Thread: clerk.
+    """
     for entry in fs.entries(job.home):
-        image, _, kind = entry.name.partition(".")
-        if kind == "publishing" and image.isdecimal():
-            if read_json(Path(entry.path)):
-                complete(job, int(image))
+        number, kind = parse_image_record(entry.name) or (0, "")
+        if kind == "publishing":
+            if read_json(entry.path):
+                complete(job, number)
             else:  # torn, by a disk that lied about fsync: the image is rendered again
                 fs.remove_file(Path(entry.path))
     if os.path.isdir(job.outbox_folder):
@@ -225,55 +175,50 @@ def infotext(spec: ImageSpec, model: str) -> str:
     return format_infotext(spec.prompt, spec.negative_prompt, fields)
 
 
-_SAMPLERS = {
-    "euler": "Euler",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "heun": "Heun",
-}
-
-
-def _remember(job: Job, image: int, record: dict[str, Any]) -> str:
-    state, file = job.state(image), str(record["image"]["file"])
+def _remember(job: Job, number: int, record: dict[str, Any]) -> str:
+    """Note in memory that the image is published; it is not in hand any more."""
+    state, file = job.state(number), str(record["image"]["file"])
     state.outcome, state.file, state.error = record["outcome"], file, record["error"]
-    fs.remove_file(job.record_path(image, "begun"))
+    fs.remove_file(job.record_path(number, "begun"))
     return file
 
 
-def _give_name(job: Job, image: int, record: dict[str, Any]) -> dict[str, Any]:
+def _give_name(job: Job, number: int, record: dict[str, Any]) -> dict[str, Any]:
     """Rename the temporary to its final name, or to NAME~2 where somebody's file stands."""
     folder, file = job.outbox_folder, record["image"]["file"]
     temporary = folder / record["temporary"]
     stem, suffix = names.split(file)
     n = 1
     while fs.exists(temporary):
-        sidecar = folder / f"{Path(record['image']['file']).stem}.json"
+        image = folder / record["image"]["file"]
         try:
-            if fs.exists(sidecar):  # of another image, whose format differs: one stem, one sidecar
+            if fs.exists(
+                _sidecar_of(image)
+            ):  # of an image of another format: one stem, one sidecar
                 raise FileExistsError
-            fs.rename(temporary, folder / record["image"]["file"])
+            fs.rename(temporary, image)
         except FileExistsError:
             n += 1
             record["image"]["file"] = names.numbered(stem, suffix, n)
-            _write_record(job, image, record)
+            _write_record(job, number, record)
     if folder.is_dir():
         fs.sync_directory(folder)
     return record
 
 
-def _write_sidecar(job: Job, record: dict[str, Any], sidecar: Path) -> None:
+def _sidecar_of(image: Path) -> Path:
+    """NAME.json beside NAME.png."""
+    return image.with_name(f"{image.stem}.json")
+
+
+def _write_sidecar(job: Job, record: dict[str, Any], path: Path) -> None:
     now = time.monotonic()
     document = {key: value for key, value in record.items() if key not in ("temporary", "error")}
-    document["latency_ms"]["total"] = _round(job.settled.milliseconds_to(now, clock.boot_id()))
+    total_ms = job.settled.milliseconds_to(now, clock.boot_id())
+    document["latency_ms"]["total"] = sidecar.rounded(total_ms)
     document["time"]["published"] = clock.timestamp()
-    mode = int(job.settings.output.mode, 8)
-    fs.write_once(sidecar, to_bytes(Sidecar.model_validate(document)), mode)
+    fs.write_once(path, to_bytes(Sidecar.model_validate(document)), job.settings.file_mode)
 
 
-def _write_record(job: Job, image: int, record: dict[str, Any]) -> None:
-    fs.write_durably(job.record_path(image, "publishing"), json.dumps(record).encode())
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+def _write_record(job: Job, number: int, record: dict[str, Any]) -> None:
+    fs.write_durably(job.record_path(number, "publishing"), json.dumps(record).encode())

@@ -763,15 +763,15 @@ class Supervisor:
         utilization = answer.rendering.utilization_percent
         self._window.add(now, answer.rendering.latency_ms.render, utilization)
         publication = Publication(
-            running.job,
-            image.spec,
-            image.pixels,
-            answer.rendering,
-            slot.info,
-            running.job.state(image.spec.image).attempts + 1,
-            image.began,
-            self._window.summary(),
-            slot.name,
+            job=running.job,
+            spec=image.spec,
+            pixels=image.pixels,
+            rendering=answer.rendering,
+            engine=slot.info,
+            engine_name=slot.name,
+            attempt=running.job.state(image.spec.image).attempts + 1,
+            started=image.began,
+            window=self._window.summary(),
         )
         self._publish(running, publication)
 
@@ -822,9 +822,17 @@ class Supervisor:
 
     def _placeholder(self, job: Job, spec: ImageSpec, info: EngineInfo, error: str) -> Publication:
         pixels = picture.placeholder(spec.width, spec.height, error)
-        attempts, window = job.state(spec.image).attempts, self._window.summary()
         return Publication(
-            job, spec, pixels, None, info, attempts, time.monotonic(), window, None, error
+            job=job,
+            spec=spec,
+            pixels=pixels,
+            rendering=None,
+            engine=info,
+            engine_name=None,
+            attempt=job.state(spec.image).attempts,
+            started=time.monotonic(),
+            window=self._window.summary(),
+            error=error,
         )
 
     def _image_given_up(self, running: Running, _: None) -> None:
