@@ -33,11 +33,18 @@ from promptdrop.intake.intake import settings_of
 from promptdrop.nouns import ImageSpec, Request
 from promptdrop.spool import claim, recovery
 from promptdrop.spool.detail import Settled
+from promptdrop.spool.job import Job
+from promptdrop.spool.paths import DROP, REQUEST, SUMMARY
 from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.supervisor import GC_THRESHOLDS, Supervisor
 
 Points = list[tuple[float, float]]
 RENDERED = 100  # images a daemon renders while its turns are timed
+SPEC = ImageSpec(
+    image=1, prompt="a red fox in fresh snow, morning light, wide shot", negative_prompt=None,
+    width=64, height=64, steps=3, guidance_scale=0.0, seed=1,
+    scheduler="euler", format="png", timeout_seconds=60.0,
+)  # fmt: skip
 
 
 class Timed(Supervisor):
@@ -86,28 +93,27 @@ def settings_for(home: Path, **more: object) -> config.Config:
 
 def make_pending(spool: Spool, jobs: int) -> None:
     """As claims leave them, without the fsyncs: half of them at the root, half in ten folders."""
-    claimed = _one_job(spool)
-    record = json.loads((claimed.home / "request.json").read_bytes())
+    (spool.paths.inbox / "one.txt").write_text("a red fox\n")
+    claimed = claimed_job(spool, "one.txt")
+    record = json.loads((claimed.home / REQUEST).read_bytes())
     for n in range(jobs):
         job_id = f"20260101T{n:012d}-abcdef"
         sub, name = (f"sub{n % 10}" if n % 2 else ""), f"job{n:06d}"
-        home = spool.paths.state / "pending" / job_id
-        os.makedirs(home / "drop" / sub)
-        (home / "drop" / sub / f"{name}.txt").write_text("a red fox\n")
+        home = spool.paths.home("pending", job_id)
+        os.makedirs(home / DROP / sub)
+        (home / DROP / sub / f"{name}.txt").write_text("a red fox\n")
         folder = f"{sub}/{name}" if sub else name
         record |= {"id": job_id, "sub": sub, "file": f"{name}.txt", "folder": folder}
-        (home / "request.json").write_text(json.dumps(record))
+        (home / REQUEST).write_text(json.dumps(record))
         os.makedirs(spool.paths.outbox / folder)
     shutil.rmtree(claimed.home)
 
 
-def _one_job(spool: Spool):  # type: ignore[no-untyped-def]
-    (spool.paths.inbox / "one.txt").write_text("a red fox\n")
-    prompt = "a red fox in fresh snow, morning light, wide shot"
-    spec = ImageSpec(1, prompt, None, 64, 64, 3, 0.0, 1, "euler", "png", 60.0)
-    return claim.resolve(
-        spool, claim.claim(spool, "", "one.txt"), Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
-    )  # fmt: skip
+def claimed_job(spool: Spool, file: str) -> Job:
+    """A dropped file, claimed and resolved."""
+    claimed = claim.claim(spool, "", file)
+    settled = Settled(0.0, spool.boot)
+    return claim.resolve(spool, claimed, Request((SPEC,)), settled, settings_of(spool.config))
 
 
 def resident_mib() -> float:
@@ -178,11 +184,7 @@ def measure_claims(home: Path, claims: int) -> dict[str, float]:
     for n in range(claims):
         (spool.paths.inbox / f"new{n}.txt").write_text("a\n")
         began = time.perf_counter()
-        claimed = claim.claim(spool, "", f"new{n}.txt")
-        spec = ImageSpec(1, "a", None, 64, 64, 3, 0.0, 1, "euler", "png", 60.0)
-        claim.resolve(
-            spool, claimed, Request((spec,)), Settled(0.0, spool.boot), settings_of(spool.config)
-        )
+        claimed_job(spool, f"new{n}.txt")
         times.append(time.perf_counter() - began)
     return {"claim_first_ms": times[0] * 1e3, "claim_median_ms": statistics.median(times[1:]) * 1e3}
 
@@ -244,6 +246,15 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def new_spool() -> Iterator[tuple[Path, Spool]]:
+    """An empty spool in a scratch folder."""
+    with scratch() as home:
+        spool = Spool(settings_for(home))
+        spool.folders.init()
+        yield home, spool
+
+
 def fill_outbox(spool: Spool, images: int) -> None:
     """Finished jobs of 100 empty images."""
     for n in range(images // 100):
@@ -251,7 +262,7 @@ def fill_outbox(spool: Spool, images: int) -> None:
         folder.mkdir()
         for image in range(100):
             os.close(os.open(folder / f"old{n:06d}-{image:04d}.png", os.O_CREAT | os.O_WRONLY))
-        (folder / "job.json").write_text("{}")
+        (folder / SUMMARY).write_text("{}")
 
 
 def say(what: str, number: int, figures: dict[str, float]) -> None:
@@ -297,6 +308,64 @@ def draw(file: Path, curves: dict[str, Points]) -> None:
     file.write_text("\n".join(parts) + "\n")
 
 
+class Report:
+    """Prints each measurement, and keeps the points of the curves."""
+
+    def __init__(self) -> None:
+        self.curves: dict[str, Points] = {}
+
+    def note(self, name: str, x: float, y: float) -> None:
+        """One more point of a curve."""
+        self.curves.setdefault(name, []).append((x, y))
+
+    def by_pending(self, jobs: int) -> None:
+        """Start and turns with so many jobs pending."""
+        with new_spool() as (home, spool):
+            make_pending(spool, jobs)
+            found = in_a_child(measure_pending, home)
+        say("pending", jobs, found)
+        self.note("start: recovery, s", jobs, found["recover_s"])
+        self.note("memory, MiB", jobs, found["mib"])
+        self.note("longest turn, ms", jobs, found["turn_max_ms"])
+        self.note("median turn, ms", jobs, found["turn_median_ms"])
+
+    def by_outbox(self, images: int) -> None:
+        """Claims and turns with so many images in the outbox."""
+        with new_spool() as (home, spool):
+            fill_outbox(spool, images)
+            found = in_a_child(measure_claims, home, 50)
+            make_pending(spool, RENDERED)
+            found |= in_a_child(measure_pending, home)
+        say("images in the outbox", images, found)
+        self.note("a claim, ms (by outbox)", images, found["claim_median_ms"])
+        self.note("median turn, ms (by outbox)", images, found["turn_median_ms"])
+
+
+def report_dropped(files: int, seconds: float) -> None:
+    """So many files dropped at once."""
+    with new_spool() as (home, spool):
+        for n in range(files):
+            (spool.paths.inbox / f"{n:06d}.txt").write_text("a red fox\n")
+        say("dropped at once", files, in_a_child(measure_drop, home, seconds))
+
+
+def report_one_job(images: int, seconds: float) -> None:
+    """One job of so many images."""
+    with new_spool() as (home, spool):
+        (spool.paths.inbox / "one.yaml").write_text(f"prompt: a red fox\ncount: {images}\n")
+        say("images of one job", images, in_a_child(measure_one_job, home, seconds))
+
+
+def report_pick_up(files: int) -> None:
+    """One new file in an inbox of so many, and so many in an empty one."""
+    for new, there in ((1, files), (files, 0)):
+        found = median_of(pick_up(new, there) for _ in range(5))
+        say(f"pick-up of {new:,} in an inbox of", new + there, found)
+        for other in ("polling_observer", "glob_loop"):
+            times = found[f"{other}_ms"] / found["promptdrop_ms"]
+            print(f"  {other}: {times:.1f} times ours", flush=True)
+
+
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -308,54 +377,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="for each daemon")
     parser.add_argument("--svg", type=Path)
     wanted = parser.parse_args()
-    curves: dict[str, Points] = {}
-
-    def note(name: str, x: float, y: float) -> None:
-        curves.setdefault(name, []).append((x, y))
-
+    report = Report()
     for jobs in wanted.pending:
-        with scratch() as home:
-            spool = Spool(settings_for(home))
-            spool.folders.init()
-            make_pending(spool, jobs)
-            found = in_a_child(measure_pending, home)
-        say("pending", jobs, found)
-        note("start: recovery, s", jobs, found["recover_s"])
-        note("memory, MiB", jobs, found["mib"])
-        note("longest turn, ms", jobs, found["turn_max_ms"])
-        note("median turn, ms", jobs, found["turn_median_ms"])
+        report.by_pending(jobs)
     for images in wanted.outbox:
-        with scratch() as home:
-            spool = Spool(settings_for(home))
-            spool.folders.init()
-            fill_outbox(spool, images)
-            found = in_a_child(measure_claims, home, 50)
-            make_pending(spool, RENDERED)
-            found |= in_a_child(measure_pending, home)
-        say("images in the outbox", images, found)
-        note("a claim, ms (by outbox)", images, found["claim_median_ms"])
-        note("median turn, ms (by outbox)", images, found["turn_median_ms"])
-    for what, count, text, measure in (
-        ("dropped at once", wanted.dropped, "", measure_drop),
-        ("images of one job", wanted.images, f"prompt: a red fox\ncount: {wanted.images}\n", measure_one_job),
-    ):  # fmt: skip
-        if count:
-            with scratch() as home:
-                spool = Spool(settings_for(home))
-                spool.folders.init()
-                names = ["one.yaml"] if text else [f"{n:06d}.txt" for n in range(count)]
-                for name in names:
-                    (spool.paths.inbox / name).write_text(text or "a red fox\n")
-                say(what, count, in_a_child(measure, home, wanted.seconds))
+        report.by_outbox(images)
+    if wanted.dropped:
+        report_dropped(wanted.dropped, wanted.seconds)
+    if wanted.images:
+        report_one_job(wanted.images, wanted.seconds)
     if wanted.files:
-        for new, there in ((1, wanted.files), (wanted.files, 0)):
-            found = median_of(pick_up(new, there) for _ in range(5))
-            say(f"pick-up of {new:,} in an inbox of", new + there, found)
-            for other in ("polling_observer", "glob_loop"):
-                times = found[f"{other}_ms"] / found["promptdrop_ms"]
-                print(f"  {other}: {times:.1f} times ours", flush=True)
+        report_pick_up(wanted.files)
     if wanted.svg:
-        draw(wanted.svg, curves)
+        draw(wanted.svg, report.curves)
 
 
 if __name__ == "__main__":
