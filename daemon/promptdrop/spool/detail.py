@@ -1,19 +1,22 @@
 """What a job asks for, image by image, under which configuration; and how request.json says it."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from promptdrop.config import EngineSection, Output, Prompt
+from promptdrop.config import Output, Prompt
 from promptdrop.nouns import ImageSpec
 from promptdrop.spool.paths import REQUEST
 
 _LONG = ("prompt", "negative_prompt", "meta")  # fields of an image, recorded once for the whole job
-_BRIEF = tuple(name for name in ImageSpec._fields if name not in _LONG)
-_ENGINE = EngineSection()  # its defaults, for records that lack them
+# The fields that a record must have. All others have a default, as has whatever a later version adds.
+_NEEDED = frozenset(("id", "sub", "file", "folder", "claimed", "texts"))
+_NEEDED_SETTINGS = frozenset(("prompt", "output", "max_attempts", "on_timeout"))
+_NEEDED_OF_IMAGE = (
+    frozenset(ImageSpec._fields) - frozenset(ImageSpec._field_defaults) - {"negative_prompt"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,34 +87,44 @@ def read(home: Path) -> Detail:
     return parse(json.loads((home / REQUEST).read_bytes()))
 
 
-def parse(record: dict[str, Any]) -> Detail:
-    """A detail from request.json. Fields that we do not know are ignored.
+def require_whole(record: dict[str, Any]) -> None:
+    """Raise LookupError, TypeError or ValueError: a field is missing that has no default.
 
-    A field that is missing has its default. Raises KeyError, TypeError, ValueError: it has none.
+    Asked when a record is first read, since the detail of a job is parsed much later.
     """
+    pieces = [(record, _NEEDED), (record["settings"], _NEEDED_SETTINGS)]
+    pieces += [(image, _NEEDED_OF_IMAGE) for image in record["images"]]
+    for piece, needed in pieces:
+        if missing := needed - piece.keys():
+            raise ValueError(f"{REQUEST} lacks {', '.join(sorted(missing))}")
+
+
+def parse(record: dict[str, Any]) -> Detail:
+    """A detail from a whole request.json. Fields that we do not know are ignored."""
     settings, settled, texts = record["settings"], record.get("settled", {}), record["texts"]
     return Detail(
         record["claimed"],
         Settled(settled.get("monotonic", 0.0), settled.get("boot", "")),
         ClaimedSettings(
-            Prompt(**_known(Prompt, settings.get("prompt", {}))),
-            Output(**_known(Output, settings.get("output", {}))),
-            settings.get("max_attempts", _ENGINE.max_attempts),
-            settings.get("on_timeout", _ENGINE.on_timeout),
+            Prompt(**_known(settings["prompt"], Prompt.model_fields)),
+            Output(**_known(settings["output"], Output.model_fields)),
+            settings["max_attempts"],
+            settings["on_timeout"],
         ),
-        tuple(
-            ImageSpec(
-                **{name: spec[name] for name in _BRIEF if name in spec},
-                **{name: texts[spec[name]] for name in _LONG if name in spec},
-            )
-            for spec in record["images"]
-        ),
+        tuple(_spec(image, texts) for image in record["images"]),
     )
 
 
-def _known(section: type[BaseModel], fields: dict[str, Any]) -> dict[str, Any]:
-    """Those fields that a section of the configuration has."""
-    return {name: value for name, value in fields.items() if name in section.model_fields}
+def _spec(image: dict[str, Any], texts: list[Any]) -> ImageSpec:
+    """An image as asked for, from its part of request.json and the texts of the whole job."""
+    known = _known(image, ImageSpec._fields)
+    long = {name: texts[known[name]] for name in _LONG if name in known}
+    return ImageSpec(**{"negative_prompt": None, **known, **long})
+
+
+def _known(recorded: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """The part of a record that these fields name."""
+    return {name: recorded[name] for name in fields if name in recorded}
 
 
 class _Texts:

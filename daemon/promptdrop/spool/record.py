@@ -44,11 +44,12 @@ def write(job: Job) -> None:
 def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
     """The job in a folder with these names in it. A field that its record lacks has its default.
 
-    Raises OSError; KeyError, TypeError, ValueError: request.json is torn.
+    Raises OSError; LookupError, TypeError, ValueError: request.json is torn.
 
     Thread: clerk, and the threads that help it to recover.
     """
     record = json.loads(fs.read_whole(f"{home}/{REQUEST}"))
+    detail.require_whole(record)
     images = len(record["images"])
     job = Job(
         id=record["id"],
@@ -60,7 +61,7 @@ def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
         folder=record["folder"],
         priority=record.get("priority", 0),
         images=images,
-        must_fit=record["settings"].get("prompt", {}).get("overflow") == "refuse",
+        must_fit=record["settings"]["prompt"].get("overflow") == "refuse",
         detail_in_memory=detail.parse(record) if images > CLOSED_IMAGES else None,
     )
     for name in listed:

@@ -10,7 +10,7 @@ from promptdrop.records import ErrorRecord
 from promptdrop.spool import claim, ending, record, retry
 from promptdrop.spool.failed import move_to_failed
 from promptdrop.spool.job import Job, Unresolved
-from promptdrop.spool.paths import DROP, FAILING, IN_HAND, Paths
+from promptdrop.spool.paths import DROP, FAILING, IN_HAND, Paths, parse_image_record
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 
@@ -90,18 +90,33 @@ def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | N
     if drop is None:
         fs.remove_tree(home)
         return None
+    _forget_images(home)
     claimed = _unresolved(home, drop)
     claim.take_marker(spool, home, claimed.sub, claimed.file)
     return claimed
+
+
+def _forget_images(home: Path) -> None:
+    """Remove the records of images: they are of a request that was torn and is made anew."""
+    for entry in fs.entries(home):
+        if parse_image_record(entry.name):
+            fs.remove_file(Path(entry.path))
 
 
 def _recover_parked(spool: Spool, home: Path) -> None:
     """Complete a retry that had begun; let a job go whose file somebody took back."""
     plan = read_json(home / FAILING)
     if any(True for _ in fs.files(home / DROP)):
-        retry.unpark(spool, home)
+        if retry.unpark(spool, home) is None:
+            _claim_again(spool, home)
     elif plan and not fs.exists(spool.paths.failed / plan["target"]):
         fs.remove_tree(home)  # the file is a new job now, if it is dropped again
+
+
+def _claim_again(spool: Spool, home: Path) -> None:
+    """Make a claim, to be read again, of a job that was being retried and whose record is torn."""
+    fs.remove_file(home / FAILING)
+    fs.rename(home, spool.paths.home("pending", home.name))
 
 
 def _unresolved(home: Path, drop: Path) -> Unresolved:

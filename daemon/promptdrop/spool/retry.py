@@ -20,27 +20,34 @@ _INCURABLE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # waiting does not
 
 
 def retry(spool: Spool, target: str) -> Job | None:
-    """Resume the job whose file is failed/`target`; None: it was refused, and is dropped anew.
+    """Resume the job whose file is failed/`target`.
+
+    Returns None where there is no job to resume, because the file was refused or the job's record is
+    torn: the file is dropped anew.
 
     Raises UsageError: nothing there can be retried.
 
     Thread: clerk.
     """
     _require_inside(spool.paths.failed, target)
-    if home := _parked_home(spool, target):
-        return unpark(spool, home)
+    if (home := _parked_home(spool, target)) and (job := unpark(spool, home)):
+        return job
     if not (spool.paths.failed / target).is_file():
         raise UsageError(f"{names.printable(target)}: no such file in {spool.paths.failed}")
     _drop_again(spool, target)
     return None
 
 
-def unpark(spool: Spool, home: Path) -> Job:
+def unpark(spool: Spool, home: Path) -> Job | None:
     """Give a parked job its dropped file back, forget its failures, queue it. Repeatable.
+
+    Returns None, and changes nothing, where the job's record is torn.
 
     Thread: clerk.
     """
-    job = record.load(spool.paths, home, [entry.name for entry in fs.entries(home)])
+    job = record.load_if_whole(spool.paths, str(home), os.listdir(home))
+    if job is None:
+        return None
     plan = read_json(home / FAILING)
     if plan and not fs.exists(job.drop):
         sub, _, file = plan["target"].rpartition("/")
@@ -55,7 +62,7 @@ def unpark(spool: Spool, home: Path) -> Job:
     fs.rename(home, pending)
     fs.sync_directory(pending.parent)
     spool.outbox.hold(job)
-    return record.load(spool.paths, pending, [entry.name for entry in fs.entries(pending)])
+    return record.load(spool.paths, pending, os.listdir(pending))
 
 
 def _forget_failures(home: Path) -> None:

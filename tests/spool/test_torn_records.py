@@ -1,0 +1,77 @@
+"""A disk that lied about fsync leaves a job's record torn: its file is read again, nothing is lost."""
+
+from pathlib import Path
+
+import pytest
+
+from promptdrop import config
+from promptdrop.nouns import Request
+from promptdrop.spool import claim, ending, record, recovery, retry
+from promptdrop.spool.detail import ClaimedSettings, Settled
+from promptdrop.spool.job import Job
+from promptdrop.spool.paths import REQUEST
+from promptdrop.spool.spool import Spool
+from specs import spec
+
+TORN = b'{"id": "'
+LACKING = b'{"id": "x", "sub": "", "file": "cat.txt", "images": [], "settings": {}}'
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    """An initialised spool."""
+    made = Spool(config.parse({"root": str(tmp_path / "spool"), "model": {"id": "gradient"}}))
+    made.folders.init()
+    return made
+
+
+@pytest.fixture
+def job(spool: Spool) -> Job:
+    """A claimed job of two images, the first of which failed."""
+    (spool.paths.inbox / "cat.txt").write_text("a cat\na dog\n")
+    asked = Request((spec(image=1), spec(image=2)), 0)
+    kept = ClaimedSettings(config.Prompt(), config.Output(), 3, "fail")
+    claimed = claim.claim(spool, "", "cat.txt")
+    resolved = claim.resolve(spool, claimed, asked, Settled(0.0, spool.boot), kept)
+    record.fail_image(resolved, 1, "boom")
+    return resolved
+
+
+@pytest.mark.parametrize("bytes_of_record", [TORN, LACKING])
+def test_a_torn_record_is_a_claim_again(spool: Spool, job: Job, bytes_of_record: bytes) -> None:
+    """The file is read anew, and what came of images of the torn request does not count for the new."""
+    (job.home / REQUEST).write_bytes(bytes_of_record)
+
+    jobs, unresolved = recovery.recover(spool)
+
+    assert jobs == []
+    assert [claimed.path for claimed in unresolved] == ["cat.txt"]
+    assert not list(job.home.glob("0*"))
+
+
+@pytest.mark.parametrize("bytes_of_record", [TORN, LACKING])
+def test_a_retry_of_a_torn_record_drops_the_file_anew(
+    spool: Spool, job: Job, bytes_of_record: bytes
+) -> None:
+    """Nothing of the job can be resumed; the command ends, and the file is in the inbox."""
+    ending.finish(spool, job)
+    (spool.paths.home("parked", job.id) / REQUEST).write_bytes(bytes_of_record)
+
+    resumed = retry.retry(spool, "cat.txt")
+
+    assert resumed is None
+    assert (spool.paths.inbox / "cat.txt").read_text() == "a cat\na dog\n"
+    assert recovery.recover(spool) == ([], [])
+
+
+def test_a_retry_cut_short_with_a_torn_record_is_a_claim_again(spool: Spool, job: Job) -> None:
+    """The file was on its way back when the power went: it is read anew, at the next start."""
+    ending.finish(spool, job)
+    home = spool.paths.home("parked", job.id)
+    (spool.paths.failed / "cat.txt").rename(home / "drop" / "cat.txt")
+    (home / REQUEST).write_bytes(TORN)
+
+    jobs, unresolved = recovery.recover(spool)
+
+    assert jobs == []
+    assert [claimed.path for claimed in unresolved] == ["cat.txt"]
