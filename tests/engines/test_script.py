@@ -1,11 +1,21 @@
 """The engine of scripts, `promptdrop.Engine`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
+import structlog
 
 from engines import FOX, by_library, configured
 from promptdrop.engines import script
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """The log that a script's engine sets up is gone after the test."""
+    yield
+    structlog.reset_defaults()
 
 
 def test_scripts_use_the_same_engine(library: Any, device: str) -> None:
