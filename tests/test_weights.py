@@ -12,7 +12,7 @@ import pytest
 from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Config
-from promptdrop.errors import ModelError
+from promptdrop.errors import ModelError, UsageError
 
 MODEL = "Tongyi-MAI/Z-Image-Turbo"
 COMPONENTS = {
@@ -247,3 +247,16 @@ def test_resolving_imports_nothing_heavy() -> None:
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_demonstration_model_never_overwrites(tmp_path: Path) -> None:
+    """An empty folder is filled, the same bytes every time; anything else is left alone."""
+    again = tmp_path / "again"
+    again.mkdir()
+    weights.copy_demo(again)
+
+    files = [file.relative_to(again) for file in again.rglob("*") if file.is_file()]
+    assert all((again / file).read_bytes() == (weights.DEMO / file).read_bytes() for file in files)
+    assert [child.name for child in tmp_path.iterdir()] == ["again"]
+    with pytest.raises(UsageError, match="not an empty folder"):
+        weights.copy_demo(again)

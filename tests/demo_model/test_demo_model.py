@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from diffusers import ZImagePipeline
@@ -19,21 +18,17 @@ from PIL import Image
 from demo_model.evaluate import Case, draw, held_out_cases, load, round_trip_psnr
 from demo_model.judge import Seen, is_right, look
 from demo_model.world import Scene, Thing
+from engines import configured, rendered
 from harness import REPOSITORY, Daemon
-from promptdrop import config as configuration
 from promptdrop import weights
 from promptdrop.config import Prompt
-from promptdrop.engines.engine import render_one
 from promptdrop.engines.zimage import ZImageEngine
-from promptdrop.nouns import ImageSpec
-
-Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+from specs import spec
 
 MOST_BYTES = 16_000_000
 LEAST_RIGHT = 10  # of 12 held-out prompts; the seeds are fixed
 RED_CIRCLE = Scene((Thing("red", "circle"),), "white")
 BLUE_STAR = Scene((Thing("blue", "star"),), "yellow")
-SPEC = ImageSpec(1, "", None, 128, 128, 9, 0.0, 7, "euler", "png", 60.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,17 +132,14 @@ def test_the_vae_keeps_pictures(pipe: ZImagePipeline) -> None:
 )
 def test_truncation_keeps_the_end_it_names(overflow: str, kept: Scene) -> None:
     """Of a prompt that is too long, keep_head draws its beginning and keep_tail its end."""
-    sizes = {"model": {"path": str(weights.DEMO), "device": "cpu"}, "engine": {"warmup": []}}
-    engine = ZImageEngine(configuration.parse(sizes), lambda stage: None)
+    engine = ZImageEngine(configured(engine={"warmup": []}), lambda stage: None)
     text = "a red circle on a white background" + " a" * 40 + " a blue star on a yellow background"
     prompt = Prompt.model_validate({"max_tokens": 21, "overflow": overflow})
-    buffer = bytearray(128 * 128 * 3)
-    spec = SPEC._replace(prompt=text)
-    rendering = render_one(engine, spec, prompt, lambda step, steps: None, memoryview(buffer))
-    seen = look(np.frombuffer(buffer, np.uint8).reshape(128, 128, 3))
+    long = spec(prompt=text, width=128, height=128, steps=9)
+    rendering, pixels = rendered(engine, long, prompt)
 
     assert rendering.truncated
-    assert is_right(seen, kept)
+    assert is_right(look(pixels), kept)
 
 
 def test_the_prompt_decides_the_picture(make_daemon: Callable[..., Daemon]) -> None:

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-import torch
 
 from demo_model.judge import look
+from engines import Pixels, configured, rendered_together
 from promptdrop import config as configuration
-from promptdrop import weights
 from promptdrop.config import Prompt
 from promptdrop.engines import engine
 from promptdrop.engines.engine import Engine
@@ -18,38 +16,18 @@ from promptdrop.engines.gradient import GradientEngine
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.errors import EngineError, ImageCancelled
 from promptdrop.nouns import SCHEDULERS, ImageSpec, Rendering
+from specs import spec
 
-Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
-
-SPEC = ImageSpec(1, "a large red circle", None, 128, 128, 9, 0.0, 7, "euler", "png", 60.0)
+CIRCLE = spec(prompt="a large red circle", width=128, height=128, steps=9)
 PROMPTS = ("a large red circle in the center on a white background", "右下角有一个小的黄色三角形，蓝色背景", "a blue star " * 9)  # fmt: skip
-TRIO = [SPEC._replace(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+TRIO = [CIRCLE._replace(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
 
 
 @pytest.fixture(scope="module")
 def zimage() -> ZImageEngine:
     """The demonstration model, three images together, on the CPU."""
-    torch.set_num_threads(1)
-    settings = {"batch": 3, "warmup": []}
-    model = {"path": str(weights.DEMO), "device": "cpu"}
-    loaded = configuration.parse({"model": model, "engine": settings})
+    loaded = configured(engine={"batch": 3, "warmup": []})
     return ZImageEngine(loaded, lambda stage: None)
-
-
-def together(
-    loaded: Engine, specs: list[ImageSpec], prompt: Prompt | None = None
-) -> list[tuple[Rendering, Pixels] | EngineError]:
-    """A batch: each image with its pixels, or why it failed."""
-    buffers = [bytearray(spec.height * spec.width * 3) for spec in specs]
-    results = loaded.render(
-        specs, prompt or Prompt(), lambda step, steps: None, [*map(memoryview, buffers)]
-    )
-    return [
-        result
-        if isinstance(result, EngineError)
-        else (result, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3))
-        for result, buffer, spec in zip(results, buffers, specs, strict=True)
-    ]
 
 
 def pixels_of(results: list[tuple[Rendering, Pixels] | EngineError]) -> list[Pixels]:
@@ -59,7 +37,7 @@ def pixels_of(results: list[tuple[Rendering, Pixels] | EngineError]) -> list[Pix
 
 def alone(loaded: Engine, specs: list[ImageSpec]) -> list[Pixels]:
     """The same images, each a batch of its own."""
-    return [pixels_of(together(loaded, [spec]))[0] for spec in specs]
+    return [pixels_of(rendered_together(loaded, [spec]))[0] for spec in specs]
 
 
 def distance(some: list[Pixels], others: list[Pixels]) -> int:
@@ -83,7 +61,7 @@ def test_a_batch_draws_what_its_images_draw_alone(
         for spec in TRIO
         if spec.seed is not None
     ]
-    results = together(zimage, specs)
+    results = rendered_together(zimage, specs)
     one, two, three = alone(zimage, specs)
 
     assert distance(pixels_of(results), [one, two, three]) <= 1
@@ -92,7 +70,7 @@ def test_a_batch_draws_what_its_images_draw_alone(
 
 def test_a_batch_is_judged_as_its_images_are(zimage: ZImageEngine) -> None:
     """The same things are seen in them."""
-    pictures = zip(pixels_of(together(zimage, TRIO)), alone(zimage, TRIO), strict=True)
+    pictures = zip(pixels_of(rendered_together(zimage, TRIO)), alone(zimage, TRIO), strict=True)
 
     for mine, theirs in pictures:
         assert look(mine) == look(theirs)
@@ -100,7 +78,7 @@ def test_a_batch_is_judged_as_its_images_are(zimage: ZImageEngine) -> None:
 
 def test_batches() -> None:
     """In order, of one kind, none larger than asked for."""
-    small, large = SPEC, SPEC._replace(width=256)
+    small, large = CIRCLE, CIRCLE._replace(width=256)
     specs = [small] * 5 + [large] + [small, small._replace(prompt="b", seed=1, meta={"a": 1})]
 
     assert [len(batch) for batch in engine.batches(specs, 2)] == [2, 2, 1, 1, 2]
@@ -109,7 +87,9 @@ def test_batches() -> None:
 
 def test_what_the_renderings_say(zimage: ZImageEngine) -> None:
     """Denoising is the batch's, encoding and decoding the image's; `batch` is how many there were."""
-    renderings = [one[0] for one in together(zimage, TRIO) if not isinstance(one, EngineError)]
+    renderings = [
+        one[0] for one in rendered_together(zimage, TRIO) if not isinstance(one, EngineError)
+    ]
 
     assert [(3, 9, text) for text in PROMPTS] == [
         (one.batch, one.evaluations, one.prompt) for one in renderings
@@ -122,11 +102,11 @@ def test_what_the_renderings_say(zimage: ZImageEngine) -> None:
 def test_not_a_number_is_one_images_own(zimage: ZImageEngine) -> None:
     """Nothing of it reaches the images beside it."""
     expected = alone(zimage, [TRIO[0], TRIO[2]])
-    embeds = zimage._embeddings.of(PROMPTS[1], Prompt()).embeds
+    embeds = zimage.model.embeddings.of(PROMPTS[1], Prompt()).embeds
     kept = embeds.clone()
     embeds.fill_(float("nan"))
     try:
-        first, second, third = together(zimage, TRIO)
+        first, second, third = rendered_together(zimage, TRIO)
     finally:
         embeds.copy_(kept)
 
@@ -138,11 +118,11 @@ def test_not_a_number_is_one_images_own(zimage: ZImageEngine) -> None:
 def test_a_prompt_too_long_is_one_images_own(zimage: ZImageEngine) -> None:
     """It is left out of the batch."""
     prompt = Prompt(max_tokens=32, overflow="refuse")
-    results = together(zimage, TRIO, prompt)
+    results = rendered_together(zimage, TRIO, prompt)
     batches = [r[0].batch if not isinstance(r, EngineError) else str(r)[:7] for r in results]
 
     assert batches == [2, 2, "prompt:"]
-    assert all(isinstance(r, EngineError) for r in together(zimage, [TRIO[2]] * 2, prompt))
+    assert all(isinstance(r, EngineError) for r in rendered_together(zimage, [TRIO[2]] * 2, prompt))
 
 
 def test_an_abandoned_batch_leaves_no_trace(zimage: ZImageEngine) -> None:
@@ -162,14 +142,10 @@ def test_an_abandoned_batch_leaves_no_trace(zimage: ZImageEngine) -> None:
 
 def test_warm_up_meets_the_largest_batch() -> None:
     """Its memory is had before jobs are taken."""
-    model = {"path": str(weights.DEMO), "device": "cpu"}
-    settings = {"batch": 3, "warmup": ["64x64"]}
-    loaded = ZImageEngine(
-        configuration.parse({"model": model, "engine": settings, "defaults": {"steps": 2}}),
-        lambda stage: None,
-    )
+    engine = {"batch": 3, "warmup": ["64x64"]}
+    loaded = ZImageEngine(configured(engine=engine, defaults={"steps": 2}), lambda stage: None)
     sizes: list[int] = []
-    loaded._pipe.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # fmt: skip
+    loaded.model.pipe.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # fmt: skip
     loaded.warm_up(lambda: None)
 
     assert sizes == [1, 1, 3, 3]
@@ -188,14 +164,16 @@ def gradient() -> Engine:
 def test_gradients_are_what_they_are_alone(gradient: Engine) -> None:
     """Byte for byte."""
     assert isinstance(gradient, GradientEngine)
-    assert distance(pixels_of(together(gradient, TRIO)), alone(gradient, TRIO)) == 0
+    assert distance(pixels_of(rendered_together(gradient, TRIO)), alone(gradient, TRIO)) == 0
 
 
 @pytest.mark.parametrize("fault", ["!raise", "!constant", "!once-constant {flag}"])
 def test_a_scripted_fault_of_one_image(gradient: Engine, fault: str, tmp_path: Path) -> None:
     """The others are rendered."""
     prompt = fault.format(flag=tmp_path / "flag")
-    first, second, third = together(gradient, [TRIO[0], SPEC._replace(prompt=prompt), TRIO[2]])
+    first, second, third = rendered_together(
+        gradient, [TRIO[0], CIRCLE._replace(prompt=prompt), TRIO[2]]
+    )
 
     assert isinstance(second, EngineError)
     assert distance(pixels_of([first, third]), alone(gradient, [TRIO[0], TRIO[2]])) == 0
@@ -203,8 +181,8 @@ def test_a_scripted_fault_of_one_image(gradient: Engine, fault: str, tmp_path: P
 
 def test_a_scripted_fault_of_a_batch(gradient: Engine) -> None:
     """`!together` fails all that are with it, and is rendered alone."""
-    spec: Any = SPEC._replace(prompt="!together")
+    spec: Any = CIRCLE._replace(prompt="!together")
     with pytest.raises(EngineError, match="scripted by !together"):
-        together(gradient, [TRIO[0], spec])
+        rendered_together(gradient, [TRIO[0], spec])
 
     assert len(alone(gradient, [spec])) == 1

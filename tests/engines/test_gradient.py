@@ -14,8 +14,9 @@ from promptdrop.engines import engine
 from promptdrop.engines.gradient import GradientEngine
 from promptdrop.errors import EngineError, EngineStartError
 from promptdrop.nouns import ImageSpec, Rendering
+from specs import spec
 
-SPEC = ImageSpec(1, "a cat", None, 256, 128, 3, 0.0, 7, "euler", "png", 60.0)
+CAT = spec(prompt="a cat", width=256, height=128, steps=3)
 
 
 def configured(revision: str | None = None) -> Config:
@@ -34,11 +35,11 @@ def rendered(spec: ImageSpec, prompt: Prompt | None = None) -> tuple[Rendering, 
 
 def test_the_same_job_gives_the_same_pixels() -> None:
     """Pixels follow from seed, prompt and size, and are never of one colour."""
-    rendering, pixels = rendered(SPEC)
+    rendering, pixels = rendered(CAT)
 
-    assert pixels == rendered(SPEC)[1]
-    assert pixels != rendered(SPEC._replace(seed=8))[1]
-    assert pixels != rendered(SPEC._replace(prompt="a dog"))[1]
+    assert pixels == rendered(CAT)[1]
+    assert pixels != rendered(CAT._replace(seed=8))[1]
+    assert pixels != rendered(CAT._replace(prompt="a dog"))[1]
     assert len({pixels[i : i + 3] for i in range(0, len(pixels), 3)}) > 100
     assert (rendering.evaluations, len(rendering.steps_ms), rendering.tokens) == (3, 3, 10)
 
@@ -47,8 +48,8 @@ def test_every_step_is_reported() -> None:
     """Warm-up too says that it lives."""
     loaded = engine.load(configured(), lambda stage: None)
     steps: list[tuple[int, int]] = []
-    pixels = memoryview(bytearray(SPEC.width * SPEC.height * 3))
-    loaded.render([SPEC], Prompt(), lambda step, of: steps.append((step, of)), [pixels])
+    pixels = memoryview(bytearray(CAT.width * CAT.height * 3))
+    loaded.render([CAT], Prompt(), lambda step, of: steps.append((step, of)), [pixels])
     signs: list[None] = []
     loaded.warm_up(lambda: signs.append(None))
 
@@ -63,7 +64,7 @@ def test_every_step_is_reported() -> None:
 def test_overflow(overflow: str, kept: str) -> None:
     """A word is a token, the template eight."""
     prompt = Prompt.model_validate({"max_tokens": 16, "overflow": overflow})
-    rendering, _ = rendered(SPEC._replace(prompt=" ".join(f"w{i}" for i in range(10))), prompt)
+    rendering, _ = rendered(CAT._replace(prompt=" ".join(f"w{i}" for i in range(10))), prompt)
 
     assert (kept, 16, True) == (rendering.prompt, rendering.tokens, rendering.truncated)
 
@@ -72,25 +73,25 @@ def test_refuse() -> None:
     """A prompt too long fails the image."""
     prompt = Prompt(max_tokens=16, overflow="refuse")
     with pytest.raises(EngineError, match="18 tokens"):
-        rendered(SPEC._replace(prompt="w " * 10), prompt)
+        rendered(CAT._replace(prompt="w " * 10), prompt)
 
 
 @pytest.mark.parametrize("fault", ["!raise", "!constant"])
 def test_scripted_failures_leave_the_engine_good(fault: str) -> None:
     """EngineError: this image only."""
     with pytest.raises(EngineError):
-        rendered(SPEC._replace(prompt=f"{fault} a cat"))
+        rendered(CAT._replace(prompt=f"{fault} a cat"))
 
 
 def test_unknown_trouble_is_no_engine_error() -> None:
     """What the engine does not know ends its process."""
     with pytest.raises(RuntimeError):
-        rendered(SPEC._replace(prompt="!unknown"))
+        rendered(CAT._replace(prompt="!unknown"))
 
 
 def test_once(tmp_path: Path) -> None:
     """The second attempt succeeds."""
-    spec = SPEC._replace(prompt=f"!once-raise {tmp_path / 'first'} a cat")
+    spec = CAT._replace(prompt=f"!once-raise {tmp_path / 'first'} a cat")
     with pytest.raises(EngineError):
         rendered(spec)
 

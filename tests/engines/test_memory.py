@@ -13,31 +13,22 @@ from structlog.testing import capture_logs
 from torch import nn
 
 from bench.random_model import unfilled
-from promptdrop import config as configuration
+from engines import FOX, configured, rendered_together
 from promptdrop import weights
-from promptdrop.config import Config, Prompt
-from promptdrop.engines import memory, speed
+from promptdrop.config import Config
+from promptdrop.engines import memory
+from promptdrop.engines.forward import FastForward
 from promptdrop.engines.memory import GIB, MIB, Footprint
 from promptdrop.engines.zimage import ZImageEngine
-from promptdrop.errors import EngineStartError, ImageCancelled, ImageTimeout
-from promptdrop.nouns import ImageSpec, Rendering
+from promptdrop.errors import EngineError, EngineStartError, ImageCancelled, ImageTimeout
+from promptdrop.nouns import ImageSpec
 
-DEVICES = ["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"]
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-FOX = ImageSpec(1, "a red fox in the snow", None, 64, 96, 2, 0.0, 7, "euler", "png", 60.0)
 
 
-def configured(device: str = "cpu", **engine: Any) -> Config:
-    model = {"path": str(weights.DEMO), "device": device}
-    return configuration.parse(
-        {"model": model, "engine": {"warmup": ["64x96"], "compile": "off", **engine}}
-    )
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the blocks run."""
-    return str(request.param)
+def settings(device: str = "cpu", **engine: Any) -> Config:
+    """One small size, not compiled."""
+    return configured(device, engine={"warmup": ["64x96"], "compile": "off", **engine})
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +76,7 @@ def test_auto_takes_the_fastest_that_fits(
     """Of Z-Image-Turbo, its transformer in bf16 (1.0) or fp8 (0.5), with so much memory free."""
     whole, streamed = true_size["transformer"].whole, true_size["transformer"].streamed
     shrunk = Footprint(int(whole * transformer), int(streamed * transformer))
-    working = memory.working_bytes(configured(warmup=["64x64", size], batch=batch))
+    working = memory.working_bytes(settings(warmup=["64x64", size], batch=batch))
     need = memory.needs({**true_size, "transformer": shrunk}, working)
 
     assert memory.plan(gib * GIB, need) == chosen
@@ -125,13 +116,9 @@ def test_the_librarys_pixels_do_not_change(device: str, offload: str) -> None:
 
 
 def rendered(engine: ZImageEngine, specs: list[ImageSpec]) -> list[bytes]:
-    """Images in a batch."""
-    buffers = [bytearray(spec.height * spec.width * 3) for spec in specs]
-    results = engine.render(
-        specs, Prompt(), lambda step, steps: None, [memoryview(one) for one in buffers]
-    )
-    assert all(isinstance(result, Rendering) for result in results)
-    return [bytes(buffer) for buffer in buffers]
+    """The pixels of a batch's images."""
+    results = rendered_together(engine, specs)
+    return [one[1].tobytes() for one in results if not isinstance(one, EngineError)]
 
 
 BATCHES = [
@@ -144,16 +131,16 @@ BATCHES = [
 
 def test_an_engine_that_offloads_renders_the_same(device: str) -> None:
     """Alone, in batches, with guidance, and alone again; an abandoned image changes nothing."""
-    engine = ZImageEngine(configured(device, batch=3, offload="none"), lambda stage: None)
+    engine = ZImageEngine(settings(device, batch=3, offload="none"), lambda stage: None)
     expected = [rendered(engine, specs) for specs in BATCHES]
 
     def stop(*_: Any) -> None:
         raise ImageCancelled
 
     for offload in ("text_encoder", "model"):
-        engine._offload_to(offload)
+        engine.model.offload_to(offload)
         assert [rendered(engine, specs) for specs in BATCHES] == expected
-        hook = engine._pipe.transformer.layers[1].register_forward_pre_hook(stop)
+        hook = engine.model.pipe.transformer.layers[1].register_forward_pre_hook(stop)
         with pytest.raises(ImageCancelled):
             rendered(engine, [FOX])
         hook.remove()
@@ -223,11 +210,11 @@ def test_what_is_streamed_runs_in_our_forward_too() -> None:
     pipe = pipeline("cpu")
     transformer = pipe.transformer.requires_grad_(False)
     inputs = [torch.randn(16, 1, 8, 12)] * 2, torch.rand(1), [torch.randn(n, 192) for n in (9, 33)]
-    forward = speed.FastForward(transformer, 2)
+    forward = FastForward(transformer, 2)
     expected = forward(*inputs)[0]
     memory.stream(transformer, torch.device("cpu"))
 
-    for mine, theirs in zip(speed.FastForward(transformer, 2)(*inputs)[0], expected, strict=True):
+    for mine, theirs in zip(FastForward(transformer, 2)(*inputs)[0], expected, strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -235,12 +222,12 @@ def test_what_is_streamed_runs_in_our_forward_too() -> None:
 def test_on_the_cpu_nothing_is_offloaded(offload: str) -> None:
     """There is nothing to offload from; the log says so. Nor is anything reserved."""
     with capture_logs() as logged:
-        engine = ZImageEngine(configured(offload=offload, reserve_memory_mib=1), lambda stage: None)
+        engine = ZImageEngine(settings(offload=offload, reserve_memory_mib=1), lambda stage: None)
         engine.empty_cache()
 
     (line,) = [each for each in logged if each["event"] == "engine.offload"]
     assert (line["offload"], line["wanted"]) == ("none", offload)
-    assert not engine._pipe.transformer.layers[0]._forward_pre_hooks
+    assert not engine.model.pipe.transformer.layers[0]._forward_pre_hooks
 
 
 @on_cuda
@@ -250,11 +237,11 @@ def test_what_is_chosen_is_what_the_device_gets(offload: str) -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     with capture_logs() as logged:
-        engine = ZImageEngine(configured("cuda:0", offload=offload), lambda stage: None)
+        engine = ZImageEngine(settings("cuda:0", offload=offload), lambda stage: None)
     placed = torch.cuda.memory_allocated() - before
     rendered(engine, [FOX])
     (line,) = [each for each in logged if each["event"] == "engine.offload"]
-    each = {name: memory.footprint(getattr(engine._pipe, name)) for name in memory.COMPONENTS}
+    each = {name: memory.footprint(getattr(engine.model.pipe, name)) for name in memory.COMPONENTS}
     need = memory.needs(each, 0)
 
     assert line["fits"]
@@ -285,7 +272,7 @@ def test_a_device_that_is_too_small_is_a_failed_start() -> None:
     torch.cuda.set_per_process_memory_fraction(0.0)
     try:
         with pytest.raises(EngineStartError, match=r"none needs \d+ MiB, free are 0 MiB"):
-            ZImageEngine(configured("cuda:0", offload="none"), lambda stage: None)
+            ZImageEngine(settings("cuda:0", offload="none"), lambda stage: None)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

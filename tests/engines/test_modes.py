@@ -8,12 +8,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from promptdrop import config as configuration
-from promptdrop import weights
+from engines import configured, rendered_together
 from promptdrop.config import Prompt
 from promptdrop.engines.engine import FP8_CAPABILITY
 from promptdrop.engines.zimage import ZImageEngine
-from promptdrop.nouns import ImageSpec, Rendering
+from promptdrop.errors import EngineError
+from promptdrop.nouns import ImageSpec
+from specs import spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,7 +24,7 @@ PROMPTS = (
     "一个黄色的三角形",
 )
 SPECS = [
-    ImageSpec(1, prompt, None, 192, 192, 9, 0.0, 7 + n, "euler", "png", 600.0)
+    spec(prompt=prompt, width=192, height=192, steps=9, seed=7 + n)
     for n, prompt in enumerate(PROMPTS)
 ]
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY
@@ -32,11 +33,7 @@ HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP
 def drawn(root: Path, batch: int = 1, **engine: Any) -> npt.NDArray[np.int64]:
     """Three images [3, H, W, 3]; each one's text is encoded while the one before is rendered."""
     settings = {"warmup": ["192x192"], "batch": batch, **engine}
-    model = {"path": str(weights.DEMO), "device": "cuda:0"}
-    loaded = ZImageEngine(
-        configuration.parse({"root": str(root), "model": model, "engine": settings}),
-        lambda stage: None,
-    )
+    loaded = ZImageEngine(configured("cuda:0", root=str(root), engine=settings), lambda stage: None)
     loaded.warm_up(lambda: None)
     images = []
     for first in range(0, len(SPECS), batch):
@@ -46,16 +43,15 @@ def drawn(root: Path, batch: int = 1, **engine: Any) -> npt.NDArray[np.int64]:
             if coming and step == 2:
                 loaded.prepare(coming[0], Prompt())
 
-        buffers = [bytearray(192 * 192 * 3) for _ in specs]
-        results = loaded.render(specs, Prompt(), on_step, [*map(memoryview, buffers)])
-        assert all(isinstance(result, Rendering) for result in results), results
-        images += [np.frombuffer(buffer, np.uint8).reshape(192, 192, 3) for buffer in buffers]
+        for result in rendered_together(loaded, specs, on_step=on_step):
+            assert not isinstance(result, EngineError), result
+            images.append(result[1])
     return np.stack(images).astype(np.int64)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> npt.NDArray[np.int64]:
-    """What `compile: off` draws, which is the library's to the bit (test_zimage.py)."""
+    """What `compile: off` draws, which is the library's to the bit (test_rendering.py)."""
     return drawn(tmp_path_factory.mktemp("library"), compile="off")
 
 

@@ -6,8 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from diffusers import (
@@ -19,50 +17,30 @@ from diffusers.pipelines.z_image.pipeline_z_image import retrieve_timesteps
 from PIL import Image
 
 from bench.schedulers import error, exact, solved, velocity, with_analytic_field
+from engines import configured, rendered
 from harness import REPOSITORY, Daemon
-from promptdrop import config as configuration
 from promptdrop import weights
-from promptdrop.config import Prompt
-from promptdrop.engines.engine import render_one
 from promptdrop.engines.schedulers import scheduler_for
 from promptdrop.engines.zimage import ZImageEngine
 from promptdrop.errors import ImageCancelled, ImageTimeout, ModelError
-from promptdrop.nouns import SCHEDULERS, ImageSpec, Rendering
-
-Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+from promptdrop.nouns import SCHEDULERS, ImageSpec
+from specs import spec
 
 SMALL = 64  # px: 1024 latent values
 OF_SECOND_ORDER = ("dpmpp_2m", "unipc", "heun")
-CIRCLE = ImageSpec(1, "a red circle", None, 96, 64, 4, 0.0, 7, "euler", "png", 60.0)
+CIRCLE = spec(prompt="a red circle", width=96, height=64, steps=4)
 
 
 @pytest.fixture(scope="module")
 def field() -> ZImagePipeline:
     """The pipeline around a velocity field whose exact solution is known."""
-    torch.set_num_threads(1)
     return with_analytic_field(weights.DEMO)
 
 
 @pytest.fixture(scope="module")
 def engine() -> ZImageEngine:
     """The demonstration model on the CPU."""
-    torch.set_num_threads(1)
-    return ZImageEngine(configured(weights.DEMO), lambda stage: None)
-
-
-def configured(model: Path) -> configuration.Config:
-    return configuration.parse({"model": {"path": str(model), "device": "cpu"}})
-
-
-def rendered(
-    engine: ZImageEngine,
-    spec: ImageSpec,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
-) -> tuple[Rendering, Pixels]:
-    """One image."""
-    buffer = bytearray(spec.height * spec.width * 3)
-    rendering = render_one(engine, spec, Prompt(), on_step, memoryview(buffer))
-    return rendering, np.frombuffer(buffer, np.uint8).reshape(spec.height, spec.width, 3)
+    return ZImageEngine(configured(), lambda stage: None)
 
 
 def pictures(engine: ZImageEngine, spec: ImageSpec) -> dict[str, bytes]:
@@ -159,7 +137,7 @@ def test_every_evaluation_is_counted_and_told(
     """N of them, 2N - 1 of heun's; progress goes up one by one to that number."""
     told: list[tuple[int, int]] = []
     spec = CIRCLE._replace(scheduler=scheduler, steps=steps)
-    rendering, _ = rendered(engine, spec, lambda *step: told.append(step))
+    rendering, _ = rendered(engine, spec, on_step=lambda *step: told.append(step))
     expected = 2 * steps - 1 if scheduler == "heun" else steps
 
     assert rendering.evaluations == len(rendering.steps_ms) == spec.evaluations == expected
@@ -182,8 +160,8 @@ def test_a_seed_is_a_picture(engine: ZImageEngine) -> None:
     pictures(engine, CIRCLE._replace(seed=8, width=64, steps=3))
     for scheduler in SCHEDULERS:
         with pytest.raises((ImageTimeout, ImageCancelled)):
-            rendered(engine, CIRCLE._replace(scheduler=scheduler), abandoned)
-        _, again = rendered(engine, CIRCLE._replace(scheduler=scheduler), disturbed)
+            rendered(engine, CIRCLE._replace(scheduler=scheduler), on_step=abandoned)
+        _, again = rendered(engine, CIRCLE._replace(scheduler=scheduler), on_step=disturbed)
         assert again.tobytes() == first[scheduler]
 
     assert len({*first.values(), *others.values()}) == 2 * len(SCHEDULERS)
@@ -207,7 +185,7 @@ def test_a_checkpoint_with_another_scheduler(tmp_path: Path) -> None:
     (model / "model_index.json").write_text(json.dumps(index))
 
     with pytest.raises(ModelError, match="is a FlowMatchHeunDiscreteScheduler; expected"):
-        ZImageEngine(configured(model), lambda stage: None)
+        ZImageEngine(configured(model=model), lambda stage: None)
 
 
 def test_a_job_of_every_scheduler(

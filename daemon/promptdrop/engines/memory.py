@@ -8,7 +8,7 @@ the host. Not compiling, pixels are the same to the bit.
 diffusers.hooks.apply_group_offloading (0.42.1) does something like it, and was not taken: it pins a
 copy of all blocks before it lets go of the first, each tensor rounded up to a power of two by torch
 (17.3 GiB beside the 11.5 that the transformer was loaded into); it sends what is no block, that table of
-742 MiB too, there and back with every call; and it replaces `forward`, as `speed.together` does.
+742 MiB too, there and back with every call; and it replaces `forward`, as `forward.together` does.
 """
 
 import mmap

@@ -20,14 +20,14 @@ from promptdrop.request import parse
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One image and how it came to be. `seed` makes it again."""
+    """One image and how it was rendered. The same prompt, fields and seed make it again."""
 
     image: Image.Image
     seed: int
     rendering: Rendering
 
     def save(self, path: str | Path) -> None:
-        """Write the image; the format follows from the ending."""
+        """Write the image to a file; the ending of its name chooses the format."""
         self.image.save(path)
 
 
@@ -37,7 +37,7 @@ class Engine:
     info: EngineInfo
 
     def __init__(self, config: Config | str | Path | Mapping[str, Any]) -> None:
-        """Load the model of a Config, a config.yaml, or its keys as a mapping.
+        """Load the model of a Config, of a config.yaml, or of its keys as a mapping.
 
         Raises ConfigError, ModelError, EngineStartError; a wrong mapping: pydantic.ValidationError.
         """
@@ -51,9 +51,9 @@ class Engine:
         self.info = self._engine.info
 
     def generate(self, prompt: str, **fields: Any) -> Generated | list[Generated]:
-        """Render what a JSON job of this prompt and these fields asks for, seeds drawn at random.
+        """Render what a JSON job of this prompt and these fields would ask for; seeds are drawn at random.
 
-        Returns a list where the fields ask for several images (`count`, a list of seeds).
+        Returns a list if the fields ask for several images (`count`, a list of seeds).
 
         Raises RequestError: a field is unknown or out of range. EngineError: an image failed.
         """
@@ -77,5 +77,5 @@ def _generated(spec: ImageSpec, pixels: bytearray, result: Rendering | EngineErr
     if isinstance(result, EngineError):
         raise result
     assert spec.seed is not None
-    image = Image.frombuffer("RGB", (spec.width, spec.height), pixels, "raw", "RGB", 0, 1)
+    image = Image.frombytes("RGB", (spec.width, spec.height), pixels)
     return Generated(image, spec.seed, result)

@@ -1,7 +1,7 @@
-"""Faster ways to evaluate Z-Image's transformer and VAE, each with what it gained.
+"""Z-Image's transformer, evaluated faster; with what each change gained.
 
-Milliseconds at 1024x1024, 128 text tokens, bf16, torch 2.11, on H100s of 80 GB, no two calls surely on
-the same card; `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it all off.
+Milliseconds at 1024x1024, 128 text tokens, bf16, torch 2.11, on H100s of 80 GB (two calls may have been on
+two cards); `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it all off.
 
   154.9  an evaluation of the library as it comes
    97.4  its blocks compiled by torch, real-valued rotation: matrix products 68.5, attention 16.5
@@ -10,13 +10,6 @@ the same card; `bench/gpu.jsonl` has whole runs, `engine.compile: off` turns it 
    90.9  the products before a gate and the gate as one kernel (`kernels.gated_products`), which brings
          0.085 of 1.06 in each block
    61.7  with fp8 products, each a kernel of its own, instead: to 62.8
-
-  91.2  a decode by the library's VAE
-  38.7  channels last and compiled
-  25.1  with ChannelGroupNorm and WideAttention; nearer to the float32 result than the library's
-        (relative distance 0.0091, library 0.0123)
-  22.8  with TransposedUpsample: 3.2 for three convolutions that took 5.1, and a relative distance of 0.0024
-        of one of them instead of 0.0021
 
 An evaluation is bound by power: the card draws its 700 W and clocks down to 1.4 or 1.5 GHz, so the products
 run at the 700 TFLOP/s that a large product sustains there, whatever their shape, and what is saved between
@@ -30,54 +23,42 @@ have been one more ms faster). Refining the text once an image instead of once a
 noise; it spares two blocks of an evaluation when blocks are offloaded.
 """
 
-import hashlib
 import itertools
-import os
-import shutil
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import FeedForward
-from diffusers.models.upsampling import Upsample2D
-from torch import Tensor, nn
+from torch import Tensor
 
-from promptdrop import log
 from promptdrop.engines import kernels
 from promptdrop.engines.quantization import Fp8Linear
 from promptdrop.engines.rows import Branch, Norm, Rows, Scaled
 
 SEQUENCE_MULTIPLE = 32  # transformer_z_image.py: SEQ_MULTI_OF
-SCORES = 2**28  # of the decoder's attention in memory at once: 512 MiB in bf16
 ROTARIES = 32  # kept, of as many sizes and text lengths: 2 MiB each at 1024x1024
 CAPTIONS = 8  # kept refined: guidance has two for each sequence of a batch
 
 
 class Positions(NamedTuple):
-    """Of images end to end: cosines and sines, float32 [S, width / 2, 2], and how many neighbours
-    have how many rows each."""
+    """The positions of images that lie end to end in one sequence of S rows."""
 
-    freqs: Tensor
-    runs: list[tuple[int, int]]
+    freqs: Tensor  # cosines and sines, float32 [S, width / 2, 2]
+    runs: list[tuple[int, int]]  # (images, rows): neighbours of one length, and how long each is
 
 
 def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tensor | None) -> Tensor:
-    """ZImageTransformerBlock.forward of one block after the other, x [S, dim].
+    """Do what ZImageTransformerBlock.forward does, for one block after the other; x [S, dim].
 
-    What a block adds at its end is added in the pass that begins the next one.
+    The sum at the end of a block is made in the pass that begins the next one.
     """
     branch = None
     for block in blocks:
-        for hook in block._forward_pre_hooks.values():  # which bring weights that are offloaded
+        for hook in block._forward_pre_hooks.values():  # they bring weights that are offloaded
             hook(block, ())
         fp8 = isinstance(block.attention.to_q, Fp8Linear)
         scale, gate, mlp_scale, mlp_gate = modulation(block, adaln)  # each [dim]
@@ -96,7 +77,7 @@ def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tenso
 
 
 def hidden(feed_forward: Any, h: Rows) -> Rows:
-    """FeedForward before w2: h [S, dim] to [S, hidden]."""
+    """Do what FeedForward does before w2: h [S, dim] to [S, hidden]."""
     w1, w3 = feed_forward.w1, feed_forward.w3
     if isinstance(h, Scaled):
         return kernels.gated(w1(h), w3(h), fp8=True)
@@ -109,20 +90,22 @@ def modulation(block: Any, adaln: Tensor | None) -> Sequence[Tensor | None]:
 
 
 def norm_of(norm: Any, scale: Tensor | None = None) -> Norm:
+    """The norm of a module, as kernels take it."""
     return Norm(norm.weight, norm.eps, scale)
 
 
 def branch_of(y: Tensor, norm: Any, gate: Tensor | None) -> Branch:
+    """What is added to the input, as kernels take it."""
     return Branch(y, norm.weight, norm.eps, gate)
 
 
 def attention(attn: Any, h: Rows, positions: Positions) -> Tensor:
-    """ZSingleStreamAttnProcessor, h [S, dim]."""
+    """Do what ZSingleStreamAttnProcessor does; h [S, dim]."""
     query, key, value = attn.to_q(h), attn.to_k(h), attn.to_v(h)  # each [S, dim]
     query = kernels.normed_rotated(query, norm_of(attn.norm_q), positions.freqs)
     key = kernels.normed_rotated(key, norm_of(attn.norm_k), positions.freqs)
-    # Of each image on its own, however long the others are: no mask and no padding. Neighbours of one
-    # length are one call: the queries of a small image do not fill a GPU evenly.
+    # Each image attends to itself only, whatever the others' lengths: no mask and no padding. Neighbours
+    # of one length are one call, because the queries of one small image do not fill a GPU evenly.
     sizes = [images * length for images, length in positions.runs]
     split = zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True)
     mixed = [
@@ -135,36 +118,36 @@ def attention(attn: Any, h: Rows, positions: Positions) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each [B, S, heads, width], to [B S, dim]."""
+    """Attention of query, key and value, each [B, S, heads, width]; returns [B S, dim]."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of one image size and text length, each [S, width / 2, 2]."""
+    """Cosines and sines for one image size and text length, each [S, width / 2, 2]."""
 
     image: Tensor
     text: Tensor
 
     @property
     def joint(self) -> Tensor:
-        """Of both, end to end."""
+        """The tables of image and text, end to end."""
         return torch.cat([self.image, self.text])
 
 
 @dataclass(frozen=True)
 class Caption:
-    """Texts that were refined together; while they are held here, their ids are nobody else's."""
+    """Texts that were refined together. It keeps them alive, so that no other object gets their ids."""
 
     texts: list[Tensor]  # each [tokens, width]
     refined: Tensor  # [sum of L, dim]
 
 
 class FastForward:
-    """ZImageTransformer2DModel.forward without its walks through lists of Python.
+    """ZImageTransformer2DModel.forward without its loops over Python lists.
 
-    At most `most` images are one sequence, end to end; guidance has two for each image asked for.
+    At most `most` images lie end to end in one sequence; guidance has two for each image asked for.
     """
 
     def __init__(self, transformer: Any, most: int = 1) -> None:
@@ -176,8 +159,11 @@ class FastForward:
     def __call__(
         self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], **_: Any
     ) -> tuple[list[Tensor]]:
-        """x: B of [16, 1, h, w], of one size; t [B], 1 - sigma, of one level; cap_feats: B of
-        [tokens, width], of any lengths."""
+        """Evaluate a batch of B images.
+
+        x: B tensors [16, 1, h, w] of one size. t: [B], 1 - sigma, the same for all. cap_feats: B
+        tensors [tokens, width] of any lengths.
+        """
         sequences = -(-len(x) // self._most)
         images = -(-len(x) // sequences)
         velocities: list[Tensor] = []
@@ -187,7 +173,11 @@ class FastForward:
         return (velocities,)
 
     def velocities(self, latents: list[Tensor], t: Tensor, texts: list[Tensor]) -> list[Tensor]:
-        """Of one sequence: B of [16, 1, h, w], latents likewise; t [1]; texts: B of [tokens, width]."""
+        """Evaluate one sequence of B images.
+
+        latents: B tensors [16, 1, h, w]. t: [1]. texts: B tensors [tokens, width].
+        Returns B tensors [16, 1, h, w].
+        """
         model = self._transformer
         rows, columns = latents[0].shape[-2] // 2, latents[0].shape[-1] // 2
         lengths = [len(text) + -len(text) % SEQUENCE_MULTIPLE for text in texts]  # each L
@@ -211,7 +201,8 @@ class FastForward:
         return [unpatchify(x, rows, columns) for x in torch.split(patches, rows * columns)]
 
     def _caption(self, texts: list[Tensor], rotaries: list[Rotary]) -> Tensor:
-        """Refined [sum of L, dim]: no noise level goes in, so all evaluations of an image share it."""
+        """The refined texts [sum of L, dim]. All evaluations of an image share them, because the noise
+        level does not go in."""
         key = tuple((id(text), text._version) for text in texts)
         if key not in self._captions:
             model = self._transformer
@@ -226,7 +217,7 @@ class FastForward:
         return self._captions[key].refined
 
     def _rotary(self, rows: int, columns: int, length: int) -> Rotary:
-        """Made once per shape."""
+        """The cosines and sines of a shape; kept, because all images of the shape use them."""
         key = rows, columns, length
         if key not in self._rotaries:
             embed, device = self._transformer.rope_embedder, self._transformer.device
@@ -239,33 +230,33 @@ class FastForward:
 
 
 def padded(parts: Sequence[Tensor], pad_token: Tensor) -> Tensor:
-    """Each [n, dim], to a multiple of 32 rows, and end to end: [sum of n32, dim]."""
+    """Pad each part [n, dim] to a multiple of 32 rows, and put them end to end: [sum of n32, dim]."""
     return torch.cat(
         [x for p in parts for x in (p, pad_token.expand(-len(p) % SEQUENCE_MULTIPLE, -1))]
     )
 
 
 def end_to_end(tables: list[Tensor]) -> Positions:
-    """Of several images, each [S, width / 2, 2]; of one as it is."""
+    """Put the tables of images, each [S, width / 2, 2], end to end; a single one is not copied."""
     runs = [(len([*equal]), length) for length, equal in itertools.groupby(tables, len)]
     return Positions(tables[0] if len(tables) == 1 else torch.cat(tables), runs)
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """[16, 1, h, w] to [N, 64], a patch's channels ordered (row, column, channel)."""
+    """Cut latents [16, 1, h, w] into patches [N, 64], a patch's values ordered (row, column, channel)."""
     c, _, h, w = latents.shape
     patches = latents.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 2, 4, 0)
     return patches.reshape((h // 2) * (w // 2), 4 * c)
 
 
 def unpatchify(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """[N, 64] back to [16, 1, h, w]."""
+    """Put patches [N, 64] together again: [16, 1, h, w]."""
     latents = patches.view(rows, columns, 2, 2, -1).permute(4, 0, 2, 1, 3)
     return latents.reshape(-1, 1, rows * 2, columns * 2)
 
 
 def image_ids(rows: int, columns: int, text_length: int) -> Tensor:
-    """Positions [N32, 3]: one frame after the text, then zeros for the padding."""
+    """Positions of an image's patches [N32, 3]: one frame after the text; zeros for the padding."""
     ids = torch.zeros(rows * columns + -(rows * columns) % SEQUENCE_MULTIPLE, 3, dtype=torch.long)
     frame = torch.tensor([text_length + 1])
     grid = torch.meshgrid(frame, torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -274,47 +265,15 @@ def image_ids(rows: int, columns: int, text_length: int) -> Tensor:
 
 
 def text_ids(length: int) -> Tensor:
-    """Positions [L, 3] along the first axis, from 1."""
+    """Positions of a text's tokens [L, 3]: along the first axis, from 1."""
     ids = torch.zeros(length, 3, dtype=torch.long)
     ids[:, 0] = torch.arange(1, length + 1)
     return ids
 
 
-class PipelineOnDevice(ZImagePipeline):  # type: ignore[misc]  # diffusers has no types
-    """Knows where it runs."""
-
-    _execution_device: torch.device | None = None
-
-
-class TransformerOfDtype(ZImageTransformer2DModel):  # type: ignore[misc]  # diffusers has no types
-    """Knows what its weights are."""
-
-    dtype: torch.dtype | None = None
-
-
-def remember_device_and_dtype(pipe: Any, device: torch.device) -> None:
-    """Tell the pipeline what it would look up in its 1,500 modules at every image and every step:
-    4.8 and 1.3 ms of a slow CPU, in which a GPU waits for its next image."""
-    dtype = pipe.transformer.dtype
-    pipe.__class__, pipe.transformer.__class__ = PipelineOnDevice, TransformerOfDtype
-    pipe._execution_device, pipe.transformer.dtype = device, dtype
-
-
-def join_weights(transformer: Any) -> None:
-    """What `kernels.gated_products` multiplies by goes into one storage each, on the device.
-
-    Raises torch.OutOfMemoryError: there is no room for one pair beside all.
-    """
-    for block in transformer.modules():
-        if isinstance(block, FeedForward) and not isinstance(block.w1, Fp8Linear):
-            both = torch.stack([block.w1.weight.data, block.w3.weight.data])  # [2, hidden, dim]
-            block.w1.weight.data, block.w3.weight.data = both
-    torch.cuda.empty_cache()  # of pieces that fit nothing else
-
-
 @contextmanager
 def together(transformer: Any, forward: FastForward) -> Iterator[None]:
-    """Evaluate as FastForward does; afterwards as the library does."""
+    """Have the transformer evaluated by `forward` within the context, afterwards by the library."""
     transformer.forward = forward
     try:
         yield
@@ -322,105 +281,25 @@ def together(transformer: Any, forward: FastForward) -> Iterator[None]:
         del transformer.forward  # the class's own is there again
 
 
-def accelerate(pipe: Any, forward: FastForward, sizes: int) -> None:
-    """Evaluate the pipeline's transformer as FastForward does; its decoder is compiled at the first
-    use of each of so many sizes."""
-    limit = torch._dynamo.config.recompile_limit  # graphs of one function
-    torch._dynamo.config.recompile_limit = max(limit, 2 * sizes)
-    pipe.transformer.forward = forward
-    decoder = pipe.vae.decoder
-    rewrite(decoder)
-    decoder.to(memory_format=torch.channels_last)
-    decoder.compile(fullgraph=True, dynamic=False)  # one graph for each warmed size
+def join_weights(transformer: Any) -> None:
+    """Put each pair of weights that `kernels.gated_products` multiplies by into one storage.
 
-
-def rewrite(decoder: nn.Module) -> None:
-    """What the compiler then makes faster code of; not compiled, nothing changes."""
-    for module in decoder.modules():
-        if type(module) is nn.GroupNorm:
-            module.__class__ = ChannelGroupNorm
-        elif type(module) is Upsample2D:
-            module.__class__ = TransposedUpsample
-        elif isinstance(module, Attention) and module.heads == 1:
-            module.set_processor(WideAttention())
-
-
-class ChannelGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that sums each channel first when compiled.
-
-    In channels_last the channels of one group are a few bytes of each line; reading them group by
-    group reads every line as often as there are groups.
+    Raises torch.OutOfMemoryError: there is no room for one pair beside all.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, ...]."""
-        if not torch.compiler.is_compiling():
-            return super().forward(x)
-        wide, places = x.float(), list(range(2, x.ndim))
-        size = self.num_channels // self.num_groups
-        sums = torch.stack((wide.sum(places), wide.square().sum(places)))  # [2, B, C]
-        count = size * x[0, 0].numel()
-        mean, square = sums.view(*sums.shape[:2], -1, size).sum(-1) / count  # each [B, groups]
-        variance = (square - mean.square()).clamp(min=0)
-        deviation = torch.rsqrt(variance + self.eps)
-        factor = self.weight * deviation.repeat_interleave(size, dim=1)  # [B, C]
-        offset = self.bias - mean.repeat_interleave(size, dim=1) * factor
-        shape = *factor.shape, *[1] * len(places)
-        normed: Tensor = wide * factor.view(shape) + offset.view(shape)
-        return normed.to(x.dtype)
-
-
-class TransposedUpsample(Upsample2D):  # type: ignore[misc]  # diffusers has no types
-    """Each pixel doubled and convolved 3x3, as one transposed convolution of 4x4 when compiled.
-
-    Most of the nine weights meet the same pixel as another: four products are left, and the doubled image
-    is never written.
-    """
-
-    def forward(self, hidden_states: Tensor, output_size: int | None = None) -> Tensor:
-        """hidden_states [B, C, H, W], to [B, C, 2 H, 2 W]."""
-        if output_size is not None or not torch.compiler.is_compiling():
-            return super().forward(hidden_states, output_size)  # type: ignore[no-any-return]
-        weight, bias = self.conv.weight, self.conv.bias  # [out, in, 3, 3], [out]
-        flipped = weight.float().flip(2, 3)
-        shifts = itertools.product([(0, 1), (1, 0)], repeat=2)
-        wide = torch.stack([F.pad(flipped, (*x, *y)) for x, y in shifts]).sum(0)  # [out, in, 4, 4]
-        wide = wide.to(weight.dtype).transpose(0, 1)
-        return F.conv_transpose2d(hidden_states, wide, bias, stride=2, padding=1)
-
-
-class WideAttention(AttnProcessor2_0):  # type: ignore[misc]  # diffusers has no types
-    """The decoder's one head of 512 channels as two matrix products when compiled.
-
-    The fast attention kernels end at 256 channels.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """hidden_states [B, C, H, W]."""
-        if not torch.compiler.is_compiling():
-            return super().__call__(attn, hidden_states)  # type: ignore[no-any-return]  # diffusers
-        x = hidden_states.flatten(2)  # [B, C, H W]
-        x = attn.group_norm(x).transpose(1, 2)  # [B, H W, C]
-        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        rows = max(1, SCORES // x.shape[1])  # so many queries at once
-        key = key.transpose(1, 2) * x.shape[2] ** -0.5
-        mixed = torch.cat([(q @ key).softmax(-1) @ value for q in query.split(rows, dim=1)], dim=1)
-        out: Tensor = attn.to_out[0](mixed).transpose(1, 2).reshape(hidden_states.shape)
-        return out + hidden_states
+    for block in transformer.modules():
+        if isinstance(block, FeedForward) and not isinstance(block.w1, Fp8Linear):
+            both = torch.stack([block.w1.weight.data, block.w3.weight.data])  # [2, hidden, dim]
+            block.w1.weight.data, block.w3.weight.data = both
+    torch.cuda.empty_cache()  # the pieces that are free now fit nothing else
 
 
 def meet_text_lengths(
     transformer: Any, height: int, width: int, most: int, images: int, on_step: Callable[[], None]
 ) -> None:
-    """Evaluate once at every padded text length up to `most` tokens, and 2 to `images` together:
-    the libraries choose their kernels per shape."""
+    """Evaluate every shape once, because the libraries choose their kernels per shape.
+
+    The shapes are every padded text length up to `most` tokens, and 2 to `images` images together.
+    """
     weight = transformer.cap_embedder[1].weight  # [dim, text width]
     latents = weight.new_zeros(16, 1, height // 8, width // 8)
     lengths = range(1, most + 1, SEQUENCE_MULTIPLE)
@@ -431,37 +310,3 @@ def meet_text_lengths(
             texts = [weight.new_ones(tokens, weight.shape[1]) for tokens in batch]
             transformer([latents] * len(batch), levels, texts)
             on_step()
-
-
-# The cache of compiled code. Inductor unpickles what it finds there: only the daemon may write it.
-
-STALE_SECONDS = 7 * 86400.0
-CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-
-
-def use_cache(folder: Path, model: str, device: str) -> None:
-    """Keep compiled code in `folder`, by versions, model and device; what nobody has used for a week
-    goes."""
-    facts = (torch.__version__, diffusers.__version__, model, device)
-    mine = folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        with suppress(FileNotFoundError):  # another engine was faster
-            if entry != mine and time.time() - entry.stat().st_mtime > STALE_SECONDS:
-                log.get().info("compile.cache_discarded", reason="not used for a week")
-                shutil.rmtree(entry, ignore_errors=True)
-    mine.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.utime(mine)
-    for variable in CACHE_VARIABLES:
-        os.environ[variable] = str(mine)
-
-
-def discard_cache(reason: str) -> bool:
-    """Empty the cache in use, because it may be broken; False if it is empty."""
-    folder = Path(os.environ[CACHE_VARIABLES[0]])
-    if not (folder.is_dir() and any(folder.iterdir())):
-        return False
-    log.get().warning("compile.cache_discarded", reason=reason)
-    shutil.rmtree(folder, ignore_errors=True)  # an engine of another device may do the same
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    torch.compiler.reset()
-    return True
