@@ -42,7 +42,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from promptdrop import __version__, config, metrics, weights
+from promptdrop import __version__, config, config_file, metrics, weights
 from promptdrop.config import Config, Prompt
 from promptdrop.engines.engine import batches
 from promptdrop.engines.memory import GIB, MIB
@@ -57,10 +57,10 @@ LENGTHS = 16  # text lengths that are met after warm-up
 WARM_UPS = 3  # of the library's loop, not counted
 READY = """
 import json, sys, time
-from promptdrop import config, log
+from promptdrop import config_file, log
 from promptdrop.engines import engine
 from promptdrop.engines import zimage
-settings = config.load(__import__("pathlib").Path(sys.argv[1]))
+settings = config_file.load(__import__("pathlib").Path(sys.argv[1]))
 log.set_up("info", "json")
 begin = time.monotonic()
 loaded = engine.load(settings, lambda stage: None)
@@ -94,7 +94,7 @@ class Bench:
         file = self.home / name / "config.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(values))
-        return config.load(file)
+        return config_file.load(file)
 
     def spec(self, seed: int, prompt: str = PROMPT) -> ImageSpec:
         """An image as the defaults have it."""
