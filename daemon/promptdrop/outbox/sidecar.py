@@ -43,7 +43,8 @@ def of_image(spec: ImageSpec, file: str, size: int, sha256: str) -> SidecarImage
 
 def of_request(spec: ImageSpec) -> SidecarRequest:
     """Everything that was asked for, so that the same image can be asked for again."""
-    return SidecarRequest.model_validate(spec, from_attributes=True)
+    asked: SidecarRequest = SidecarRequest.model_validate(spec, from_attributes=True)
+    return asked
 
 
 def of_prompt(spec: ImageSpec, rendering: Rendering | None) -> SidecarPrompt:
