@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from promptdrop import config
+from promptdrop import config, config_file
 from promptdrop.cli import parser
 from promptdrop.errors import ConfigError
 
@@ -17,12 +17,12 @@ def load(tmp_path: Path, text: str) -> config.Config:
     """A configuration of this text."""
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    return config.load(file)
+    return config_file.load(file)
 
 
 def test_the_shipped_file_holds_every_key_with_its_default() -> None:
     """config.yaml loads as it stands, and says nothing that is not the default."""
-    shipped = config.load(REPOSITORY / "config.yaml")
+    shipped = config_file.load(REPOSITORY / "config.yaml")
     defaults = config.parse({"model": {"id": "Tongyi-MAI/Z-Image-Turbo"}})
 
     assert shipped.model_dump() == defaults.model_dump()
@@ -40,7 +40,7 @@ def test_init_writes_the_models_own_size(tmp_path: Path) -> None:
         (tmp_path / "of" / name / "vae").mkdir(parents=True)
         (tmp_path / "of" / name / "vae" / "config.json").write_text(json.dumps(values))
         status = parser.main(["init", str(tmp_path / name), "--model", str(tmp_path / "of" / name)])
-        written = config.load(tmp_path / name / "config.yaml")
+        written = config_file.load(tmp_path / name / "config.yaml")
         side = 256 if name == "sides" else 1024
 
         assert status == 0
@@ -139,7 +139,7 @@ def test_a_reload_takes_some_keys_and_names_the_others() -> None:
         "engine": {"max_attempts": 9, "batch": 2}, "inbox": {"recursive": False, "encodings": ["gb18030"]},
     })  # fmt: skip
 
-    merged, needs_restart = config.reloaded(old, new)
+    merged, needs_restart = config_file.reloaded(old, new)
 
     assert needs_restart == ["inbox.recursive", "model.id", "engine.batch"]
     assert merged.watch.settle_seconds == 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from promptdrop import config
+from promptdrop import config, config_file
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "daemon" / "promptdrop"
@@ -76,7 +76,7 @@ def test_nothing_is_evaluated(name: str) -> None:
 
 def test_nothing_listens_by_default() -> None:
     """metrics.listen is off, in the defaults and in the file that init writes."""
-    shipped = config.load(PACKAGE / "config.yaml")
+    shipped = config_file.load(PACKAGE / "config.yaml")
 
     assert config.parse({"model": {"id": "x"}}).metrics.listen is None
     assert shipped.metrics.listen is None

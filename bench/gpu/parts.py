@@ -25,10 +25,10 @@ LENGTHS = 16  # text lengths that are met after warm-up
 
 READY = """
 import json, sys, time
-from promptdrop import config, log
+from promptdrop import config_file, log
 from promptdrop.engines import engine
 from promptdrop.engines import zimage
-settings = config.load(__import__("pathlib").Path(sys.argv[1]))
+settings = config_file.load(__import__("pathlib").Path(sys.argv[1]))
 log.set_up("info", "json")
 begin = time.monotonic()
 loaded = engine.load(settings, lambda stage: None)

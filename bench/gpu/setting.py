@@ -18,7 +18,7 @@ import yaml
 from diffusers import ZImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from promptdrop import config
+from promptdrop import config_file
 from promptdrop.config import Config
 from promptdrop.engines.device import find_device
 from promptdrop.nouns import ImageSpec
@@ -52,7 +52,7 @@ class Bench:
         file = self.home / name / "config.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(values))
-        return config.load(file)
+        return config_file.load(file)
 
     def spec(self, seed: int, prompt: str = PROMPT) -> ImageSpec:
         """An image of the default settings."""

@@ -1,42 +1,23 @@
-"""config.yaml to a frozen Config. Every key, range and default is written here, once."""
+"""The configuration: its sections, their keys, ranges and defaults, frozen. config_file.py reads it.
+
+The keys of `defaults` and `folders` are fields of job files: fields.py has them.
+"""
 
 import math
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from promptdrop import names, yaml12
-from promptdrop.errors import ConfigError
-from promptdrop.nouns import FORMATS, SCHEDULERS
+from promptdrop import names
+from promptdrop.fields import FIELDS, PRIORITIES, SIDES, SIDES_IN_WORDS, SIZE, type_of
+from promptdrop.nouns import FORMATS
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
 Size = Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$", examples=["1024x1024"])]
-_PART = r"[0-9]{1,4}(\.[0-9]{1,4})?"
-SIZE = rf"^\s*([0-9]{{1,5}}\s*[xX×]\s*[0-9]{{1,5}}|{_PART}\s*:\s*{_PART})\s*$"  # WxH or a ratio
-Pixels = Annotated[int, Field(ge=64, le=4096, multiple_of=16)]
 Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
-
-# Keys of jobs claimed from now on: SIGHUP applies these, the engine stays warm.
-RELOADABLE = frozenset(
-    {"watch", "inbox.encodings", "inbox.duplicates", "limits", "defaults", "folders", "output"}
-    | {"prompt", "queue", "log"}
-    | {
-        f"engine.{key}"
-        for key in (
-            "image_timeout_seconds",
-            "kill_grace_seconds",
-            "stall_seconds",
-            "load_timeout_seconds",
-            "stop_seconds",
-        )
-    }
-    | {f"engine.{key}" for key in ("max_attempts", "on_timeout", "empty_cache_every")}
-)
 
 
 class Section(BaseModel):
@@ -125,8 +106,8 @@ class EngineSection(Section):
     @classmethod
     def _renderable(cls, warmup: tuple[str, ...]) -> tuple[str, ...]:
         for size in warmup:
-            if any(side % 16 or not 64 <= side <= 4096 for side in width_height(size)):
-                raise ValueError(f"{size!r}: both sides must be multiples of 16 in [64, 4096]")
+            if any(side not in SIDES for side in width_height(size)):
+                raise ValueError(f"{size!r}: both sides must be {SIDES_IN_WORDS}")
         return warmup
 
 
@@ -135,30 +116,26 @@ class Prompt(Section):
     overflow: Literal["keep_head", "keep_tail", "refuse"] = "keep_head"
 
 
-class Defaults(Section):
-    width: Pixels = 1024
-    height: Pixels = 1024
-    steps: Annotated[int, Field(ge=1, le=100)] = 9
-    guidance_scale: Annotated[float, Field(ge=0, le=20)] = 0.0
-    scheduler: Literal[SCHEDULERS] = "euler"  # type: ignore[valid-type]  # one list, in job.py
-    negative_prompt: Annotated[str, Field(max_length=20_000)] | None = None
-    count: Annotated[int, Field(ge=1)] = 1
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+def _configured(optional: bool) -> dict[str, Any]:
+    """The keys of `defaults`, or of a folder's preset where each of them is optional."""
+    keys: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        if field.configured:
+            default = None if optional else field.default
+            kind = type_of(name) if default is not None else type_of(name) | None
+            keys[name] = (kind, default)
+    return keys
 
 
-class Folder(Section):
-    """The defaults of one sub-folder of the inbox, and of those below it: a preset. None: not said."""
+class Defaults(create_model("Defaults", __base__=Section, **_configured(optional=False))):  # type: ignore[misc]  # of the table
+    """The values of fields that a job file does not give."""
+
+
+class Folder(create_model("Folder", __base__=Section, **_configured(optional=True))):  # type: ignore[misc]  # of the table
+    """The defaults of one sub-folder of the inbox, and of those below it: a preset. None: not given."""
 
     size: Annotated[str, Field(pattern=SIZE)] | None = None
-    width: Pixels | None = None
-    height: Pixels | None = None
-    steps: Annotated[int, Field(ge=1, le=100)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=20)] | None = None
-    scheduler: Literal[SCHEDULERS] | None = None  # type: ignore[valid-type]  # one list, in job.py
-    negative_prompt: Annotated[str, Field(max_length=20_000)] | None = None
-    count: Annotated[int, Field(ge=1)] | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
-    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]  # one list, in job.py
+    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]  # one list, in nouns.py
     timeout_seconds: Seconds | None = None
 
     @model_validator(mode="after")
@@ -169,7 +146,7 @@ class Folder(Section):
 
 
 class Output(Section):
-    format: Literal[FORMATS] = "png"  # type: ignore[valid-type]  # one list, in job.py
+    format: Literal[FORMATS] = "png"  # type: ignore[valid-type]  # one list, in nouns.py
     quality: Annotated[int, Field(ge=1, le=100)] = 92
     name: Annotated[str, Field(min_length=1, max_length=100)] = "{job}-{image:04d}"
     embed_metadata: bool = True
@@ -199,7 +176,7 @@ class Limits(Section):
     megapixels: Annotated[float, Field(gt=0, le=16.8)] = 4.2
     images_per_job: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     job_file_kib: Annotated[int, Field(ge=1, le=65_536)] = 1024
-    priority: Annotated[int, Field(ge=-100, le=100)] = 100
+    priority: Annotated[int, Field(ge=PRIORITIES[0], le=PRIORITIES[-1])] = PRIORITIES[-1]
     min_free_disk_mib: Annotated[int, Field(ge=0)] = 1024
 
 
@@ -293,10 +270,9 @@ class Config(Section):
         for name in self.folders:
             defaults = self.in_folder(name).defaults
             width, height = defaults.width, defaults.height
-            if not all(64 <= side <= 4096 and side % 16 == 0 for side in (width, height)):
+            if width not in SIDES or height not in SIDES:
                 raise ValueError(
-                    f"folders.{name}: a size of {width}x{height};"
-                    " expected multiples of 16 in [64, 4096]"
+                    f"folders.{name}: a size of {width}x{height}; expected {SIDES_IN_WORDS}"
                 )
             if width * height > self.limits.megapixels * 1e6:
                 raise ValueError(
@@ -362,141 +338,8 @@ def width_height(size: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def default_file() -> Path:
-    """`$PROMPTDROP_CONFIG`, then ./config.yaml, then /etc/promptdrop/config.yaml.
-
-    Raises ConfigError: there is none.
-    """
-    if configured := os.environ.get("PROMPTDROP_CONFIG"):
-        return Path(configured)
-    for file in (Path("config.yaml"), Path("/etc/promptdrop/config.yaml")):
-        if file.exists():
-            return file
-    raise ConfigError(
-        "no configuration: $PROMPTDROP_CONFIG is not set, and neither ./config.yaml nor"
-        " /etc/promptdrop/config.yaml is there; name one with --config FILE, or write one with:"
-        " promptdrop init DIR"
-    )
-
-
-def load(file: Path) -> Config:
-    """Read a configuration file.
-
-    Raises ConfigError: unreadable, not YAML, an unknown key or a value out of range; the text
-    names file, line, key, value and what was expected.
-    """
-    try:
-        text = file.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: no such configuration file; write one with: promptdrop init DIR"
-        ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{file}: cannot be read: {e}") from None
-    try:
-        trees = yaml12.documents(text)
-    except yaml12.YamlError as e:
-        raise ConfigError(f"{file}:{e.line or 1}: {e}") from None
-    tree = trees[0] if trees else yaml12.Mapping()
-    if len(trees) > 1 or not isinstance(tree, yaml12.Mapping):
-        raise ConfigError(f"{file}: expected one mapping of sections such as `model:`")
-    try:
-        return parse(_values(tree), file)
-    except ValidationError as e:
-        raise ConfigError("\n".join(_explain(file, tree, error) for error in e.errors())) from None
-
-
 def parse(values: dict[str, Any], file: Path | None = None) -> Config:
     """A Config of plain values. Raises pydantic.ValidationError."""
     if "file" in values:
         values = {**values, "file ": values["file"]}  # a key `file` is unknown like any other
     return Config.model_validate({**values, "file": file.absolute() if file else None})
-
-
-def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
-    """What SIGHUP makes of `old`: the reloadable keys of `new`, and the other keys that differ."""
-    merged: dict[str, Any] = {}
-    needs_restart = []
-    for name in Config.model_fields:
-        before, after = getattr(old, name), getattr(new, name)
-        if name in RELOADABLE:
-            merged[name] = after
-        elif isinstance(before, Section):
-            keys = {
-                key: (getattr(before, key), getattr(after, key))
-                for key in type(before).model_fields
-            }
-            taken = {key: b if f"{name}.{key}" in RELOADABLE else a for key, (a, b) in keys.items()}
-            merged[name] = type(before).model_construct(**taken)
-            needs_restart += [
-                f"{name}.{key}"
-                for key, (a, b) in keys.items()
-                if a != b and f"{name}.{key}" not in RELOADABLE
-            ]
-        else:
-            merged[name] = before
-            if before != after and name != "file":
-                needs_restart.append(name)
-    return Config.model_construct(**merged), needs_restart
-
-
-def _values(tree: yaml12.Mapping) -> dict[str, Any]:
-    """Plain values, with the text as written where a mode such as 0664 would lose its zero."""
-    values: dict[str, Any] = {}
-    for key, node in tree.items.items():
-        value = yaml12.plain(node)
-        if isinstance(node, yaml12.Mapping) and isinstance(value, dict):
-            for name in ("mode", "directory_mode", "revision", "id"):
-                child = node.items.get(name)
-                if isinstance(child, yaml12.Scalar) and child.value is not None:
-                    value[name] = child.text
-            value = {k: v for k, v in value.items() if v is not None or _may_be_null(key, k)}
-        if value is not None:
-            values[key] = value
-    return values
-
-
-def _may_be_null(section: str, key: str) -> bool:
-    """Whether null says something for this key; elsewhere it is a value forgotten."""
-    field = Config.model_fields.get(section)
-    kind = field.annotation if field else None
-    known = (
-        kind.model_fields.get(key) if isinstance(kind, type) and issubclass(kind, Section) else None
-    )
-    return known is None or known.default is None or type(None) not in get_args(known.annotation)
-
-
-def _explain(file: Path, tree: yaml12.Mapping, error: ErrorDetails) -> str:
-    path = [str(part).strip() for part in error["loc"]]
-    key = ".".join(path)
-    where = f"{file}:{_line(tree, path)}"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}{names.nearest(path[-1], _known_keys(path[:-1]))}"
-    if error["type"] == "missing":
-        return f"{where}: {key!r} is required and has no default"
-    expected = re.sub(r"^(Value error|Assertion failed), ", "", error["msg"])
-    if not path:  # of several keys together: the text names them
-        return f"{file}: {expected}"
-    return f"{where}: {key}: {error['input']!r}: {expected[:1].lower()}{expected[1:]}"
-
-
-def _line(tree: yaml12.Mapping, path: list[str]) -> int:
-    line, node = 1, tree
-    for part in path:
-        if not isinstance(node, yaml12.Mapping) or part not in node.items:
-            break
-        line = node.line_of(part) or line
-        node = node.items[part]  # type: ignore[assignment]  # checked at the loop's head
-    return line
-
-
-def _known_keys(path: list[str]) -> Iterable[str]:
-    section: type[BaseModel] = Config
-    if path[:1] == ["folders"]:
-        section, path = Folder, path[2:]
-    for part in path:
-        kind = section.model_fields[part].annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return ()
-        section = kind
-    return [name for name in section.model_fields if name != "file"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 SCHEDULERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun")
-FORMATS = ("png", "jpeg", "webp", "avif")
 SUFFIX_OF_FORMAT = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
+FORMATS = tuple(SUFFIX_OF_FORMAT)
 
 JobOutcome = Literal["done", "partial", "failed", "cancelled"]
 ImageOutcome = Literal["rendered", "placeholder", "failed", "cancelled"]

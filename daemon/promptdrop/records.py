@@ -6,12 +6,12 @@ Keys may be added; a key that changes or goes makes a new version of its schema.
 import json
 import socket
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from promptdrop import __version__
-from promptdrop.nouns import ImageOutcome, JobOutcome
+from promptdrop.nouns import ImageOutcome, ImageSpec, JobOutcome
 
 HOST = socket.gethostname()  # `host` of what this machine writes
 VERSION = f"promptdrop {__version__}"  # ... and its `version`
@@ -47,16 +47,24 @@ class SidecarImage(Record):
     sha256: str
 
 
-class SidecarRequest(Record):
-    prompt: str
-    negative_prompt: str | None
-    seed: int
-    width: int
-    height: int
-    steps: int
-    guidance_scale: float
-    scheduler: str
-    meta: dict[str, Any]
+def _asked() -> dict[str, Any]:
+    """The keys of a sidecar's `request`: an ImageSpec's attributes that no other part of it has."""
+    hints, defaults = get_type_hints(ImageSpec), ImageSpec._field_defaults
+    names = dict.fromkeys(("prompt", "negative_prompt", "seed", *ImageSpec._fields))
+    keys = {
+        name: (hints[name], defaults.get(name, ...))
+        for name in names
+        if name not in ("image", "format", "timeout_seconds")
+    }
+    return {
+        **keys,
+        "seed": (int, ...),
+        "meta": (dict[str, Any], ...),
+    }  # both stand in every sidecar
+
+
+class SidecarRequest(create_model("SidecarRequest", __base__=Record, **_asked())):  # type: ignore[misc]  # of ImageSpec
+    pass
 
 
 class SidecarPrompt(Record):

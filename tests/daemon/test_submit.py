@@ -67,9 +67,9 @@ def test_submit_wait_is_not_fooled_by_an_earlier_job(daemon: Daemon, tmp_path: P
     inode = link.stat().st_ino
     link.rename(daemon.inbox / "a.txt")
     program = (
-        "import os, sys; from pathlib import Path; from promptdrop.cli import client; from promptdrop import clock; from promptdrop import config;"
+        "import os, sys; from pathlib import Path; from promptdrop.cli import client; from promptdrop import clock; from promptdrop import config_file;"
         "from promptdrop.spool.spool import Spool;"
-        "spool = Spool(config.load(Path(sys.argv[1])));"
+        "spool = Spool(config_file.load(Path(sys.argv[1])));"
         "dropped = client.Dropped('a.txt', int(sys.argv[2]), clock.timestamp());"
         "client.wait(spool, [dropped], lambda status, drops: os._exit(9))"
     )

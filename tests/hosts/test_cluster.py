@@ -18,7 +18,7 @@ import pytest
 import clusters
 from clusters import Cluster, attempts, each_once, prompts
 from harness import REPOSITORY, Daemon, MakeDaemon, until
-from promptdrop import __version__, config
+from promptdrop import __version__, config_file
 from promptdrop.cluster import backend as cluster_module
 from promptdrop.pool import pool
 
@@ -326,7 +326,7 @@ def test_who_has_no_way_into_the_cluster_sleeps(make_daemon: MakeDaemon, tmp_pat
     """No engine is due while none may begin: the daemon does not spin until the head is back."""
     address = f"127.0.0.1:{clusters.free_port()}"
     daemon = make_daemon(settings(Cluster(tmp_path, int(address.rpartition(":")[2]))))
-    loaded = config.load(daemon.config)
+    loaded = config_file.load(daemon.config)
     engines = pool.Pool(loaded, cluster_module.RayCluster(loaded))
     now = time.monotonic()
     try:

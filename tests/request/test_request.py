@@ -10,7 +10,9 @@ import parsers
 from promptdrop import config
 from promptdrop.errors import RequestError
 from promptdrop.nouns import SCHEDULERS, ImageSpec, Request, seed_of
-from promptdrop.request.parse import decode, parse, request_schema, with_seeds
+from promptdrop.request.decode import decode
+from promptdrop.request.parse import parse, with_seeds
+from promptdrop.request.schema import request_schema
 from promptdrop.request.text_reader import scheduler_of, words
 
 CONFIG = config.parse({"model": {"id": "x"}})

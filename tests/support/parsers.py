@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from promptdrop import config, names
+from promptdrop import config, config_file, names
 from promptdrop.errors import ConfigError, RequestError
 from promptdrop.nouns import Request
 from promptdrop.request import parse
@@ -57,7 +57,7 @@ def settings(data: bytes) -> None:
         file = Path(folder) / "config.yaml"
         file.write_bytes(data)
         try:
-            config.load(file)
+            config_file.load(file)
         except ConfigError:
             pass
 

@@ -12,26 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from promptdrop import __version__
 from promptdrop.errors import PromptdropError, UsageError
+from promptdrop.fields import OPTIONS
 
 if TYPE_CHECKING:
     from promptdrop.cli.client import Dropped
     from promptdrop.config import Config
     from promptdrop.spool.spool import Spool
-
-# Image options of `generate` and `submit`: the job file's fields, spelled the same.
-FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "negative_prompt": (str, "used only when guidance_scale > 0"),
-    "width": (int, "pixels, a multiple of 16"),
-    "height": (int, "pixels, a multiple of 16"),
-    "size": (str, "WxH, or an aspect ratio such as 16:9"),
-    "steps": (int, "transformer evaluations, 1 to 100"),
-    "guidance_scale": (float, "0 to 20"),
-    "seed": (int, "0 to 2**63-1"),
-    "count": (int, "images per prompt"),
-    "scheduler": (str, "euler, dpmpp_2m, dpmpp_2m_sde, unipc or heun"),
-    "format": (str, "png, jpeg, webp or avif"),
-    "timeout_seconds": (float, "per image"),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,21 +257,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
-    for name, (kind, text) in FIELDS.items():
-        options = {f"--{name.replace('_', '-')}", f"--{name}"}
+    for name, field in OPTIONS.items():
+        spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
+        kind = field.kind.__name__.upper()
         parser.add_argument(
-            *sorted(options), dest=name, type=kind, help=text, metavar=kind.__name__.upper()
+            *sorted(spellings), dest=name, type=field.kind, help=field.option, metavar=kind
         )
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in FIELDS if (value := getattr(arguments, name)) is not None}
+    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
 
 
 def _config(arguments: argparse.Namespace) -> "Config":
-    from promptdrop import config
+    from promptdrop import config_file
 
-    return config.load(arguments.config or config.default_file())
+    return config_file.load(arguments.config or config_file.default_file())
 
 
 def _spool(arguments: argparse.Namespace) -> "Spool":
@@ -300,7 +287,7 @@ def _spool(arguments: argparse.Namespace) -> "Spool":
 def _init(arguments: argparse.Namespace) -> None:
     from importlib import resources
 
-    from promptdrop import config
+    from promptdrop import config_file
     from promptdrop.spool.spool import Spool
 
     directory: Path = arguments.directory
@@ -312,7 +299,7 @@ def _init(arguments: argparse.Namespace) -> None:
         template = resources.files("promptdrop").joinpath("config.yaml").read_text("utf-8")
         file.write_text(_with_model(template, arguments.model), "utf-8")
         print(f"wrote  {file}")
-    spool = Spool(config.load(file))
+    spool = Spool(config_file.load(file))
     spool.folders.init()
     for path in (spool.paths.inbox, spool.paths.outbox, spool.paths.failed):
         print(f"folder {path}")
@@ -687,10 +674,10 @@ def _model_path(arguments: argparse.Namespace) -> None:
 
 def _schema(arguments: argparse.Namespace) -> None:
     from promptdrop import records
-    from promptdrop.request import parse
+    from promptdrop.request.schema import request_schema
 
     if arguments.what == "request":
-        schema = parse.request_schema()
+        schema = request_schema()
     else:
         schema = records.SCHEMAS[arguments.what].model_json_schema(
             by_alias=True, mode="serialization"

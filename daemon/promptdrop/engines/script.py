@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from promptdrop import config as configuration
-from promptdrop import log
+from promptdrop import config_file, log
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import EngineError
@@ -42,7 +42,7 @@ class Engine:
         Raises ConfigError, ModelError, EngineStartError; a wrong mapping: pydantic.ValidationError.
         """
         if isinstance(config, str | Path):
-            config = configuration.load(Path(config))
+            config = config_file.load(Path(config))
         elif isinstance(config, Mapping):
             config = configuration.parse(dict(config))
         log.set_up_for_scripts()

@@ -26,18 +26,10 @@ from promptdrop.records import (
     Window,
     to_bytes,
 )
-from promptdrop.request.infotext import format_infotext
+from promptdrop.request.infotext import SAMPLERS, format_infotext
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import parse_image_record
 from promptdrop.spool.record import read_json
-
-_SAMPLERS = {
-    "euler": "Euler",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "heun": "Heun",
-}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -165,7 +157,7 @@ def infotext(spec: ImageSpec, model: str) -> str:
     """The `parameters` text that image tools read."""
     fields = {
         "Steps": spec.steps,
-        "Sampler": _SAMPLERS[spec.scheduler],
+        "Sampler": SAMPLERS[spec.scheduler],
         "CFG scale": spec.guidance_scale,
         "Seed": spec.seed,
         "Size": f"{spec.width}x{spec.height}",

@@ -43,18 +43,8 @@ def of_image(spec: ImageSpec, file: str, size: int, sha256: str) -> SidecarImage
 
 def of_request(spec: ImageSpec) -> SidecarRequest:
     """Everything that was asked for, so that the same image can be asked for again."""
-    assert spec.seed is not None
-    return SidecarRequest(
-        prompt=spec.prompt,
-        negative_prompt=spec.negative_prompt,
-        seed=spec.seed,
-        width=spec.width,
-        height=spec.height,
-        steps=spec.steps,
-        guidance_scale=spec.guidance_scale,
-        scheduler=spec.scheduler,
-        meta=spec.meta,
-    )
+    asked: SidecarRequest = SidecarRequest.model_validate(spec, from_attributes=True)
+    return asked
 
 
 def of_prompt(spec: ImageSpec, rendering: Rendering | None) -> SidecarPrompt:

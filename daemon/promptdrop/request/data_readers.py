@@ -7,48 +7,13 @@ from collections.abc import Collection, Iterable, Iterator
 
 from promptdrop import names
 from promptdrop.errors import Problem, RequestError
+from promptdrop.fields import TEXT_FIELDS
+from promptdrop.request.problems import Problems, short
 from promptdrop.yaml12 import Builder, Mapping, Node, Scalar, Sequence, YamlError, documents
-
-MAX_PROBLEMS = 20
-MAX_MET = 1000
-TEXT_FIELDS = frozenset({"prompt", "negative_prompt", "size", "scheduler", "format"})  # as written
 
 _MAX_DIGITS = 400  # more are no number for yaml12 either
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s,:{}\[\]"]++')  # of valid JSON
-
-
-class Problems:
-    """Why a job file is refused, as far as it has been read.
-
-    At 20 the rest is not looked at, nor after the same one was met a thousand times.
-    """
-
-    def __init__(self) -> None:
-        self._found: list[Problem] = []
-        self._met = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    def add(self, message: str, line: int | None = None, field: str | None = None) -> None:
-        """Note one problem, once. Raises RequestError: it was the last one to look for."""
-        problem = Problem(message, line, field)
-        self._met += 1
-        if problem not in self._found:
-            self._found.append(problem)
-        if len(self._found) >= MAX_PROBLEMS or self._met >= MAX_MET:
-            self.raise_if_any()
-
-    def raise_if_any(self) -> None:
-        """Raise RequestError if there is a problem."""
-        if self._found:
-            raise RequestError(sorted(self._found, key=lambda problem: problem.line or 0))
-
-
-def short(text: str, limit: int = 60) -> str:
-    """The text in quotes, escaped, and cut to `limit` characters: fit for one line of a message."""
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
 def yaml_documents(text: str) -> list[Node]:

@@ -9,6 +9,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+SAMPLERS = {  # A1111's name of each scheduler; its schedule (Karras ...) is the model's own here
+    "euler": "Euler",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "heun": "Heun",
+}
 _NEGATIVE = "Negative prompt:"
 _RUN = re.compile(r"([\w \-/]++)(:?)")  # a key is such a run before a colon; possessive: linear
 _QUOTED = re.compile(r'\s*("(?:[^\\"]|\\.)++")(?:,|$)')

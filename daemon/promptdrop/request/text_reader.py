@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 
 from promptdrop.errors import Problem, RequestError
+from promptdrop.fields import TEXT_FIELDS
 from promptdrop.nouns import SCHEDULERS
-from promptdrop.request.data_readers import TEXT_FIELDS, Problems, short
-from promptdrop.request.infotext import ParsedInfotext, parse_infotext, parse_settings
+from promptdrop.request.infotext import SAMPLERS, ParsedInfotext, parse_infotext, parse_settings
+from promptdrop.request.problems import Problems, short
 from promptdrop.yaml12 import Mapping, Node, Scalar
 
 ALIASES = {
@@ -14,13 +15,6 @@ ALIASES = {
     "sampler_name": "scheduler",
     "n_iter": "count",
     "batch_size": "count",
-}
-SAMPLERS = {  # A1111's names; its schedule (Karras ...) is not ours to choose, the model has one
-    "Euler": "euler",
-    "DPM++ 2M": "dpmpp_2m",
-    "DPM++ 2M SDE": "dpmpp_2m_sde",
-    "UniPC": "unipc",
-    "Heun": "heun",
 }
 SETTINGS = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size": "size"}
 
@@ -56,7 +50,7 @@ def text_documents(text: str, problems: Problems) -> Iterator[Node]:
 def scheduler_of(sampler: str) -> str | None:
     """The scheduler that A1111 calls `sampler`: `DPM++ 2M Karras` -> `dpmpp_2m`; None: unknown."""
     name = _SCHEDULES.sub("", " ".join(sampler[:100].lower().split()))
-    known = {title.lower(): scheduler for title, scheduler in SAMPLERS.items()}
+    known = {title.lower(): scheduler for scheduler, title in SAMPLERS.items()}
     return known.get(name) or (name if name in SCHEDULERS else None)
 
 
@@ -152,7 +146,7 @@ def _infotext_document(text: str, parsed: ParsedInfotext, problems: Problems) ->
 def _scheduler(name: str, sampler: str, number: int) -> str:
     scheduler = scheduler_of(sampler)
     if scheduler is None:
-        message = f"{name}={short(sampler)} is not one of {', '.join(SAMPLERS)}"
+        message = f"{name}={short(sampler)} is not one of {', '.join(SAMPLERS.values())}"
         raise RequestError([Problem(message, number, "scheduler")])
     return scheduler
 

@@ -16,7 +16,7 @@ from itertools import islice
 from types import FrameType
 from typing import Any, Literal
 
-from promptdrop import __version__, clock, config, fs, log, names, picture
+from promptdrop import __version__, clock, config_file, fs, log, names, picture
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import ConfigError, Problem, RequestError, UsageError
@@ -52,7 +52,7 @@ from promptdrop.records import (
     StatusWaiting,
     to_bytes,
 )
-from promptdrop.request.data_readers import MAX_PROBLEMS
+from promptdrop.request.problems import MAX_PROBLEMS
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool import claim, control, ending, record, recovery, retry
 from promptdrop.spool.job import DEATHS_FAILED, Job, Unresolved
@@ -292,7 +292,9 @@ class Supervisor:
         try:
             if self.config.file is None:
                 raise ConfigError("there is no file to read again")
-            merged, needs_restart = config.reloaded(self.config, config.load(self.config.file))
+            merged, needs_restart = config_file.reloaded(
+                self.config, config_file.load(self.config.file)
+            )
         except ConfigError as e:
             log.get().error("config.refused", error=str(e))
         else:
