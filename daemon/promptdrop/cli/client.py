@@ -148,6 +148,8 @@ def wait(
     spool: Spool,
     drops: list[Dropped],
     on_poll: Callable[[Status | None, list[Dropped]], None],
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> list[Ended]:
     """Wait until the jobs of all dropped files have ended; return how, in the drops' order.
 
@@ -162,17 +164,17 @@ def wait(
         _look_at_homes(spool, homes)
         waiting = [(n, one) for n, one in enumerate(drops) if n not in ends]
         for n, one in waiting:
-            _locate(spool, one, homes)
+            _locate(spool, one, homes, now())
             if one.where == "gone" and (end := _find_end(spool, status, one)):
                 ends[n] = end
-            elif one.gone_since and time.monotonic() > one.gone_since + LOST_SECONDS:
+            elif one.gone_since is not None and now() > one.gone_since + LOST_SECONDS:
                 raise PromptdropError(
                     f"{names.printable(one.path)}: no longer in the spool; somebody withdrew it"
                 )
         is_daemon_alive = spool.lock.daemon_pid() is not None
         on_poll(status if is_daemon_alive else None, [one for n, one in waiting if n not in ends])
         if len(ends) < len(drops):
-            time.sleep(POLL_SECONDS)
+            sleep(POLL_SECONDS)
     return [ends[n] for n in range(len(drops))]
 
 
@@ -186,7 +188,7 @@ def _look_at_homes(spool: Spool, homes: dict[str, InHand | None]) -> None:
             homes[name] = _in_hand(home)
 
 
-def _locate(spool: Spool, one: Dropped, homes: Mapping[str, InHand | None]) -> None:
+def _locate(spool: Spool, one: Dropped, homes: Mapping[str, InHand | None], now: float) -> None:
     """Find where the file is now, by its inode."""
     job = next((job for job in homes.values() if job and job.inode == one.inode), None)
     if _inode(spool.paths.inbox / one.path) == one.inode:
@@ -200,7 +202,7 @@ def _locate(spool: Spool, one: Dropped, homes: Mapping[str, InHand | None]) -> N
     if one.where != "gone":
         one.gone_since = None
     elif one.gone_since is None:
-        one.gone_since = time.monotonic()
+        one.gone_since = now
 
 
 def _inode(path: Path) -> int | None:
