@@ -9,7 +9,7 @@ import pytest
 
 from promptdrop.cli import checks
 from promptdrop.cli.checks import Finding
-from promptdrop.cli.doctor import _print_finding
+from promptdrop.cli.doctor import print_finding
 from promptdrop.spool.spool import Spool
 from spools import make_spool, put, settings
 
@@ -97,14 +97,14 @@ def test_a_daemon_that_runs(owned: Spool) -> None:
 def test_a_finding_is_a_line(drawn: Callable[[Callable[[], None]], str]) -> None:
     """Aligned on a terminal, its text untouched however long."""
     text = "[x] " + "y" * 100
-    line = drawn(lambda: _print_finding(Finding("note", "inbox", text)))
+    line = drawn(lambda: print_finding(Finding("note", "inbox", text)))
 
     assert line == f"note  inbox         {text}\n"
 
 
 def test_a_finding_is_a_line_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
     """Grade, thing and text, separated by tabs."""
-    _print_finding(Finding("bad", "inbox", "gone"))
+    print_finding(Finding("bad", "inbox", "gone"))
 
     assert capsys.readouterr().out == "bad\tinbox\tgone\n"
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from promptdrop import records
 from promptdrop.cli import status as command
 from promptdrop.cli import terminal
 from promptdrop.spool.spool import Spool
@@ -135,10 +134,3 @@ def test_no_daemon_runs(spool: Spool, tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 1
     assert said.out == ""
     assert said.err.endswith(f"start it with: promptdrop run --config {file}\n")
-
-
-def test_a_record_reads_back_what_was_written() -> None:
-    """Reading what this version writes loses nothing."""
-    written = status(**BUSY)
-
-    assert records.read(records.Status, json.loads(records.to_bytes(written))) == written

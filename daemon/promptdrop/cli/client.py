@@ -1,4 +1,4 @@
-"""What commands do with a spool that a daemon owns, or will: drop, read, wait. No socket, no torch."""
+"""Work with a spool from outside the daemon: drop, read what it wrote, wait. No socket, no torch."""
 
 import os
 import re
@@ -28,7 +28,7 @@ class Dropped:
 
     path: str  # SUB/FILE
     inode: int
-    moment: str  # timestamp; what ended before is another's
+    moment: str  # timestamp of the drop; what ended before it is another job
     job_id: str | None = None  # once it is resolved
     folder: str | None = None
     where: Literal["inbox", "being claimed", "in hand", "gone"] = "inbox"

@@ -18,11 +18,12 @@ def doctor(arguments: argparse.Namespace) -> int:
     is_any_bad = False
     for finding in checks.examine(options.config(arguments)):
         is_any_bad |= finding.grade == "bad"
-        _print_finding(finding)
+        print_finding(finding)
     return int(is_any_bad)
 
 
-def _print_finding(finding: "Finding") -> None:
+def print_finding(finding: "Finding") -> None:
+    """Print one line: columns and colours on a terminal, else separated by tabs."""
     from promptdrop.cli import terminal
 
     grade, what, text = finding.grade, finding.what, finding.text

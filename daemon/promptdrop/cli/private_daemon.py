@@ -1,4 +1,4 @@
-"""A daemon for one job of `generate`, on a spool of its own: the same path as every night's work."""
+"""A daemon in this process for one job of `generate`, on a spool of its own."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def render(settings: Config, folder: Path, data: bytes, name: str) -> tuple[Spoo
     if supervisor.finished:
         end = supervisor.finished[-1]
         return spool, client.Ended(end.outcome, end.folder, end.error)
-    # Interrupted: what is finished is still theirs. Beside the one job's folder lies status.json.
+    # Interrupted: the finished images are delivered. The outbox holds the job's folder and status.json.
     for entry in fs.entries(spool.paths.outbox):
         if entry.is_dir():
             return spool, client.Ended("interrupted", entry.name, supervisor.ending)

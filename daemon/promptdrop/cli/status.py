@@ -64,7 +64,7 @@ def _complain_of_no_daemon(spool: "Spool", arguments: argparse.Namespace) -> int
 
 
 def rows(status: "Status") -> Iterator[Row]:
-    """What `status` shows to people: (name, text) in order."""
+    """The lines that people see, in order: (name, text)."""
     yield "state", status.state + (f": {status.reason}" if status.reason else "")
     for engine in status.engines:
         yield from _engine_rows(engine, are_several=len(status.engines) > 1)
