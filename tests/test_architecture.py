@@ -183,8 +183,8 @@ def test_no_room_is_too_large(path: str) -> None:
     "statement",
     [
         "import promptdrop",
-        "import promptdrop.cli.parser, promptdrop.supervisor.supervisor, promptdrop.cli.doctor",
-        "import promptdrop.cli.generate, promptdrop.cli.client, promptdrop.cli.terminal",
+        "import promptdrop.cli.main, promptdrop.supervisor.supervisor, promptdrop.cli.checks",
+        "import promptdrop.cli.private_daemon, promptdrop.cli.targets, promptdrop.cli.find",
         "import promptdrop.intake.reading, promptdrop.weights",
         "import promptdrop.engines.worker, promptdrop.engines.gradient",
     ],

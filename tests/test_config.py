@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from promptdrop import config, config_file
-from promptdrop.cli import parser
+from promptdrop.cli.main import main
 from promptdrop.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def test_init_writes_the_models_own_size(tmp_path: Path) -> None:
     for name, values in vae.items():
         (tmp_path / "of" / name / "vae").mkdir(parents=True)
         (tmp_path / "of" / name / "vae" / "config.json").write_text(json.dumps(values))
-        status = parser.main(["init", str(tmp_path / name), "--model", str(tmp_path / "of" / name)])
+        status = main(["init", str(tmp_path / name), "--model", str(tmp_path / "of" / name)])
         written = config_file.load(tmp_path / name / "config.yaml")
         side = 256 if name == "sides" else 1024
 

@@ -47,7 +47,7 @@ def test_commands_exist(command: str) -> None:
     """Every command shown is one the program takes."""
     arguments = shlex.split(command, comments=True)[1:]
 
-    assert parser._parser().parse_args(arguments).command
+    assert parser.build().parse_args(arguments).command
 
 
 @pytest.mark.timeout(300)

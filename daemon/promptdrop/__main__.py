@@ -2,7 +2,7 @@
 
 import sys
 
-from promptdrop.cli.parser import main
+from promptdrop.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

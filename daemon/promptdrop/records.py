@@ -6,7 +6,8 @@ Keys may be added; a key that changes or goes makes a new version of its schema.
 import json
 import socket
 from collections.abc import Mapping
-from typing import Any, Literal, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -287,3 +288,53 @@ def to_bytes(record: Record) -> bytes:
     """The document as it is written: UTF-8, indented, a newline at the end."""
     text = json.dumps(record.model_dump(mode="json"), ensure_ascii=False, indent=1, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read(kind: type[AnyRecord], document: Mapping[str, Any]) -> AnyRecord:
+    """Read a document that another version, or a stranger, may have written; no content is an error.
+
+    Unknown keys are ignored. A key that is missing, or has a value of another type, has its default;
+    without one None where the schema allows null, else the empty value: 0, "", [], {}.
+    """
+    values = {}
+    for name, field in kind.model_fields.items():
+        try:
+            values[name] = _checked(field.annotation, document[field.alias or name])
+        except (KeyError, TypeError):
+            is_required = field.is_required()
+            values[name] = (
+                _empty(field.annotation)
+                if is_required
+                else field.get_default(call_default_factory=True)
+            )
+    return kind.model_construct(**values)
+
+
+def _checked(annotation: Any, value: Any) -> Any:
+    """Return the value as a field of this type has it. Raises TypeError: it is of another type.
+
+    Any text passes for a Literal, since another version may have more words.
+    """
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is UnionType:  # X | None
+        return None if value is None else _checked(inner[0], value)
+    if origin is list:
+        return [_checked(inner[0], one) for one in _checked(list, value)]
+    plain = str if origin is Literal else origin or annotation
+    if issubclass(plain, Record):
+        return read(plain, _checked(dict, value))
+    allowed = (int, float) if plain is float else plain
+    if not isinstance(value, allowed) or (isinstance(value, bool) and plain is not bool):
+        raise TypeError(f"{value!r} is no {annotation}")
+    return value
+
+
+def _empty(annotation: Any) -> Any:
+    origin = get_origin(annotation)
+    if origin is UnionType:
+        return None
+    plain = str if origin is Literal else origin or annotation
+    return read(plain, {}) if issubclass(plain, Record) else plain()

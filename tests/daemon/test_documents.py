@@ -81,3 +81,20 @@ def test_sidecar_and_summary_have_the_contract_s_keys(daemon: Daemon) -> None:
     assert job["schema"] == "promptdrop.job/1"
     assert [i["file"] for i in job["images"]] == ["a-0001.png", "a-0002.png"]
     assert {"image", "file", "seed", "outcome", "error"} <= set(job["images"][0])
+
+
+def test_one_sidecar_for_each_image(daemon: Daemon) -> None:
+    """A stranger's JSON under a sidecar's name stays; the image and its sidecar take the next."""
+    daemon.run("pause")
+    daemon.start().until_ready()
+    daemon.drop("a.txt", "a cat\n")
+    daemon.until_log("job.claimed")
+    stranger = daemon.outbox / "a" / "a-0001.json"
+    stranger.write_text("{}")
+    daemon.run("resume")
+    files = [image["file"] for image in daemon.job("a")["images"]]
+
+    assert files == ["a-0001~2.png"]
+    assert (daemon.outbox / "a" / "a-0001~2.json").exists()
+    assert stranger.read_text() == "{}"
+    assert daemon.stop() == 0

@@ -51,3 +51,13 @@ def test_a_drain_without_its_outbox_exits_1(make_daemon: MakeDaemon) -> None:
     assert "elsewhere is missing" in daemon.log("daemon.ending")[-1]["reason"]
     assert not (daemon.home / "elsewhere").exists()
     assert (daemon.inbox / "a.txt").exists() or len(daemon.unfinished()) == 1
+
+
+def test_a_drain_does_not_wait_for_a_mark_for_ever(daemon: Daemon) -> None:
+    """A file whose mark is missing: 1, and the reason."""
+    daemon.write_config({"watch": {"ready_suffix": ".done"}})
+    daemon.drop("a.txt", "a cat\n")
+    done = daemon.drain()
+
+    assert done.returncode == 1
+    assert "waiting for a.txt.done" in done.stderr

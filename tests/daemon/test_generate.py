@@ -1,34 +1,11 @@
-"""`generate`: where images go, what is wrong usage; and drops that need a ready mark."""
+"""`generate`: where images go, whose engine renders them, what an interruption leaves."""
 
 import os
 import signal
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from harness import Daemon, until
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["cat", "--width", "100"], "width=100 is not a multiple of 16"),
-        (["cat", "-o", "out.gif"], "expected one of .png"),
-        (["cat", "--count", "2", "-o", "two.png"], "expected a folder for several images"),
-        (["cat", "-o", "a.png", "--format", "jpeg"], "--format jpeg does not fit a.png"),
-        (["cat", "--prompts", "a;b"], "expected one prompt"),
-        (["--prompts", " ; "], "expected prompts separated by semicolons"),
-    ],
-)
-def test_wrong_usage(daemon: Daemon, arguments: list[str], words: str) -> None:
-    """2, before any engine is started, and nothing is written."""
-    before = sorted(daemon.home.iterdir())
-    done = daemon.run("generate", *arguments)
-
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert sorted(daemon.home.iterdir()) == before
 
 
 def test_where_images_go(daemon: Daemon) -> None:
@@ -59,56 +36,6 @@ def test_an_interrupted_generate_keeps_what_is_finished(daemon: Daemon) -> None:
     assert process.returncode == 1
     assert "interrupted" in said
     assert len(list((daemon.home / "out").glob("*.png"))) == 1
-
-
-def test_submit_marks_its_files_ready(daemon: Daemon) -> None:
-    """With watch.ready_suffix, what promptdrop itself drops is whole and says so."""
-    daemon.write_config({"watch": {"ready_suffix": ".done"}})
-    daemon.start().until_ready()
-    done = daemon.run("submit", "--prompt", "a cat", "--wait")
-
-    assert done.returncode == 0, done.stderr
-    assert daemon.stop() == 0
-
-
-def test_a_drain_does_not_wait_for_a_mark_for_ever(daemon: Daemon) -> None:
-    """A file whose mark is missing: 1, and the reason."""
-    daemon.write_config({"watch": {"ready_suffix": ".done"}})
-    daemon.drop("a.txt", "a cat\n")
-    done = daemon.drain()
-
-    assert done.returncode == 1
-    assert "waiting for a.txt.done" in done.stderr
-
-
-def test_one_sidecar_for_each_image(daemon: Daemon) -> None:
-    """A stranger's JSON under a sidecar's name stays; the image and its sidecar take the next."""
-    daemon.run("pause")
-    daemon.start().until_ready()
-    daemon.drop("a.txt", "a cat\n")
-    daemon.until_log("job.claimed")
-    stranger = daemon.outbox / "a" / "a-0001.json"
-    stranger.write_text("{}")
-    daemon.run("resume")
-    files = [image["file"] for image in daemon.job("a")["images"]]
-
-    assert files == ["a-0001~2.png"]
-    assert (daemon.outbox / "a" / "a-0001~2.json").exists()
-    assert stranger.read_text() == "{}"
-    assert daemon.stop() == 0
-
-
-def test_a_negative_prompt_is_counted_too(daemon: Daemon) -> None:
-    """`overflow: refuse` is decided before the first image, for every text the encoder is given."""
-    daemon.write_config({"prompt": {"max_tokens": 16, "overflow": "refuse"}})
-    daemon.drop(
-        "a.yaml",
-        f"images:\n- {{prompt: a}}\n- {{prompt: b, guidance_scale: 2, negative_prompt: {'x ' * 40}}}\n",
-    )
-    daemon.drain()
-
-    assert "image 2: the negative_prompt has" in daemon.error("a.yaml")["error"]
-    assert daemon.tree() == ["failed/a.yaml", "failed/a.yaml.error.json"]
 
 
 def test_generate_goes_through_the_daemon(daemon: Daemon, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 # time.sleep fails under libfaketime (EINVAL), so the engine, which sleeps, lives in real time.
 UNFAKED_CHILDREN = (
     "import os, sys; del os.environ['LD_PRELOAD']; "
-    "from promptdrop.cli.parser import main; sys.exit(main(sys.argv[1:]))"
+    "from promptdrop.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
 

@@ -99,3 +99,16 @@ def test_prompt_overflow_refuse(make_daemon: MakeDaemon) -> None:
     assert daemon.job("short")["outcome"] == "done"
     assert not (daemon.outbox / "long").exists()
     assert [file for file, _ in daemon.published()] == ["short/short-0001.png"]
+
+
+def test_a_negative_prompt_is_counted_too(daemon: Daemon) -> None:
+    """`overflow: refuse` is decided before the first image, for every text the encoder is given."""
+    daemon.write_config({"prompt": {"max_tokens": 16, "overflow": "refuse"}})
+    daemon.drop(
+        "a.yaml",
+        f"images:\n- {{prompt: a}}\n- {{prompt: b, guidance_scale: 2, negative_prompt: {'x ' * 40}}}\n",
+    )
+    daemon.drain()
+
+    assert "image 2: the negative_prompt has" in daemon.error("a.yaml")["error"]
+    assert daemon.tree() == ["failed/a.yaml", "failed/a.yaml.error.json"]

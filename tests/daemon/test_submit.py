@@ -130,3 +130,13 @@ def test_submit_takes_files_with_any_name(daemon: Daemon, tmp_path: Path) -> Non
     assert rb"caf\xe9.txt" in done.stdout
     assert checked.returncode == 0, checked.stderr.decode()[-300:]
     assert os.listdir(os.fsencode(daemon.inbox)) == [b"caf\xe9.txt"]
+
+
+def test_submit_marks_its_files_ready(daemon: Daemon) -> None:
+    """With watch.ready_suffix, what promptdrop itself drops is whole and says so."""
+    daemon.write_config({"watch": {"ready_suffix": ".done"}})
+    daemon.start().until_ready()
+    done = daemon.run("submit", "--prompt", "a cat", "--wait")
+
+    assert done.returncode == 0, done.stderr
+    assert daemon.stop() == 0

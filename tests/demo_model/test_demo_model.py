@@ -71,8 +71,8 @@ def test_a_wheel_carries_the_model(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(tmp_path / "site")
     script = (
-        "import sys; from promptdrop.cli import parser; assert parser.main() == 0;"
-        " print(parser.__file__, 'torch' in sys.modules)"
+        "import sys; from promptdrop.cli import main; assert main.main() == 0;"
+        " print(main.__file__, 'torch' in sys.modules)"
     )
     written = subprocess.run(
         [sys.executable, "-c", script, "model", "demo", "copied"],
@@ -80,7 +80,7 @@ def test_a_wheel_carries_the_model(tmp_path: Path) -> None:
         cwd=tmp_path, check=True, capture_output=True, text=True,
     )  # fmt: skip
 
-    assert written.stdout.splitlines()[-1] == f"{tmp_path}/site/promptdrop/cli/parser.py False"
+    assert written.stdout.splitlines()[-1] == f"{tmp_path}/site/promptdrop/cli/main.py False"
     assert contents(tmp_path / "copied") == contents(weights.DEMO)
 
 

@@ -269,7 +269,7 @@ def test_a_host_without_the_model_is_named_and_others_go_on(
 def test_the_daemon_imports_no_ray() -> None:
     """Only the gateway does: the single-machine path has nothing to do with it."""
     code = (
-        "import sys, promptdrop.cli.parser, promptdrop.supervisor.supervisor, promptdrop.cluster.backend, promptdrop.engines.worker;"
+        "import sys, promptdrop.cli.main, promptdrop.supervisor.supervisor, promptdrop.cluster.backend, promptdrop.engines.worker;"
         "import promptdrop.cluster.host; print('ray' in sys.modules)"
     )
 

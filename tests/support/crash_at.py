@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from promptdrop import fs
-from promptdrop.cli import parser, terminal  # noqa: F401 - imported once for all
+from promptdrop.cli import main, terminal  # noqa: F401 - imported once for all
 
 _lock = threading.Lock()
 _numbers = itertools.count(1)
@@ -62,7 +62,7 @@ def run(n: int, arguments: list[str], home: str, count: str) -> int:
     for name in ("rename", "replace", "mkdir", "fsync", "link", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name), n))
     fs._renameat2 = counted(ctypes.CDLL(None, use_errno=True).renameat2, n)
-    status = parser.main(arguments)
+    status = main.main(arguments)
     if n == 0:
         Path(count).write_text(str(_last))
     return status

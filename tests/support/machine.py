@@ -135,7 +135,7 @@ def installation(folder: Path) -> dict[Path, str]:
     (folder / "pyvenv.cfg").write_text("home = /opt/python/bin\n")
     (bin_folder / "python").symlink_to(f"/opt/python/bin/{version}")
     for command, module in (
-        ("promptdrop", "promptdrop.cli.parser"),
+        ("promptdrop", "promptdrop.cli.main"),
         ("ray", "ray.scripts.scripts"),
     ):
         (bin_folder / command).write_text(

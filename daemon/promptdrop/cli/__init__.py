@@ -1,5 +1,5 @@
-"""What people type: each command beside its arguments, and what it prints.
+"""The commands that people type: each beside its arguments and what it prints.
 
-The roof of the house: it may import from every folder, and no folder imports from it. A command that
-renders nothing imports no torch, so that it answers at once.
+`main` is the entry point, `parser` lists the commands. This folder may import from every other, and
+none imports from it. A command that renders nothing imports no torch, so that it answers at once.
 """

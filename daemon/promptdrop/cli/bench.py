@@ -1,21 +1,23 @@
 """`promptdrop bench`: the user's own configuration, images back to back, without spool and files."""
 
+import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-from promptdrop import metrics
-from promptdrop.cli import terminal
-from promptdrop.config import Config
-from promptdrop.engines.script import Engine, Generated
+from promptdrop.cli import options, terminal
 from promptdrop.errors import RequestError, UsageError
-from promptdrop.metrics import Nvml, RollingWindow
-from promptdrop.nouns import Rendering
-from promptdrop.request import parse
+
+if TYPE_CHECKING:
+    from promptdrop.config import Config
+    from promptdrop.engines.script import Engine
+    from promptdrop.nouns import ImageSpec, Rendering
+    from promptdrop.records import Window
 
 PROMPT = "a lighthouse on a cliff"
-PARTS: dict[str, Callable[[Rendering], float]] = {  # ms
+PARTS: dict[str, Callable[["Rendering"], float]] = {  # ms
     "encode": lambda one: one.latency_ms.encode,
     "denoise": lambda one: one.latency_ms.denoise,
     "one evaluation": lambda one: statistics.median(one.steps_ms),
@@ -25,59 +27,93 @@ PARTS: dict[str, Callable[[Rendering], float]] = {  # ms
 }
 
 
-def run(settings: Config, images: int, size: str | None) -> None:
-    """Load the model, render `images` of one prompt, `engine.batch` together, and print tables.
+def declare_bench(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `bench`."""
+    options.add_config(parser)
+    parser.add_argument("--images", type=int, default=10, metavar="N")
+    parser.add_argument("--size", metavar="WxH")
+
+
+class _Measured(NamedTuple):
+    renderings: list["Rendering"]
+    window: "Window"
+    images_per_second: float  # of all, from the first's begin to the last's end
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Load the model, render `--images` of one prompt, `engine.batch` together, and print tables.
 
     Raises UsageError: size or images are out of range; nothing is loaded.
     """
-    fields = {"size": size} if size else {}
+    from promptdrop.engines.script import Engine
+
+    settings, images = options.config(arguments), arguments.images
     if images < 1:
         raise UsageError(f"--images {images}: expected at least 1")
+    fields = {"size": arguments.size} if arguments.size else {}
+    spec = _spec(settings, fields)
+    engine, together = Engine(settings), min(settings.engine.batch, images)
+    measured = _measure(engine, fields, images, together)
+    _print_facts(engine, spec, together, measured)
+    _print_latencies(measured.renderings)
+
+
+def _spec(settings: "Config", fields: dict[str, str]) -> "ImageSpec":
+    """Return the image that is rendered again and again."""
+    from promptdrop.request import parse
+
+    data = json.dumps({"prompt": PROMPT, **fields}).encode()
     try:
-        data = json.dumps({"prompt": PROMPT, **fields}).encode()
-        (spec,) = parse.parse(data, ".json", settings).images[:1]
+        return parse.parse(data, ".json", settings).images[0]
     except RequestError as e:
         raise UsageError("; ".join(problem.message for problem in e.problems)) from None
-    engine, most = Engine(settings), min(settings.engine.batch, images)
 
-    def render(seeds: range) -> list[Generated]:
-        made = engine.generate(PROMPT, seed=list(seeds), count=1, **fields)
-        return made if isinstance(made, list) else [made]
 
-    for together in sorted({1, most}):
-        render(range(together))  # not counted: a first one is slower
+def _measure(engine: "Engine", fields: dict[str, str], images: int, together: int) -> _Measured:
+    """Render `images` back to back, after some that are not counted, since a first one is slower."""
+    from promptdrop.metrics import Nvml, RollingWindow
+
+    for size in sorted({1, together}):
+        _render(engine, fields, range(size))
     nvml, window = Nvml(engine.info.device_index), RollingWindow(images)
     renderings: list[Rendering] = []
     begin = time.monotonic()
-    for first in range(0, images, most):
-        for one in render(range(first, min(first + most, images))):
-            renderings.append(one.rendering)
-            latency = one.rendering.latency_ms.render
-            window.add(time.monotonic(), latency, nvml.utilization_percent())
-    rate = images / (time.monotonic() - begin)
+    for first in range(0, images, together):
+        for one in _render(engine, fields, range(first, min(first + together, images))):
+            renderings.append(one)
+            window.add(time.monotonic(), one.latency_ms.render, nvml.utilization_percent())
+    return _Measured(renderings, window.summary(), images / (time.monotonic() - begin))
 
-    info, summary = engine.info, window.summary()
+
+def _render(engine: "Engine", fields: dict[str, str], seeds: range) -> list["Rendering"]:
+    made = engine.generate(PROMPT, seed=list(seeds), count=1, **fields)
+    return [one.rendering for one in (made if isinstance(made, list) else [made])]
+
+
+def _print_facts(engine: "Engine", spec: "ImageSpec", together: int, measured: _Measured) -> None:
+    info, renderings = engine.info, measured.renderings
     peak = max((one.memory_peak_mib or 0 for one in renderings), default=0)
+    busy = measured.window.utilization_percent
     facts = {
         "device": info.device,
         "dtype": info.dtype,
         "compiled": "yes" if info.compiled else "no",
         "size": f"{spec.width}x{spec.height}",
         "evaluations": str(spec.evaluations),
-        "together": str(most),
-        "images": str(images),
-        "images/s": f"{rate:.3f}",
-        "GPU busy": _percent(summary.utilization_percent),
+        "together": str(together),
+        "images": str(len(renderings)),
+        "images/s": f"{measured.images_per_second:.3f}",
+        "GPU busy": "-" if busy is None else f"{busy:.0f}%",
         "peak memory": f"{peak:.0f} MiB" if peak else "-",
     }
     terminal.table(("configuration", ""), facts.items())
-    rows = [(name, *_quantiles([part(one) for one in renderings])) for name, part in PARTS.items()]
+
+
+def _print_latencies(renderings: list["Rendering"]) -> None:
+    from promptdrop.metrics import percentiles
+
+    rows = []
+    for name, milliseconds in PARTS.items():
+        quantiles = percentiles([milliseconds(one) for one in renderings])
+        rows.append((name, *("-" if q is None else f"{q:.1f}" for q in quantiles)))
     terminal.table(("ms", "p50", "p95", "p99"), rows)
-
-
-def _quantiles(values: list[float]) -> tuple[str, ...]:
-    return tuple("-" if q is None else f"{q:.1f}" for q in metrics.percentiles(values))
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}%"

@@ -1,0 +1,87 @@
+"""`promptdrop run`, `pause` and `resume`: the daemon itself."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from promptdrop import names
+from promptdrop.cli import options
+
+if TYPE_CHECKING:
+    from promptdrop.records import Sidecar
+    from promptdrop.supervisor.supervisor import Supervisor
+
+
+def declare_run(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `run`."""
+    options.add_config(parser)
+    parser.add_argument(
+        "--drain", action="store_true", help="finish what is in the inbox, print a table, and stop"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the daemon until it is stopped; with `--drain` until nothing is left, then print a table."""
+    from promptdrop import log
+    from promptdrop.cli import progress
+    from promptdrop.supervisor.supervisor import Supervisor
+
+    settings = options.config(arguments)
+    log.set_up(settings.log.level, settings.log.format)
+    with progress.bar(is_wanted=arguments.drain) as bar:
+        supervisor = Supervisor(settings, arguments.drain, bar.show if bar else None)
+        status = supervisor.run()
+    if arguments.drain:
+        _print_results(supervisor)
+    return status
+
+
+def _print_results(supervisor: "Supervisor") -> None:
+    """Print a row for each image that a drain has made, then the jobs that did not end well."""
+    from promptdrop.cli import client, terminal
+
+    rows = [
+        _row(end.file, picture, sidecar)
+        for end in supervisor.finished
+        if end.folder
+        for picture, sidecar in client.pictures(supervisor.spool, end.folder)
+    ]
+    if rows:
+        terminal.table(("image", "seed", "latency", "file"), rows)
+    for end in supervisor.finished:
+        if end.outcome != "done":
+            terminal.say(f"{end.outcome}: {end.file}: {end.error}")
+    count = "1 image" if len(rows) == 1 else f"{len(rows)} images"
+    outbox = os.path.relpath(supervisor.spool.paths.outbox)
+    terminal.say(f"{count} in {outbox}, each beside its sidecar")
+
+
+def _row(file: str, picture: Path, sidecar: "Sidecar") -> tuple[str, str, str, str]:
+    render = sidecar.latency_ms.render
+    return (
+        f"{file} {sidecar.job.image}/{sidecar.job.images}",
+        str(sidecar.request.seed),
+        f"{render:.0f} ms" if render is not None else sidecar.outcome,
+        os.path.relpath(picture),
+    )
+
+
+def pause(arguments: argparse.Namespace) -> None:
+    """Leave the flag that stops new images until `resume`."""
+    from promptdrop.spool import control
+
+    control.pause(options.spool(arguments).paths.control)
+    print("paused: no new image is begun until `promptdrop resume`")
+
+
+def resume(arguments: argparse.Namespace) -> None:
+    """Remove the flag of `pause`, and a PAUSE file in the inbox."""
+    from promptdrop import fs
+    from promptdrop.spool import control
+
+    spool = options.spool(arguments)
+    was_paused = control.why_paused(spool.paths) is not None
+    control.resume(spool.paths.control)
+    fs.remove_file(spool.paths.inbox / names.PAUSE)
+    print("resumed" if was_paused else "was not paused")

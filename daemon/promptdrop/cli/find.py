@@ -1,0 +1,51 @@
+"""Which jobs a NAME on the command line fits."""
+
+from dataclasses import dataclass
+
+from promptdrop import names, records
+from promptdrop.cli import client
+from promptdrop.errors import UsageError
+from promptdrop.spool.failed import failures
+from promptdrop.spool.spool import Spool
+
+_ERROR_SHOWN = 80  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A job or file that a NAME fits. `target`: a job id to cancel, or a path below failed/ to retry."""
+
+    target: str
+    description: str
+
+
+def unfinished(spool: Spool, name: str) -> list[Match]:
+    """Find the pending and active jobs that NAME (an id, SUB/FILE or SUB/JOB) fits."""
+    return [
+        Match(job.id, f"{job.id}  {names.printable(job.path)}  -> {job.folder}")
+        for job in client.jobs_in_hand(spool)
+        if name in (job.id, job.path, names.printable(job.path), job.folder)
+    ]
+
+
+def failed(spool: Spool, name: str | None) -> list[Match]:
+    """Find the files in failed/ that NAME (an id, SUB/FILE or SUB/JOB) fits; all of them for None."""
+    matches = []
+    for target, document in failures(spool.paths.failed):
+        record, shown = records.read(records.ErrorRecord, document), names.printable(target)
+        if name is None or name in (target, shown, record.id, record.folder):
+            description = f"{record.id or 'refused'}  {shown}: {record.error[:_ERROR_SHOWN]}"
+            matches.append(Match(target, description))
+    return matches
+
+
+def only(matches: list[Match], name: str, where: str) -> Match:
+    """Return the one match. Raises UsageError: none, or several, which are listed."""
+    if not matches:
+        raise UsageError(f"{name}: no such job {where}; see: promptdrop status")
+    if len(matches) > 1:
+        listed = "\n".join(f"  {match.description}" for match in matches)
+        raise UsageError(
+            f"{name}: fits {len(matches)} jobs, nothing was done; name one by its id:\n{listed}"
+        )
+    return matches[0]

@@ -1,0 +1,50 @@
+"""`promptdrop model demo`, `fetch` and `path`: a model's files."""
+
+import argparse
+from pathlib import Path
+
+
+def declare_demo(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `model demo`."""
+    parser.add_argument("directory", type=Path, metavar="DIR")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Write the demonstration model's files to a folder."""
+    from promptdrop import weights
+
+    directory = arguments.directory
+    weights.copy_demo(directory)
+    print(f"wrote {directory}; use it with: promptdrop init DIR --model {directory}")
+
+
+def declare_fetch(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `model fetch`."""
+    _add_model(parser)
+
+
+def fetch(arguments: argparse.Namespace) -> None:
+    """Download a model, and print where it is. Raises ModelError."""
+    from promptdrop import weights
+
+    print(weights.fetch(arguments.id, arguments.hub, arguments.revision))
+
+
+def declare_path(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `model path`."""
+    _add_model(parser)
+
+
+def path(arguments: argparse.Namespace) -> None:
+    """Print where a model's files are. Raises ModelError: some are missing."""
+    from promptdrop import config, weights
+
+    model = {"id": arguments.id, "hub": arguments.hub, "revision": arguments.revision}
+    print(weights.require(config.parse({"model": model})))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare which model of which hub."""
+    parser.add_argument("id", metavar="ID")
+    parser.add_argument("--hub", choices=("modelscope", "huggingface"), default="modelscope")
+    parser.add_argument("--revision")

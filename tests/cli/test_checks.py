@@ -1,0 +1,116 @@
+"""The findings of `doctor` on a real spool."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from promptdrop.cli import checks
+from promptdrop.cli.checks import Finding
+from promptdrop.cli.doctor import print_finding
+from promptdrop.spool.spool import Spool
+from spools import make_spool, put, settings
+
+
+def graded(grade: str, spool: Spool) -> list[tuple[str, str]]:
+    """What is found of this grade: (what, text)."""
+    return [(f.what, f.text) for f in checks.examine(spool.config) if f.grade == grade]
+
+
+def test_a_good_spool(spool: Spool) -> None:
+    """One line for each thing, in order; the gradient is noted, since it is no model."""
+    findings = list(checks.examine(spool.config))
+
+    assert [finding.what for finding in findings] == [
+        "configuration", "inbox", "state", "outbox", "failed", "watch", "model", "device", "daemon",
+    ]  # fmt: skip
+    assert [f.what for f in findings if f.grade != "ok"] == ["model"]
+    assert findings[-1].text == "not running"
+
+
+def test_folders_that_are_missing(spool: Spool) -> None:
+    """Each is bad, with the command that makes it; what needs the inbox is left out."""
+    shutil.rmtree(spool.paths.root)
+    bad = graded("bad", spool)
+
+    assert [what for what, _ in bad] == ["inbox", "state", "outbox", "failed"]
+    assert all(f"promptdrop init {spool.paths.root.parent}" in text for _, text in bad)
+    assert "watch" not in {finding.what for finding in checks.examine(spool.config)}
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """Each folder with less than limits.min_free_disk_mib is bad."""
+    spool = make_spool(tmp_path, limits={"min_free_disk_mib": 10**9})
+    bad = graded("bad", spool)
+
+    assert [what for what, _ in bad] == ["inbox", "state", "outbox", "failed"]
+    assert all("less than limits.min_free_disk_mib: 1000000000" in text for _, text in bad)
+
+
+def test_strangers_in_the_inbox(spool: Spool) -> None:
+    """Files that are never taken are noted with why, and names cannot harm a terminal; 20 of them."""
+    put(spool, "", "good.txt")
+    (spool.paths.inbox / "a\x1b.txt").symlink_to("good.txt")
+    few = graded("note", spool)
+    for n in range(30):
+        (spool.paths.inbox / f"link{n}.txt").symlink_to("good.txt")
+    many = [text for what, text in graded("note", spool) if what == "inbox"]
+
+    assert [text.partition(":")[0] for what, text in few if what == "inbox"] == ["a\\x1b.txt"]
+    assert len(many) == 21
+    assert many[-1] == "... and more"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders to other groups")
+def test_groups_that_differ(spool: Spool) -> None:
+    """An outbox of another group than the inbox's is noted, with the cure."""
+    group = spool.paths.inbox.stat().st_gid
+    os.chown(spool.paths.outbox, -1, group + 1)
+    (note,) = [text for what, text in graded("note", spool) if what == "outbox"]
+
+    assert note.endswith(f"chgrp -R {group} {spool.paths.outbox}")
+
+
+def test_a_model_that_is_missing(tmp_path: Path) -> None:
+    """What a check raises is a bad finding, and the others follow."""
+    spool = make_spool(tmp_path, model={"path": str(tmp_path / "model"), "device": "cpu"})
+    (bad,) = graded("bad", spool)
+
+    assert bad[0] == "model"
+    assert str(tmp_path / "model") in bad[1]
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    """A GPU by a number that nobody has."""
+    spool = make_spool(tmp_path, model={"id": "gradient", "device": "cuda:99"})
+
+    assert "model.device: cuda:99: no such device" in dict(graded("bad", spool))["device"]
+
+
+def test_a_daemon_that_runs(owned: Spool) -> None:
+    """Is told by its pid."""
+    assert ("daemon", f"running, pid {os.getpid()}") in graded("ok", owned)
+
+
+def test_a_finding_is_a_line(drawn: Callable[[Callable[[], None]], str]) -> None:
+    """Aligned on a terminal, its text untouched however long."""
+    text = "[x] " + "y" * 100
+    line = drawn(lambda: print_finding(Finding("note", "inbox", text)))
+
+    assert line == f"note  inbox         {text}\n"
+
+
+def test_a_finding_is_a_line_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Grade, thing and text, separated by tabs."""
+    print_finding(Finding("bad", "inbox", "gone"))
+
+    assert capsys.readouterr().out == "bad\tinbox\tgone\n"
+
+
+def test_an_installation_is_not_needed(tmp_path: Path) -> None:
+    """Examining makes nothing."""
+    list(checks.examine(settings(tmp_path)))
+
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,195 @@
+"""Dropping into a spool, and waiting for what comes of it."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptdrop.cli import client
+from promptdrop.cli.client import Dropped, Ended
+from promptdrop.errors import ConfigError, PromptdropError
+from promptdrop.records import Status
+from promptdrop.spool import claim
+from promptdrop.spool.spool import Spool
+from spools import finish, job, make_spool, refuse, resolve, settings
+from statuses import end, write_status
+
+
+def wait(spool: Spool, dropped: Dropped, *steps: Callable[[], Any]) -> tuple[Ended, list[str]]:
+    """Wait for one file, doing one step at each look; how it ended, and where it was seen."""
+    todo, seen = iter(steps), []
+
+    def look(_: Status | None, drops: list[Dropped]) -> None:
+        seen.extend(one.where for one in drops)
+        next(todo, lambda: None)()
+
+    (ended,) = client.wait(spool, [dropped], look, sleep=lambda seconds: None)
+    return ended, seen
+
+
+def test_a_drop_is_whole_at_once_and_takes_no_name(spool: Spool) -> None:
+    """A name that is taken becomes FILE~2; no temporary is left; the inode is the file's own."""
+    first = client.drop(spool, b"a", "cat.txt", "s")
+    second = client.drop(spool, b"b", "cat.txt", "s")
+    folder = spool.paths.inbox / "s"
+
+    assert (first.path, second.path) == ("s/cat.txt", "s/cat~2.txt")
+    assert sorted(os.listdir(folder)) == ["cat.txt", "cat~2.txt"]
+    assert (folder / "cat.txt").read_bytes() == b"a"
+    assert second.inode == (folder / "cat~2.txt").stat().st_ino
+
+
+def test_a_drop_has_its_marker(tmp_path: Path) -> None:
+    """With watch.ready_suffix, after the file itself."""
+    spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
+    client.drop(spool, b"a", "cat.txt")
+
+    assert sorted(os.listdir(spool.paths.inbox)) == ["cat.txt", "cat.txt.done"]
+
+
+def test_without_an_inbox_nothing_is_dropped(tmp_path: Path) -> None:
+    """78, with the command that makes one."""
+    with pytest.raises(ConfigError, match="no such inbox; make the spool with: promptdrop init"):
+        client.drop(Spool(settings(tmp_path)), b"a", "cat.txt")
+
+
+def test_a_prompt_names_its_file() -> None:
+    """Its first words, safe and short; two of one prompt differ."""
+    name = client.name_of_prompt("A red fox, in ../the snow! " + "x" * 200)
+
+    assert name.startswith("A_red_fox_in_the_snow_")
+    assert name.endswith(".json")
+    assert len(name) <= 50
+    assert client.name_of_prompt("a") != client.name_of_prompt("a")
+    assert client.name_of_prompt("///").startswith("prompt-")
+
+
+def test_a_status_is_of_a_daemon_that_runs(spool: Spool) -> None:
+    """A status that a stopped daemon left says nothing; one that is torn is none."""
+    write_status(spool.paths.status, state="paused")
+
+    assert client.read_status(spool) is None
+    spool.lock.acquire()
+    status = client.read_status(spool)
+    spool.paths.status.write_text("{")
+    torn = client.read_status(spool)
+    spool.lock.release()
+
+    assert status is not None
+    assert status.state == "paused"
+    assert torn is None
+
+
+def test_waiting_sees_a_file_in_each_place(spool: Spool) -> None:
+    """In the inbox, being claimed, in hand while it is pending and active, until job.json stands."""
+    dropped = client.drop(spool, b"a cat", "cat.txt", "s")
+    jobs: list[Any] = []
+    ended, seen = wait(
+        spool,
+        dropped,
+        lambda: jobs.append(claim.claim(spool, "s", "cat.txt")),
+        lambda: jobs.append(resolve(spool, jobs[0])),
+        lambda: finish(spool, jobs[1]),
+    )
+
+    assert seen == ["inbox", "being claimed", "in hand"]
+    assert ended == Ended("done", "s/cat", None)
+    assert dropped.job_id == jobs[1].id
+
+
+def test_the_errors_of_a_job_are_told(spool: Spool) -> None:
+    """Those of its first three failed images, from job.json."""
+    dropped = client.drop(spool, b"a cat", "cat.txt")
+    made = resolve(spool, claim.claim(spool, "", "cat.txt"), images=5)
+    ended, _ = wait(spool, dropped, lambda: finish(spool, made, "e1", "e2", "e3", "e4"))
+
+    assert ended == Ended("partial", "cat", "e1; e2; e3")
+
+
+def test_a_refused_file_is_known_from_the_status(spool: Spool) -> None:
+    """By inode, path and time, since it never had a record: an earlier job's end is not its own."""
+    dropped = client.drop(spool, b"", "a\x1b.txt")
+    refused = end("a\\x1b.txt", "refused", inode=dropped.inode, error="is empty")
+    earlier = {**refused, "finished": "2000-01-01T00:00:00.000Z", "error": "another"}
+    stranger = {**refused, "inode": dropped.inode + 1, "finished": "9999-01-01T00:00:00.000Z"}
+    own = {**refused, "finished": "9998-01-01T00:00:00.000Z"}
+
+    def refuse_it() -> None:
+        (spool.paths.inbox / dropped.path).unlink()
+        write_status(spool.paths.status, finished=[earlier, own, stranger])
+
+    assert wait(spool, dropped, refuse_it)[0] == Ended("refused", None, "is empty")
+
+
+def test_a_withdrawn_file_is_not_waited_for(spool: Spool) -> None:
+    """Nowhere for five seconds: somebody took it; one that comes back meanwhile counts anew."""
+    dropped = client.drop(spool, b"a", "cat.txt")
+    path, away = spool.paths.inbox / "cat.txt", spool.paths.root / "away"
+    moments = iter(range(100))
+    moves = iter([lambda: path.rename(away), lambda: away.rename(path), lambda: path.rename(away)])
+    looks = []
+
+    def look(_: Status | None, drops: list[Dropped]) -> None:
+        looks.append(drops[0].where)
+        next(moves, lambda: None)()
+
+    with pytest.raises(PromptdropError, match="no longer in the spool; somebody withdrew it"):
+        client.wait(spool, [dropped], look, lambda: next(moments), lambda seconds: None)
+
+    assert looks[:4] == ["inbox", "gone", "inbox", "gone"]
+
+
+def test_ends_come_in_the_order_of_the_drops(spool: Spool) -> None:
+    """Whichever job is finished first; those that are open are shown at each look."""
+    drops = [client.drop(spool, b"a", name) for name in ("a.txt", "b.txt")]
+    jobs = [resolve(spool, claim.claim(spool, "", name)) for name in ("a.txt", "b.txt")]
+    opened: list[list[str]] = []
+
+    def look(status: Status | None, still: list[Dropped]) -> None:
+        assert status is None  # no daemon runs
+        opened.append([one.path for one in still])
+        if jobs:
+            finish(spool, jobs.pop())
+
+    ends = client.wait(spool, drops, look, sleep=lambda seconds: None)
+
+    assert [one.folder for one in ends] == ["a", "b"]
+    assert opened == [["a.txt", "b.txt"], ["a.txt"], []]
+
+
+def test_a_status_of_another_version_ends_no_wait(owned: Spool) -> None:
+    """Keys that are new, lacking or of another type are no error."""
+    dropped = client.drop(owned, b"a", "cat.txt")
+    made = resolve(owned, claim.claim(owned, "", "cat.txt"))
+    other = {"state": "dreaming", "finished": [{"id": "x"}], "jobs": 5, "new": [1]}
+    owned.paths.status.write_text(json.dumps(other))
+    ended, _ = wait(owned, dropped, lambda: finish(owned, made))
+
+    assert ended.outcome == "done"
+
+
+def test_pictures_come_in_order(spool: Spool) -> None:
+    """By number, each with its sidecar; what is no sidecar of ours is passed over."""
+    finish(spool, job(spool, "", "cat.txt"))
+    folder = spool.paths.outbox / "cat"
+    for number in (10, 9):
+        sidecar = {"schema": "promptdrop.image/1", "job": {"image": number}}
+        image = {"image": {"file": f"{number}.png"}}
+        (folder / f"cat-{number:04d}.json").write_text(json.dumps(sidecar | image))
+    (folder / "stranger.json").write_text("[]")
+    found = list(client.pictures(spool, "cat"))
+
+    assert [picture.name for picture, _ in found] == ["9.png", "10.png"]
+    assert [sidecar.job.image for _, sidecar in found] == [9, 10]
+    assert found[0][1].latency_ms.render is None
+
+
+def test_refused_files_are_no_jobs_in_hand(spool: Spool) -> None:
+    """What lies in failed/ is not listed; nor is a stranger's folder among ours."""
+    refuse(spool, "", "a.txt", "is empty")
+    (spool.paths.state / "pending" / "stranger").mkdir()
+
+    assert list(client.jobs_in_hand(spool)) == []

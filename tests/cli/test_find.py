@@ -1,0 +1,68 @@
+"""Which jobs a NAME fits: `cancel` and `retry`."""
+
+import pytest
+
+from promptdrop.cli import find
+from promptdrop.errors import UsageError
+from promptdrop.spool import claim
+from promptdrop.spool.spool import Spool
+from spools import finish, job, put, refuse
+
+
+def test_jobs_in_hand_by_each_of_their_names(spool: Spool) -> None:
+    """An id, SUB/FILE, also as a terminal shows it, or SUB/JOB; pending and active ones."""
+    pending, active = job(spool, "", "a.txt"), job(spool, "s", "b\x1b.txt")
+    claim.take(active)
+
+    for name in ("a.txt", "a", pending.id):
+        assert [match.target for match in find.unfinished(spool, name)] == [pending.id]
+    for name in ("s/b\x1b.txt", "s/b\\x1b.txt", active.folder, active.id):
+        assert [match.target for match in find.unfinished(spool, name)] == [active.id]
+
+
+def test_jobs_that_are_not_in_hand(spool: Spool) -> None:
+    """A file in the inbox, one that is claimed and not resolved, and a finished one fit no name."""
+    put(spool, "", "new.txt")
+    put(spool, "", "claimed.txt")
+    claim.claim(spool, "", "claimed.txt")
+    finish(spool, job(spool, "", "done.txt"))
+
+    for name in ("new.txt", "claimed.txt", "done.txt", "done", ""):
+        assert find.unfinished(spool, name) == []
+
+
+def test_failed_files_by_each_of_their_names(spool: Spool) -> None:
+    """An id, SUB/FILE or SUB/JOB; a refused file has its path alone. None: all of them."""
+    partial = job(spool, "s", "a.txt", images=2)
+    finish(spool, partial, "no luck")
+    refuse(spool, "", "b.txt", "is empty")
+    (spool.paths.failed / "stranger.txt").touch()
+
+    for name in ("s/a.txt", "s/a", partial.id):
+        assert [match.target for match in find.failed(spool, name)] == ["s/a.txt"]
+    assert [match.target for match in find.failed(spool, "b.txt")] == ["b.txt"]
+    assert find.failed(spool, "stranger.txt") == []
+    assert [match.description for match in find.failed(spool, None)] == [
+        "refused  b.txt: is empty",
+        f"{partial.id}  s/a.txt: image 1: no luck",
+    ]
+
+
+def test_a_reason_that_is_torn(spool: Spool) -> None:
+    """A file in failed/ can be retried by its path whatever lies beside it as its reason."""
+    refuse(spool, "", "a.txt", "is empty")
+    for text in ("{", "[]", '{"error": 5, "id": ["x"]}'):
+        (spool.paths.failed / "a.txt.error.json").write_text(text)
+
+        assert find.failed(spool, "a.txt") == [find.Match("a.txt", "refused  a.txt: ")]
+
+
+def test_the_only_one() -> None:
+    """None and several are wrong usage; several are listed."""
+    one, two = find.Match("x", "x  a.txt"), find.Match("y", "y  s/a.txt")
+
+    assert find.only([one], "a", "in hand") is one
+    with pytest.raises(UsageError, match="a: no such job in hand"):
+        find.only([], "a", "in hand")
+    with pytest.raises(UsageError, match=r"fits 2 jobs, nothing was done.*\n  x  a.txt\n  y  s/a"):
+        find.only([one, two], "a", "in hand")

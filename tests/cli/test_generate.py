@@ -1,0 +1,85 @@
+"""`generate` before anything is rendered: wrong usage, and where images will go."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from promptdrop.cli.main import main
+from promptdrop.cli.targets import Targets
+from promptdrop.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder we are in, with a configuration; no daemon runs."""
+    config = {"root": "spool", "model": {"id": "gradient"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A rendered image."""
+    file = tmp_path / "outbox" / "cat-0001.png"
+    file.parent.mkdir()
+    file.write_bytes(b"pixels")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cat", "--width", "100"], "width=100 is not a multiple of 16"),
+        (["cat", "-o", "out.gif"], "expected one of .png"),
+        (["cat", "--count", "2", "-o", "two.png"], "expected a folder for several images"),
+        (["cat", "-o", "a.png", "--format", "jpeg"], "--format jpeg does not fit a.png"),
+        (["cat", "--prompts", "a;b"], "expected one prompt"),
+        (["--prompts", " ; "], "expected prompts separated by semicolons"),
+    ],
+)
+def test_wrong_usage(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    """2, before any engine is started, and nothing is written."""
+    status = main(["generate", *arguments])
+
+    assert status == 2
+    assert words in capsys.readouterr().err
+    assert os.listdir(folder) == ["config.yaml"]
+
+
+def test_a_file_is_replaced(folder: Path, picture: Path) -> None:
+    """The one that was asked for, as often as it is asked for; its folder is made."""
+    targets = Targets(Path("new/fox.png"), are_several=False)
+    put = [targets.put(picture), targets.put(picture)]
+
+    assert put == [Path("new/fox.png")] * 2
+    assert os.listdir("new") == ["fox.png"]
+    assert Path("new/fox.png").read_bytes() == b"pixels"
+
+
+def test_a_file_without_an_ending_gets_the_images(folder: Path, picture: Path) -> None:
+    """What it is decides, not what it was called."""
+    assert Targets(Path("fox"), are_several=False).put(picture) == Path("fox.png")
+
+
+@pytest.mark.parametrize("output", [None, Path("there"), Path("new")])
+def test_a_folder_takes_new_names(folder: Path, picture: Path, output: Path | None) -> None:
+    """Nothing in it is overwritten: FILE, FILE~2."""
+    (folder / "there").mkdir()
+    targets = Targets(output, are_several=output == Path("new"))
+    put = [targets.put(picture), targets.put(picture)]
+    home = output or Path()
+
+    assert put == [home / "cat-0001.png", home / "cat-0001~2.png"]
+
+
+def test_several_images_are_no_file(folder: Path) -> None:
+    """Refused before a folder is made."""
+    with pytest.raises(UsageError, match="expected a folder for several images"):
+        Targets(Path("new/fox.png"), are_several=True)
+
+    assert not Path("new").exists()
