@@ -58,12 +58,14 @@ class Commands:
         """
         self._spool.folders.require()
         until = time.monotonic() + RETRY_SECONDS
-        while left and time.monotonic() < until:
+        while left:
             try:
                 results += [job] if (job := retry.retry(self._spool, left[0])) else []
             except (UsageError, FileNotFoundError, PermissionError) as e:
                 results.append(f"cannot retry {names.printable(left[0][:300])}: {e}")
             left.pop(0)
+            if time.monotonic() >= until:
+                break
         if not left:
             control.done(self._spool.paths.control, file)
         return results
