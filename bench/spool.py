@@ -70,12 +70,12 @@ class Timed(Supervisor):
         if self._pool.first_warm():
             self.turns.append(time.monotonic() - self._turn_began[0])
             self.cpu.append(time.thread_time() - self._turn_began[1])
-        if self._published >= self._images or time.monotonic() > self._until:
-            self.exit_status = 0
+        if self._publishing.published >= self._images or time.monotonic() > self._until:
+            self._gate.end(0)
 
     def accept(self, job):  # type: ignore[no-untyped-def]  # as in Supervisor
         """Note the first new one."""
-        if job.place == "pending" and not self._left_over:
+        if job.place == "pending" and self._recovery.is_over:
             self.claims += 1
             self.first_claim = self.first_claim or time.monotonic() - self.began
         super().accept(job)

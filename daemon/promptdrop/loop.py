@@ -1,7 +1,7 @@
 """The daemon's one wait, and the threads that touch disks for it.
 
-Whatever may block runs in a room, a small pool of threads, and what follows from it runs on the
-loop. Trouble with a disk is never an answer: the same work is tried again until it is cured.
+Work that may block runs in a room, a small pool of threads; what follows from it runs on the loop.
+Trouble with a disk is never a result: the same work is tried again until the disk is cured.
 """
 
 import concurrent.futures
@@ -21,19 +21,21 @@ from promptdrop.errors import DiskTrouble, PromptdropError
 PUBLISHERS = 4  # images being encoded and saved at once
 TROUBLE = (OSError, DiskTrouble)
 
-# scanner: looks at the inbox. reader: parses drops. clerk: moves jobs, one thing after another.
-# herald: writes the outbox's status, and waits alone when that is on a share that hangs.
+# scanner: looks at the inbox. reader: parses drops. clerk: moves jobs, one after another.
+# publisher: encodes and saves images. herald: writes the outbox's status, which may be on a share
+# that hangs; then it alone waits.
 Room = Literal["scanner", "reader", "clerk", "publisher", "herald"]
 SLOW_SECONDS = 15.0  # a piece of work that takes longer is reported
 CLOSE_SECONDS = 5.0  # ... and at the end it is not waited for any longer than this
 
 
 class Loop:
-    """Owned by the main thread; only `wake` may be called from elsewhere."""
+    """Belongs to the main thread; only `wake` may be called from other threads."""
 
-    def __init__(self) -> None:
-        self.trouble: dict[object, str] = {}  # work that a disk does not let succeed -> why
-        self._again: list[Callable[[], None]] = []  # of it, what waits for the next try
+    def __init__(self, retry_seconds: float) -> None:
+        self.retry_seconds = retry_seconds  # from trouble with a disk to the next try
+        self.trouble: dict[object, str] = {}  # work that fails because of a disk -> why
+        self._again: list[Callable[[], None]] = []  # starts each of these once more
         self._told: set[str] = set()  # reasons that were logged since all was well
         self._futures: set[Future[Any]] = set()
         self._at_work: dict[object, tuple[Room, float]] = {}  # in the threads -> since when
@@ -50,14 +52,17 @@ class Loop:
         }
 
     def wake(self) -> None:
-        """End the wait in hand. Called from any thread and from signal handlers."""
+        """End the wait that is going on, or the next one. Signal handlers may call it, too.
+
+        Thread: any.
+        """
         try:
             os.write(self._wake_write, b"\0")
         except OSError:
             pass  # the pipe is full of wake-ups already, or closed
 
     def wait(self, readers: list[int], writers: list[int], deadline: float) -> None:
-        """Until a descriptor is ready, a wake-up, stalled work is due, or `deadline` (monotonic)."""
+        """Wait for a descriptor, a wake-up, stalled work that is due, or `deadline` (monotonic)."""
         timeout = max(0.0, min(deadline, self._retry_at) - time.monotonic())
         waiting = select.poll()
         for descriptor in {self._wake_read, *readers}:
@@ -71,7 +76,7 @@ class Loop:
             pass  # drained
 
     def run_results(self) -> None:
-        """What the threads have brought back, and stalled work whose time has come."""
+        """Take in what the threads have done, and start stalled work again that is due."""
         while not self._results.empty():
             self._results.get()()
         if time.monotonic() >= self._retry_at:
@@ -80,20 +85,18 @@ class Loop:
                 again()
 
     def slow(self, now: float) -> str | None:
-        """What has not come back for long: a disk that does not answer raises no error."""
+        """Name a room whose work has not come back for long: a disk that hangs raises no error."""
         for room, since in list(self._at_work.values()):
             if now > since + SLOW_SECONDS:
                 return f"the {room} has waited more than {SLOW_SECONDS:g} s for a disk"
         return None
 
-    def off(
-        self,
-        room: Room,
-        function: Callable[[], Any],
-        then: Callable[[Any], None],
-        retry_seconds: float,
-    ) -> None:
-        """Run `function` in a room, then `then(result)` here; after disk trouble, again later."""
+    def off(self, room: Room, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run `function` in a room, then `then(result)` on the loop.
+
+        After OSError and DiskTrouble the function runs again in `retry_seconds`, so it must be
+        repeatable; any other error ends the daemon.
+        """
         work = object()
 
         def run() -> Any:
@@ -113,7 +116,7 @@ class Loop:
                 return
             error = future.exception()
             if isinstance(error, TROUBLE):
-                self._stall(work, again, reason_of(error), retry_seconds)
+                self._stall(work, again, reason_of(error))
             elif error is not None:
                 raise error
             else:
@@ -129,7 +132,7 @@ class Loop:
         again()
 
     def close(self) -> bool:
-        """Let work in hand end, drop what has not begun. False: a disk does not let it end."""
+        """Let running work end, drop what has not begun. False: a disk that hangs keeps some."""
         self._closed = True
         for room in self._rooms.values():
             room.shutdown(wait=False, cancel_futures=True)
@@ -138,15 +141,13 @@ class Loop:
         os.close(self._wake_write)
         return not hung
 
-    def _stall(
-        self, work: object, again: Callable[[], None], reason: str, retry_seconds: float
-    ) -> None:
+    def _stall(self, work: object, again: Callable[[], None], reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
             log.get().warning("disk.trouble", reason=reason)
         self.trouble[work] = reason
         self._again.append(again)
-        self._retry_at = min(self._retry_at, time.monotonic() + retry_seconds)
+        self._retry_at = min(self._retry_at, time.monotonic() + self.retry_seconds)
 
     def _cure(self, work: object) -> None:
         if self.trouble.pop(work, None) and not self.trouble:
@@ -155,7 +156,7 @@ class Loop:
 
 
 def reason_of(error: BaseException) -> str:
-    """The file, the error and what it means, of trouble with a disk."""
+    """Say in words which file had trouble with its disk, and what trouble."""
     if isinstance(error, PromptdropError):
         return str(error)
     assert isinstance(error, OSError)

@@ -1,4 +1,4 @@
-"""Latencies over the last images, and what NVML says of the device. What cannot be had is None."""
+"""Latencies over the last images, and NVML's figures of the device. A figure that is not known is None."""
 
 import os
 import statistics
@@ -15,11 +15,11 @@ class RollingWindow:
         self._images: deque[tuple[float, float, float | None]] = deque(maxlen=size)
 
     def add(self, moment: float, render_ms: float, utilization: float | None) -> None:
-        """One more image; `moment` is on the monotonic clock, seconds."""
+        """Count one more image; `moment` is on the monotonic clock, seconds."""
         self._images.append((moment, render_ms, utilization))
 
     def summary(self) -> Window:
-        """True quantiles, the rate over the window's span, the mean utilization."""
+        """Sum up: true quantiles, the rate over the window's span, the mean utilization."""
         renders = [render for _, render, _ in self._images]
         utilizations = [u for _, _, u in self._images if u is not None]
         p50, p95, p99 = percentiles(renders)
@@ -35,7 +35,7 @@ class RollingWindow:
 
 
 class Nvml:
-    """The driver's own figures of the engine's device; asked in the engine's process, on its host."""
+    """The driver's own figures of a device; asked in the engine's process, on its host."""
 
     def __init__(self, index: int | None) -> None:
         self._handle: Any = None
@@ -51,7 +51,7 @@ class Nvml:
             pass  # a driver without NVML (a container, MIG): the figures are None
 
     def utilization_percent(self) -> float | None:
-        """Share of the last sample period in which a kernel ran."""
+        """Percent of the last sample period in which a kernel ran."""
         if self._handle is None:
             return None
         try:
@@ -61,7 +61,7 @@ class Nvml:
 
 
 def gpu_count() -> int:
-    """How many GPUs a process of ours may use; 0 without a driver."""
+    """Number of GPUs that a process of ours may use; 0 without a driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])

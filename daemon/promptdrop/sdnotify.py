@@ -1,4 +1,4 @@
-"""READY, STATUS, WATCHDOG to systemd: sd_notify(3) in a few lines, because the packages are stale."""
+"""Tell systemd READY, STATUS, WATCHDOG: sd_notify(3) in a few lines, since the packages are stale."""
 
 import os
 import socket
@@ -14,31 +14,30 @@ class Notifier:
         if self._socket:
             self._socket.setblocking(False)
         watchdog = int(environ.get("WATCHDOG_USEC", 0)) if _is_for_us(environ) else 0
-        self.watchdog_seconds = (
-            watchdog / 2e6 or None
-        )  # half the limit, as sd_watchdog_enabled(3) advises
+        # Half the limit, as sd_watchdog_enabled(3) advises.
+        self.watchdog_seconds = watchdog / 2e6 or None
         self._next_ping = 0.0
         self._status = ""
 
     def ready(self) -> None:
-        """The engine is warm; jobs are taken."""
+        """Say that an engine is warm and jobs are taken."""
         self._send("READY=1")
 
     def reloading(self) -> None:
-        """SIGHUP is being worked on."""
+        """Say that the configuration is being read again (SIGHUP)."""
         self._send("RELOADING=1")
 
     def stopping(self) -> None:
-        """The stop has begun."""
+        """Say that the stop has begun."""
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """The line `systemctl status` shows; sent only when it changes."""
+        """Set the line that `systemctl status` shows; sent only when it changes."""
         if text != self._status and self._send(f"STATUS={text}"):
             self._status = text
 
     def ping(self, now: float) -> None:
-        """WATCHDOG=1, at most once per interval: more would fill the datagram queue."""
+        """Say that we are alive, at most once per interval: more would fill the datagram queue."""
         if self.watchdog_seconds and now >= self._next_ping:
             self._next_ping = now + self.watchdog_seconds
             self._send("WATCHDOG=1")

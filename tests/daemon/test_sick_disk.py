@@ -371,8 +371,8 @@ def test_trouble_is_logged_once_and_its_cure_too(sick: Daemon, disk: Faulty) -> 
 
 def test_work_that_does_not_come_back_is_named() -> None:
     """A disk that hangs raises no error: after SLOW_SECONDS the status names who waits."""
-    loop, release, came = Loop(), threading.Event(), threading.Event()
-    loop.off("publisher", release.wait, lambda _: came.set(), 1.0)
+    loop, release, came = Loop(1.0), threading.Event(), threading.Event()
+    loop.off("publisher", release.wait, lambda _: came.set())
     began = time.monotonic()
     until(lambda: loop.slow(began + 1000), "the publisher at work")
 

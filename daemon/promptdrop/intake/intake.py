@@ -162,7 +162,7 @@ class Intake:
         function: Callable[[], Any],
         then: Callable[[Any], None],
     ) -> None:
-        self._loop.off(room, function, then, self._desk.config.watch.rescan_seconds)
+        self._loop.off(room, function, then)
 
     # --- looking ------------------------------------------------------------------------------
 

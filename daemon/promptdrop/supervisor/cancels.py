@@ -1,0 +1,85 @@
+"""NAME.cancel in the inbox: withdraw the one job that it names, or say why not."""
+
+import time
+from collections.abc import Iterable
+from functools import partial
+
+from promptdrop import names
+from promptdrop.errors import RequestError
+from promptdrop.intake.intake import Intake
+from promptdrop.loop import Loop
+from promptdrop.spool import claim
+from promptdrop.spool.job import Job
+from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.jobs import Jobs
+from promptdrop.supervisor.obeying import Obeying
+from promptdrop.supervisor.work import Work
+
+
+class Cancels:
+    """Obeys each NAME.cancel once; one that names no job goes to failed/ after a while."""
+
+    def __init__(self, work: Work, loop: Loop, spool: Spool, jobs: Jobs, intake: Intake) -> None:
+        self._work, self._loop, self._spool = work, loop, spool
+        self._jobs, self._intake = jobs, intake
+        self._obeying = Obeying()
+        self._turned_away: set[str] = set()  # fit no job; each as long as it stands
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a NAME.cancel is being obeyed."""
+        return bool(self._obeying)
+
+    def surveyed(self, found: dict[str, float]) -> None:
+        """Heed SUB/NAME.cancel -> since when it stands: all at once, there may be thousands."""
+        self._turned_away &= found.keys()
+        cancels = {
+            path: since
+            for path, since in found.items()
+            if path not in self._obeying and path not in self._turned_away
+        }
+        if cancels:
+            self._obeying.begin(cancels)
+            jobs = [running.job for running in self._work.running.values()]
+            then = partial(self._find_jobs_done, cancels)
+            self._loop.off("clerk", partial(_find_jobs, list(cancels), jobs), then)
+        self._obeying.looked()
+
+    def refused(self, path: str) -> None:
+        """Note that a file was moved from the inbox to failed/: its name is free for another."""
+        if path in self._turned_away:
+            self._turned_away.discard(path)
+            self._obeying.done(path)
+
+    def _find_jobs_done(self, cancels: dict[str, float], named: dict[str, list[str]]) -> None:
+        """Withdraw the one job that each names; turn a few of the others away, others drop too."""
+        self._obeying.leave(cancels)
+        too_late = time.monotonic() - self._work.config.watch.give_up_seconds
+        for path, since in cancels.items():
+            ids = named[path]
+            if len(ids) == 1:
+                self._obeying.begin([path])
+                remove = partial(claim.take_cancel, self._spool, path)
+                self._jobs.cancel(ids, remove, partial(self._obeying.done, path))
+            elif since <= too_late and self._intake.has_room():
+                self._turned_away.add(path)
+                why = f"names {len(ids)} jobs: {', '.join(ids[:20])}" if ids else ""
+                why = why or "names no job that waits or is being rendered"
+                self._intake.turn_away(path, RequestError(why))
+
+
+def _find_jobs(cancels: Iterable[str], jobs: Iterable[Job]) -> dict[str, list[str]]:
+    """Return the ids of the jobs that each SUB/NAME.cancel fits: NAME is a FILE, a JOB or an id.
+
+    Thread: clerk.
+    """
+    known: dict[str, list[str]] = {}
+    for job in jobs:
+        for name in {names.fold(job.path), names.fold(job.folder), f"/{job.id.casefold()}"}:
+            known.setdefault(name, []).append(job.id)
+    named = {}
+    for path in cancels:
+        name = names.fold(names.split(path)[0])
+        ids = known.get(name, []) + known.get(f"/{name.rpartition('/')[2]}", [])
+        named[path] = list(dict.fromkeys(ids))
+    return named

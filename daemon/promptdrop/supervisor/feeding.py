@@ -1,0 +1,62 @@
+"""Keep the engines in work: the next image goes to the one with the least in hand."""
+
+from typing import Any
+
+from promptdrop.loop import PUBLISHERS
+from promptdrop.pool.messages import Render
+from promptdrop.pool.pool import Slot
+from promptdrop.spool import claim
+from promptdrop.supervisor.gate import Gate
+from promptdrop.supervisor.publishing import Publishing
+from promptdrop.supervisor.work import Running, Work
+
+
+class Feeder:
+    """Sends queued images to engines."""
+
+    def __init__(self, work: Work, gate: Gate, publishing: Publishing) -> None:
+        self._work, self._gate, self._publishing = work, gate, publishing
+
+    def feed(self, now: float) -> None:
+        """Send as many images as engines and publishers have room for."""
+        if self._gate.lets_images_begin:
+            self._send_images(now)
+            self._work.pool.begin()
+
+    def _send_images(self, now: float) -> None:
+        pool, queue = self._work.pool, self._work.queue
+        room = max(PUBLISHERS, 2 * len(pool.slots) * self._work.config.engine.batch)
+        while self._publishing.under_way < room and (slot := pool.has_room()):
+            taken = queue.take()
+            if taken is None:
+                pool.share()
+                return
+            job, number = taken
+            try:
+                claim.take(job)
+                self._send(slot, self._work.running[job.id], number, now)
+            except OSError as e:
+                queue.put_back(job, number)
+                self._gate.disk_failed(e)
+                return
+
+    def _send(self, slot: Slot, running: Running, number: int, now: float) -> None:
+        """Raises OSError: out of descriptors or memory."""
+        assert slot.engine
+        job, ticket = running.job, self._work.next_ticket()
+        empty_cache = (slot.sent + 1) % self._work.config.engine.empty_cache_every == 0
+        kind = _kind(running, number)
+        render = Render(ticket, job.specs[number - 1], job.settings.prompt, kind, empty_cache)
+        slot.engine.render(ticket, render, now)
+        running.busy += 1
+        slot.sent += 1
+        slot.has_news = True
+        self._work.tickets[ticket] = running
+
+
+def _kind(running: Running, number: int) -> tuple[Any, ...] | None:
+    """Batch key. None: render alone, since it failed or ended a process before."""
+    job, state = running.job, running.job.states.get(number)
+    if number in running.alone or (state and (state.attempts or state.deaths)):
+        return None
+    return job.specs[number - 1].kind, job.settings.prompt, job.priority

@@ -1,0 +1,70 @@
+"""What may begin now, and why the rest waits: a pause, trouble with a disk, a stop, the end."""
+
+from promptdrop import log
+from promptdrop.intake.intake import Survey
+from promptdrop.loop import Loop, reason_of
+from promptdrop.pool.pool import Pool
+
+
+class Gate:
+    """Knows whether images and engines may begin."""
+
+    def __init__(self, loop: Loop, pool: Pool) -> None:
+        self.paused: str | None = None  # how to go on
+        self.trouble: str | None = None  # with a folder or its disk
+        self.stop_at: float | None = None  # when a stop waits no longer, monotonic seconds
+        self.exit_status: int | None = None  # set: the daemon ends
+        self.ending: str | None = None  # why it ends, unless as asked
+        self._loop, self._pool = loop, pool
+        self._looked = False
+
+    @property
+    def lets_images_begin(self) -> bool:
+        """Whether a new image may begin; never before the first look at the disks and the pause."""
+        is_held = self.paused or self.trouble or self.stop_at is not None
+        return self._looked and not is_held
+
+    @property
+    def lets_engines_begin(self) -> bool:
+        """Whether a new engine may be started."""
+        return self.exit_status is None and self.stop_at is None
+
+    def why_held(self) -> str | None:
+        """Say why work does not go on by itself; None: it does."""
+        return (
+            self.paused
+            or self._pool.trouble
+            or self.trouble
+            or next(iter(self._loop.trouble.values()), None)
+        )
+
+    def reason(self, now: float) -> str | None:
+        """Text for Status.reason: why work is held, else which thread is slow."""
+        return self.why_held() or self._loop.slow(now)
+
+    def surveyed(self, survey: Survey) -> bool:
+        """Take in what a look found. Returns whether a pause began or ended."""
+        self._looked = True
+        if survey.trouble != self.trouble:
+            self.trouble = survey.trouble
+            if survey.trouble:
+                log.get().warning("disk.trouble", reason=survey.trouble)
+            else:
+                log.get().info("disk.cured")
+        if survey.paused == self.paused:
+            return False
+        self.paused = survey.paused
+        event = "daemon.paused" if survey.paused else "daemon.resumed"
+        log.get().info(event, reason=survey.paused)
+        return True
+
+    def disk_failed(self, error: OSError) -> None:
+        """Hold new images until the next look finds the disks well."""
+        self.trouble = reason_of(error)
+        log.get().warning("disk.trouble", reason=self.trouble)
+
+    def end(self, exit_status: int, reason: str | None = None) -> None:
+        """End the daemon after this turn; `reason` unless it was asked to."""
+        self.exit_status, self.ending = exit_status, reason
+        if reason:
+            log.get().error("daemon.ending", exit_status=exit_status, reason=reason)

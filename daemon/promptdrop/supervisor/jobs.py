@@ -1,0 +1,178 @@
+"""The life of a job: accepted, queued, cancelled, ended or refused."""
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from promptdrop import clock, log, names
+from promptdrop.errors import Problem, RequestError
+from promptdrop.intake.intake import Intake
+from promptdrop.loop import Loop
+from promptdrop.nouns import JobOutcome
+from promptdrop.records import ErrorRecord, StatusFinished
+from promptdrop.spool import ending, record
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.measuring import Measuring
+from promptdrop.supervisor.work import Running, Work
+
+OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
+LISTED = 100  # ends that are remembered for the status
+
+
+class Jobs:
+    """Every job from its acceptance to its end."""
+
+    def __init__(self, work: Work, loop: Loop, spool: Spool, intake: Intake) -> None:
+        self.measuring = Measuring(work, self._enqueue, self._refuse_too_long)
+        self.finished: deque[StatusFinished] = deque(maxlen=LISTED)
+        self.refusing = 0  # files on their way to failed/
+        self._work, self._loop, self._spool, self._intake = work, loop, spool, intake
+
+    def accept(self, job: Job) -> None:
+        """Take on a job to render: new, recovered or retried."""
+        running = self._work.running[job.id] = Running(job, len(job.todo()))
+        self._intake.last_activity = time.monotonic()
+        if job.must_fit and job.is_fresh and not job.cancelled:
+            self.measuring.add(running)
+        else:
+            self._enqueue(running)
+
+    def _enqueue(self, running: Running) -> None:
+        queue = self._work.queue
+        if not running.job.cancelled:
+            queue.add(running.job, running.job.todo())
+            self._work.recall_less_urgent(running.job.priority)
+            if len(queue) > OPEN_IMAGES:
+                running.job.close()
+        self.maybe_finish(running)
+
+    # --- cancelling ---------------------------------------------------------------------------
+
+    def cancel(
+        self, ids: Sequence[str], remove: Callable[[], None], then: Callable[[], None]
+    ) -> None:
+        """Withdraw jobs. Once that is recorded, `remove` takes the command away on the clerk's thread."""
+        work = partial(self._cancel, ids, remove)
+        self._loop.off("clerk", work, partial(self._cancel_done, ids, then))
+
+    def _cancel(self, ids: Sequence[str], remove: Callable[[], None]) -> None:
+        """Record durably that nobody wants these jobs, before the command goes.
+
+        Thread: clerk.
+        """
+        for job_id in ids:
+            if running := self._work.running.get(job_id):
+                record.cancel(running.job)
+        remove()
+
+    def _cancel_done(self, ids: Sequence[str], then: Callable[[], None], _: None) -> None:
+        then()
+        for job_id in ids:
+            running = self._work.running.get(job_id)
+            if running and not running.ending:
+                self._withdraw(running)
+
+    def _withdraw(self, running: Running) -> None:
+        """Drop what waits; what is being rendered stops at its next step."""
+        log.get().info("job.cancelling", job=running.job.id)
+        running.job.cancelled = True
+        self._work.queue.drop(running.job)
+        self.measuring.forget(running)
+        self._work.stop(running)
+        self.maybe_finish(running)
+
+    # --- refusing -----------------------------------------------------------------------------
+
+    def refuse(self, claimed: Unresolved, error: RequestError) -> None:
+        """Move a claimed file that is no job to failed/, with the reason."""
+        self._send_to_failed(claimed, error.problems)
+
+    def _refuse_too_long(self, running: Running, problems: list[Problem]) -> None:
+        del self._work.running[running.job.id]
+        self._send_to_failed(running.job, problems)
+
+    def _send_to_failed(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> None:
+        self.refusing += 1
+        work, then = partial(self._refuse, refused, problems), partial(self._refuse_done, refused)
+        self._loop.off("clerk", work, then)
+
+    def _refuse(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> ErrorRecord:
+        """Move the file to failed/, with the reason.
+
+        Thread: clerk.
+        """
+        if isinstance(refused, Job):
+            return ending.refuse_job(self._spool, refused, problems)
+        return ending.refuse(self._spool, refused, problems)
+
+    def _refuse_done(self, refused: Job | Unresolved, refusal: ErrorRecord) -> None:
+        self.refusing -= 1
+        self._intake.last_activity = time.monotonic()
+        log.get().warning("job.refused", file=names.printable(refused.path), error=refusal.error)
+        self._note_end(refused, "refused", None, refusal.error)
+
+    # --- ending -------------------------------------------------------------------------------
+
+    def image_ended(self, running: Running) -> None:
+        """Count an image that was on its way to the disk: it is published or given up."""
+        running.busy -= 1
+        running.left -= 1
+        self.maybe_finish(running)
+
+    def maybe_finish(self, running: Running) -> None:
+        """End the job if none of its images is left to do or in flight."""
+        if running.ending or running.busy or (running.left and not running.job.cancelled):
+            return
+        running.ending = True
+        then = partial(self._finish_done, running.job)
+        self._loop.off("clerk", partial(self._finish, running.job), then)
+
+    def _finish(self, job: Job) -> JobOutcome:
+        """Move the dropped file to its last place and let the job go.
+
+        Thread: clerk.
+        """
+        self._spool.folders.require()
+        return ending.finish(self._spool, job)
+
+    def _finish_done(self, job: Job, outcome: JobOutcome) -> None:
+        del self._work.running[job.id]
+        if not self._work.running:
+            gc.collect()
+        self._intake.last_activity = time.monotonic()
+        errors = [
+            f"image {n}: {state.error}" for n, state in sorted(job.states.items()) if state.error
+        ]
+        error = "; ".join(errors[:3]) or ("cancelled on request" if job.cancelled else None)
+        lasted = job.settled.milliseconds_to(time.monotonic(), self._spool.boot)
+        write = log.get().info if outcome == "done" else log.get().warning
+        write(
+            f"job.{outcome}",
+            job=job.id,
+            file=names.printable(job.path),
+            folder=job.folder,
+            images=job.images,
+            rendered=sum(state.outcome == "rendered" for state in job.states.values()),
+            seconds=None if lasted is None else round(lasted / 1e3, 3),
+            **({"error": error} if error else {}),
+        )
+        self._note_end(job, outcome, job.folder, error)
+
+    def _note_end(
+        self, ended: Job | Unresolved, outcome: Any, folder: str | None, error: str | None
+    ) -> None:
+        self.finished.append(
+            StatusFinished(
+                id=ended.id,
+                file=names.printable(ended.path),
+                inode=ended.inode,
+                outcome=outcome,
+                folder=folder,
+                error=error,
+                finished=clock.timestamp(),
+            )
+        )

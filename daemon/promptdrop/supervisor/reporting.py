@@ -1,0 +1,140 @@
+"""Tell the status when it is time: status.json, its copy in the outbox, systemd, a progress bar."""
+
+from collections.abc import Callable
+from functools import partial
+
+from promptdrop import fs
+from promptdrop.loop import TROUBLE, Loop
+from promptdrop.records import Status, StatusFinished, to_bytes
+from promptdrop.sdnotify import Notifier
+from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.jobs import Jobs
+from promptdrop.supervisor.recovery import Recovery
+from promptdrop.supervisor.status import Composer, one_line
+from promptdrop.supervisor.work import Work
+
+STATUS_SECONDS = 1.0  # shortest time between two writes, unless a job has ended
+HEARTBEAT_SECONDS = 10.0  # longest
+PROGRESS_SECONDS = 0.1  # between two calls of `on_change`
+
+
+class OutboxCopy:
+    """status.json at the top of the outbox, at most once a second and off the loop: a share may hang."""
+
+    def __init__(self, loop: Loop, spool: Spool) -> None:
+        self._loop, self._spool = loop, spool
+        self._written: Status | None = None
+        self._written_at = 0.0  # monotonic seconds
+        self._is_writing = False
+
+    def due(self, status: Status) -> float:
+        """When `update` has something to do, monotonic seconds."""
+        if status is self._written or self._is_writing:
+            return float("inf")
+        return self._written_at + STATUS_SECONDS
+
+    def update(self, status: Status, now: float) -> None:
+        """Write a status that differs from the last one, if it is time."""
+        if now >= self.due(status):
+            self._written, self._written_at, self._is_writing = status, now, True
+            self._loop.off("herald", partial(self._write, status), self._write_done)
+
+    def write_last(self, status: Status) -> None:
+        """Write at the end, when no thread runs any more."""
+        self._write(status)
+
+    def _write(self, status: Status) -> None:
+        """Write the copy; trouble is reported by those who need the outbox to work.
+
+        Thread: herald.
+        """
+        try:
+            self._spool.folders.require()
+            mode = int(self._spool.config.output.mode, 8)
+            fs.write_quickly(self._spool.paths.shared_status, to_bytes(status), mode)
+        except TROUBLE:
+            pass  # reported by those who need the outbox to work
+
+    def _write_done(self, _: None) -> None:
+        self._is_writing = False
+
+
+class Reporter:
+    """Shows the status when it has changed, and at least every HEARTBEAT_SECONDS."""
+
+    def __init__(
+        self,
+        work: Work,
+        loop: Loop,
+        spool: Spool,
+        jobs: Jobs,
+        recovery: Recovery,
+        composer: Composer,
+        notifier: Notifier,
+        on_change: Callable[[Status], None] | None,
+    ) -> None:
+        self.shown = composer.compose("starting", 0.0)  # what status.json says
+        self._work, self._spool, self._jobs, self._recovery = work, spool, jobs, recovery
+        self._composer, self._notifier, self._on_change = composer, notifier, on_change
+        self._copy = OutboxCopy(loop, spool)
+        self._key: object = None
+        self._end: StatusFinished | None = None  # of a job: the last that was shown
+        self._shown_at = self._progress_at = 0.0  # monotonic seconds
+
+    def start(self) -> None:
+        """Write the first status.json."""
+        self._write(self.shown)
+
+    def report(self, now: float) -> None:
+        """Tell whoever is due."""
+        if not self._work.pool.outlive_kill:
+            self._notifier.ping(now)  # else systemd may do what we cannot
+        if self._on_change and now >= self._progress_at + PROGRESS_SECONDS:
+            self._progress_at = now
+            self._on_change(self._composer.compose(self._composer.state(), now))
+        if not self._recovery.is_looking:
+            self._copy.update(self.shown, now)
+        if self._is_due(now):
+            self._show(now)
+
+    def next_deadline(self, now: float) -> float:
+        """When `report` may have something to do unasked, monotonic seconds."""
+        due = [now + HEARTBEAT_SECONDS]
+        if self._notifier.watchdog_seconds:
+            due.append(now + self._notifier.watchdog_seconds / 2)
+        if self._work.running:
+            due.append(self._shown_at + STATUS_SECONDS)
+        if not self._recovery.is_looking:
+            due.append(self._copy.due(self.shown))
+        return min(due)
+
+    def report_last(self, now: float, share: bool) -> None:
+        """Tell everybody that the daemon has stopped; the outbox only if that does not hang."""
+        last = self._composer.compose("stopping", now)
+        self._write(last)
+        if share:
+            self._copy.write_last(last)
+        if self._on_change:
+            self._on_change(last)
+
+    def _is_due(self, now: float) -> bool:
+        end = self._jobs.finished[-1] if self._jobs.finished else None
+        if end is not self._end:
+            return True  # whoever waits for this job reads the status
+        if now < self._shown_at + STATUS_SECONDS:
+            return False
+        is_old = now >= self._shown_at + HEARTBEAT_SECONDS
+        return is_old or bool(self._work.tickets) or self._composer.key(now) != self._key
+
+    def _show(self, now: float) -> None:
+        self._key, self._shown_at = self._composer.key(now), now
+        self._end = self._jobs.finished[-1] if self._jobs.finished else None
+        self.shown = self._composer.compose(self._composer.state(), now)
+        self._notifier.status(one_line(self.shown))
+        self._write(self.shown)
+
+    def _write(self, status: Status) -> None:
+        try:
+            fs.write_quickly(self._spool.paths.status, to_bytes(status))
+        except OSError:
+            pass  # the disk's trouble is reported by those who need it to work
