@@ -9,6 +9,7 @@ import pytest
 
 from promptdrop.cli import options, parser
 from promptdrop.cli.parser import COMMANDS, Command
+from promptdrop.fields import OPTIONS
 
 LEAVES: dict[str, Command] = {}  # every command and action by the words that call it
 for entry in COMMANDS:
@@ -82,7 +83,7 @@ def test_what_is_no_command_is_refused(line: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate a", "submit --prompt a"])
-@pytest.mark.parametrize("name", options.FIELDS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_both_spellings_of_a_field(command: str, name: str) -> None:
     """A job file's field is an option, with hyphens or as it is written there."""
     values = [
@@ -90,7 +91,7 @@ def test_both_spellings_of_a_field(command: str, name: str) -> None:
         for spelling in (name, name.replace("_", "-"))
     ]
 
-    assert values[0] == values[1] == {name: options.FIELDS[name][0]("1")}
+    assert values[0] == values[1] == {name: OPTIONS[name].kind("1")}
 
 
 def test_help_imports_nothing_heavy() -> None:

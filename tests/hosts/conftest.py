@@ -18,6 +18,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for the clients of this file, and for nobody else; all is counted again at its end."""
     daemon = Daemon(tmp_path_factory.mktemp("clients"), SETTINGS).start().until_ready()
     yield daemon
+    daemon.until_idle()
     stopped = daemon.stop()
     claimed = [event["file"] for event in daemon.log("job.claimed")]
     refused = [event["file"] for event in daemon.log("job.refused")]

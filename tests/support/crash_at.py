@@ -3,22 +3,31 @@
 Counts every rename, replace, mkdir, fsync, link, unlink and rmdir of the daemon, on any thread.
 N = 0 never dies; the number of changes counted is then written to `count`.
 
-One process with everything imported forks a daemon for each request on stdin (a JSON line with
-`n`, `arguments`, `home`, `count`) and answers with its exit status: hundreds of daemons are needed.
+Hundreds of daemons and engines are needed, so one process with everything imported forks a daemon
+for each request on stdin (a JSON line with `n`, `arguments`, `home`, `count`) and answers with its
+exit status. The daemon in turn forks its engine before it has a thread: a real child, which dies by
+signals and with its parent like one that was executed.
 """
 
 import ctypes
 import itertools
 import json
 import os
+import select
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from promptdrop import fs
 from promptdrop.cli import main, terminal  # noqa: F401 - imported once for all
+from promptdrop.engines import gradient, worker  # noqa: F401
+from promptdrop.pool import process
+from promptdrop.supervisor import supervisor  # noqa: F401
 
 _lock = threading.Lock()
 _numbers = itertools.count(1)
@@ -41,6 +50,67 @@ def counted(change: Callable[..., Any], fatal: int) -> Callable[..., Any]:
     return counting
 
 
+class ForkedEngine:
+    """An engine process that waits for its pipe; of subprocess.Popen it has what the daemon uses."""
+
+    def __init__(self) -> None:
+        self.returncode: int | None = None
+        self._ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._ours.close()
+            os._exit(self._become_engine(theirs))
+        theirs.close()
+
+    @staticmethod
+    def _become_engine(requests: socket.socket) -> int:
+        """In the child. Without a request it ends with the daemon, whose end of the pair closes."""
+        os.setsid()
+        _, (pipe, *_), _, _ = socket.recv_fds(requests, 1, 1)
+        requests.close()
+        try:
+            worker.main(pipe)
+        except SystemExit as e:
+            return int(e.code or 0)
+        return 0
+
+    def start(self, pipe: int) -> "ForkedEngine":
+        """Hand it the engine's end of the pipe."""
+        with self._ours:
+            socket.send_fds(self._ours, [b"!"], [pipe])
+        return self
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        pidfd = os.pidfd_open(self.pid) if self.poll() is None else None
+        if pidfd is not None:
+            select.select([pidfd], [], [], seconds)
+            os.close(pidfd)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("engine", seconds)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def use_forked_engine() -> None:
+    """Let the daemon's first engine be one that is forked now; a further one is executed as ever."""
+    forked = [ForkedEngine()]
+
+    def popen(command: list[str], **options: Any) -> Any:
+        if forked:
+            return forked.pop().start(int(command[-1]))
+        return subprocess.Popen(command, **options)
+
+    process.subprocess = SimpleNamespace(
+        Popen=popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+
+
 def serve() -> None:
     """Fork one daemon for each request; this process has a single thread and no state to leak."""
     for line in sys.stdin:
@@ -59,6 +129,7 @@ def run(n: int, arguments: list[str], home: str, count: str) -> int:
     for fd in (1, 2):
         os.dup2(log, fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    use_forked_engine()
     for name in ("rename", "replace", "mkdir", "fsync", "link", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name), n))
     fs._renameat2 = counted(ctypes.CDLL(None, use_errno=True).renameat2, n)

@@ -227,6 +227,15 @@ class Daemon:
         found_status: dict[str, Any] = until(found, f"a status with {what}")
         return found_status
 
+    def until_idle(self) -> None:
+        """Wait until every job that was claimed has ended, also on the disk."""
+
+        def is_idle() -> bool:
+            claimed, ended = ({e["job"] for e in self.log(f"job.{n}")} for n in ("claimed", "done"))
+            return claimed <= ended and not self.unfinished()
+
+        until(is_idle, "the end of all jobs")
+
     def until_waiting(self, file: str, word: str = "") -> str:
         """Wait until the status says that a file in the inbox waits, and why."""
 
