@@ -1,6 +1,6 @@
 """Make spool-0.1.0.tar.gz: the spool that test_kept_spool.py goes on with. Run once, with 0.1.0:
 
-    PYTHONPATH=/CHECKOUT_OF_0.1.0/daemon:tests python tests/kept/make_spool.py
+    PYTHONPATH=/CHECKOUT_OF_0.1.0/daemon:/CHECKOUT_OF_0.1.0/tests python tests/kept/make_spool.py
 
 Every life of a daemon has a spool of its own here, for the next life would put in order what the one
 before it left. Each ends as it shall, most of them dead before a change to the disk (crash_at.py),
@@ -26,6 +26,7 @@ import promptdrop
 from harness import Daemon, until
 from promptdrop import clock
 
+# Long on purpose: what_is_half_done is a list of moments, one call each, with nothing between them.
 MADE_BY = "0.1.0"
 ARCHIVE = Path(__file__).with_name(f"spool-{MADE_BY}.tar.gz")
 # None of it is a default, and all of it differs from what test_kept_spool.py goes on with.
