@@ -123,7 +123,7 @@ def cpu_seconds(daemon: Daemon) -> dict[str, float]:
             used["daemon"] += times.user + times.system
         elif "promptdrop.cluster.gateway" in command:
             used["gateway"] += times.user + times.system
-        elif command.startswith("ray::EngineHost"):
+        elif command.startswith("ray::HostActor"):
             used["actors"] += times.user + times.system
         elif "promptdrop.engines.worker" in command:
             used["engines"] += times.user + times.system

@@ -1,4 +1,4 @@
-"""Fixtures: one daemon for the clients of a file, and one machine with a real systemd."""
+"""Fixtures: a daemon for clients, a machine with a real systemd, clusters with a real Ray."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+import clusters
 from clients import JSON, JUNK, SETTINGS, TEXT
+from clusters import Cluster
 from harness import Daemon
 from machine import Machine, installation
 from service import MakeService, Service
@@ -82,3 +84,24 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[MakeSe
     for one in made:
         one.override("TimeoutStopSec=1")
         one.systemctl("stop", check=False)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    """A head that all tests share but those that kill it."""
+    with clusters.running() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(head: Cluster) -> Iterator[Cluster]:
+    """The hosts are the test's own."""
+    yield head
+    head.kill_hosts()
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """A cluster whose head may be killed."""
+    with clusters.running() as cluster:
+        yield cluster

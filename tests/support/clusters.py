@@ -11,6 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from harness import Daemon, free_port, until
 
@@ -135,3 +138,35 @@ def each_once(daemon: Daemon, folder: str, images: int) -> None:
     assert [image["outcome"] for image in job["images"]] == ["rendered"] * images
     numbers = sorted(image for file, image in daemon.published() if file.startswith(f"{folder}/"))
     assert numbers == list(range(1, images + 1))
+
+
+def settings(cluster: Cluster, **engine: Any) -> dict[str, Any]:
+    """A daemon's settings for this cluster, with engines that need no GPU."""
+    return {
+        "model": {"device": "cpu"},
+        "engine": {"backend": "ray", "workers": 2, **engine},
+        "ray": {"address": cluster.address},
+    }
+
+
+def engines(daemon: Daemon) -> list[dict[str, Any]]:
+    """Of the status, once both have a host."""
+    return list(
+        daemon.until_status(
+            "two warm engines", lambda s: [e["state"] for e in s["engines"]] == ["ready"] * 2
+        )["engines"]
+    )
+
+
+def engine_processes(cluster: Cluster) -> list[psutil.Process]:
+    """The engine processes on the cluster's hosts, whose actors' environment names its folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "promptdrop.engines.worker" in process.cmdline() and str(cluster.folder) in (
+                process.environ().get("RAY_TMPDIR", "")
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found

@@ -27,8 +27,10 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util import list_named_actors
 
 from promptdrop import __version__
+from promptdrop.cluster import actor as actor_module
+from promptdrop.cluster import host as host_module
 from promptdrop.cluster.backend import KNOCK_SECONDS, knock
-from promptdrop.cluster.host import EngineHost, Host, Said
+from promptdrop.cluster.host import Host, Said
 from promptdrop.engines.worker import die_with_parent
 from promptdrop.pool.messages import (
     PACKET,
@@ -49,6 +51,10 @@ from promptdrop.pool.messages import (
     Stage,
     Trouble,
 )
+
+ray.cloudpickle.register_pickle_by_value(actor_module)  # type: ignore[no-untyped-call]  # ray
+# An actor that a daemon of 0.1.0 has left answers `hello` with a class of this module.
+sys.modules["promptdrop.ray_host"] = host_module
 
 NAMESPACE = "promptdrop"
 LISTEN_SECONDS = 5.0  # of one question; no answer at all after twice that: the host is lost
@@ -200,7 +206,7 @@ class Relay:
         """Wait until the cluster has found a host for the actor, or found the actor itself."""
         gpus = self._opened.gpus
         if not self._actor:
-            actor: Any = ray.remote(EngineHost)
+            actor: Any = ray.remote(actor_module.HostActor)
             self._actor = actor.options(
                 name=self._opened.actor,
                 lifetime="detached" if self._opened.outlives else None,
@@ -210,13 +216,13 @@ class Relay:
                 num_gpus=gpus,
                 num_cpus=0 if gpus else 1,
                 scheduling_strategy="SPREAD",
-            ).remote()
+            ).remote(__version__)
         hello = self._actor.hello.remote()
         silent, stage = 0.0, f"waiting for a host with a free {'GPU' if gpus else 'core'}"
         while not self._is_closed and silent < HELLO_SECONDS:
             try:
-                host: Host = ray.get(hello, timeout=PLACE_SECONDS)
-                return host
+                answer = ray.get(hello, timeout=PLACE_SECONDS)
+                return answer if isinstance(answer, Host) else Host(*answer)
             except GetTimeoutError:
                 # Ray Data asks so, too: there is no public way but Ray's dashboard.
                 has_host = self._actor._get_local_state() == ActorTableData.ActorState.ALIVE
@@ -237,6 +243,7 @@ class Relay:
             theirs, ours = host.version, __version__
             reason = f"runs promptdrop {theirs}, this daemon {ours}; install the same version there"
             self._send(CannotStart(f"{host.name} {reason}", 1))
+            self._send(Gone(f"{host.name} {reason}", is_lost=True))
             return
         self._listener = ray.get(self._actor.attach.remote(self._opened.settings))
         inbound.start()

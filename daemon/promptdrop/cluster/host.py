@@ -7,7 +7,6 @@ daemon, so that a new one finds the engine warm.
 
 import os
 import select
-import socket
 import threading
 import time
 import traceback
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promptdrop import __version__
 from promptdrop.config import Config
 from promptdrop.pool import process
 from promptdrop.pool.link import EngineLink
@@ -43,7 +41,7 @@ Said = tuple[Answer, bytes | None]  # of Rendered, the pixels: uint8 [height, wi
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Who answers."""
+    """The answer to `hello`. An actor of 0.1.0 sends this class; a later one sends its fields."""
 
     name: str
     pid: int
@@ -66,10 +64,6 @@ class EngineHost:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Children die with the thread that forked them (PR_SET_PDEATHSIG): one that lasts.
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
-
-    def hello(self) -> Host:
-        """Answered once the actor has found a host."""
-        return Host(socket.gethostname(), os.getpid(), __version__)
 
     def attach(self, settings: Config) -> int:
         """Make this caller the one that is heard; returns its number. The engine is started, or,
