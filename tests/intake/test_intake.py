@@ -185,18 +185,16 @@ def test_an_empty_inbox_is_quiet_until_something_happens(front: Front) -> None:
     assert (before, during, claimed, front.intake.is_quiet()) == (True, False, False, True)
 
 
-def test_a_survey_says_when_it_began(front: Front) -> None:
-    """By the clock of the thread that looks, before it lists a command: what came since may lack."""
-    release = front.hold("scanner")
-    front.intake.look(front._began)
+def test_a_look_lists_commands_also_where_the_inbox_cannot_be_read(front: Front) -> None:
+    """A command is obeyed while a disk is sick; the folder that is missing is named."""
     control.send(front.spool.paths.control, control.Cancel(("x",)))
-    before = time.monotonic()
-    release()
-    front.until(lambda: front.desk.surveys)
+    front.inbox.rmdir()
+    front.look(0.0)
     (survey,) = front.desk.surveys
 
-    assert before <= survey.began <= time.monotonic()
     assert [command.targets for command in survey.commands] == [("x",)]
+    assert survey.scan is None
+    assert str(front.inbox) in (survey.trouble or "")
 
 
 def test_a_file_that_changes_while_it_waits_is_put_back(front: Front) -> None:

@@ -51,7 +51,6 @@ class Desk(Protocol):
 class Survey:
     """One look at everything outside: the inbox, the control folder, the disks."""
 
-    began: float  # monotonic seconds, before anything was looked at
     scan: Scan | None  # None: the inbox could not be read
     trouble: str | None  # with a disk, in words
     paused: str | None  # why no new image is begun, and how to go on
@@ -152,7 +151,7 @@ class Intake:
 
         Thread: scanner.
         """
-        began, cpu_began = time.monotonic(), time.thread_time()
+        began = time.thread_time()
         settings = self._desk.config
         for verdict in verdicts:
             verdict()
@@ -167,13 +166,12 @@ class Intake:
             trouble = reason_of(e)
         commands = control.read(self._spool.paths.control)
         return Survey(
-            began=began,
             scan=scan,
             trouble=trouble,
             paused=control.why_paused(self._spool.paths),
             commands=commands,
             lanes=by_lane(scan.offers if scan else (), settings.queue.policy),
-            cost=time.thread_time() - cpu_began,
+            cost=time.thread_time() - began,
         )
 
     def decide_watch(self) -> Mode:
