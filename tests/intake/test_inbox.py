@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from promptdrop.config import Watch
-from promptdrop.intake.inbox import Inbox, Scan, Watcher, is_open_for_writing, watch_mode
+from promptdrop.intake.inbox import Inbox, Scan
+from promptdrop.intake.watcher import Watcher, watch_mode
+from promptdrop.intake.writers import is_open_for_writing
 
 WATCH = Watch(settle_seconds=1.0, give_up_seconds=10.0, writer_seconds=60.0)
 
@@ -155,7 +157,7 @@ def test_a_writer_who_comes_while_we_look_kills_nobody(tmp_path: Path) -> None:
     path.write_text("x")
     append = "import os\nwhile True: os.close(os.open('a.txt', os.O_WRONLY | os.O_APPEND))"
     look = (
-        "import time; from promptdrop.intake.inbox import is_open_for_writing as look; end = time.monotonic() + 60\n"
+        "import time; from promptdrop.intake.writers import is_open_for_writing as look; end = time.monotonic() + 60\n"
         "held = free = 0\n"
         "while (held < 20 or free < 20_000) and time.monotonic() < end:\n"
         "    held, free = (held + 1, free) if look('a.txt') else (held, free + 1)\n"

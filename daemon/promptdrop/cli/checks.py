@@ -12,7 +12,8 @@ from promptdrop.cluster import backend
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import PromptdropError
-from promptdrop.intake.inbox import strangers, watch_mode
+from promptdrop.intake.files import strangers
+from promptdrop.intake.watcher import watch_mode
 from promptdrop.pool import pool
 from promptdrop.spool.permissions import describe_permissions, why_not_moved
 from promptdrop.spool.spool import Spool

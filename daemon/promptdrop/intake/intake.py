@@ -1,9 +1,11 @@
-"""From a file in the inbox to a job: look, read, claim, resolve, or refuse."""
+"""From a file in the inbox to a job: look, read, claim, resolve, or refuse.
+
+The scanner looks, the reader reads, the clerk claims and resolves; in between the loop decides.
+"""
 
 import errno
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any, Literal, Protocol
 from promptdrop import fs, log, mounts, names, untrusted
 from promptdrop.config import Config
 from promptdrop.errors import RequestError
-from promptdrop.intake.inbox import Inbox, Mode, Offer, Scan, Watcher, watch_mode
+from promptdrop.intake.inbox import Inbox, Offer, Scan
 from promptdrop.intake.reading import read_job_file
+from promptdrop.intake.turns import Turns, by_lane
+from promptdrop.intake.watcher import Mode, Watcher, watch_mode
 from promptdrop.loop import TROUBLE, Loop, reason_of
 from promptdrop.nouns import Request
 from promptdrop.request import parse
@@ -29,61 +33,34 @@ TAKING = 16  # files being read or claimed at once; the others wait for their tu
 
 
 class Desk(Protocol):
-    """Who takes what comes in; called on the loop."""
+    """Where everything that comes in is reported, on the loop: the supervisor."""
 
     config: Config
 
     def accept(self, job: Job) -> None:
-        """A new job, resolved."""
+        """Take over a new job, which is resolved."""
 
     def refuse(self, claimed: Unresolved, error: RequestError) -> None:
-        """A claimed file that is no job."""
+        """Take over a claimed file that cannot be a job."""
 
     def surveyed(self, survey: "Survey") -> None:
-        """Everything outside was looked at."""
+        """Hear what the last look has found, before any of its files is taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
     """One look at everything outside: the inbox, the control folder, the disks."""
 
-    scan: Scan | None
-    trouble: str | None
-    paused: str | None  # how to go on
-    commands: tuple[control.Command, ...]
-    lanes: dict[str, list[Offer]]  # the scan's offers, by whose turn it may be
+    scan: Scan | None  # None: the inbox could not be read
+    trouble: str | None  # with a disk, in words
+    paused: str | None  # why no new image is begun, and how to go on
+    commands: tuple[control.Command, ...]  # as they lay there; one may be carried out by now
+    lanes: dict[str, list[Offer]]  # the scan's offers, by the lane whose turn it may be
     cost: float  # CPU seconds
 
 
-class Turns:
-    """Offers that wait to be taken: in turn between top-level sub-folders, or by arrival.
-
-    Whoever drops ten thousand files does not keep another's single one waiting.
-    """
-
-    def __init__(self) -> None:
-        self._lanes: OrderedDict[str, deque[Offer]] = OrderedDict()
-
-    def add(self, lanes: dict[str, list[Offer]]) -> None:
-        """Behind those of the same lane."""
-        for name, offers in lanes.items():
-            self._lanes.setdefault(name, deque()).extend(offers)
-
-    def take(self) -> Offer | None:
-        """The next one, or None."""
-        if not self._lanes:
-            return None
-        name, lane = next(iter(self._lanes.items()))
-        offer = lane.popleft()
-        if lane:
-            self._lanes.move_to_end(name)
-        else:
-            del self._lanes[name]
-        return offer
-
-
 class Intake:
-    """Looks when woken and when time comes; `look` never blocks."""
+    """Takes files out of the inbox. Looks when woken and when time comes; `look` never blocks."""
 
     def __init__(self, loop: Loop, spool: Spool, desk: Desk) -> None:
         self.waiting: dict[str, str] = {}  # SUB/FILE -> why it is not taken yet
@@ -100,10 +77,13 @@ class Intake:
         self._turns = Turns()
         self._offered = 0  # files that wait for their turn, are being read or claimed
         self._taking = 0  # ... of which being read or claimed
-        self._verdicts: list[Callable[[], None]] = []  # what the next look must know
+        self._verdicts: list[Callable[[], None]] = []  # changes of the inbox, made by the next look
 
     def wake(self) -> None:
-        """Look soon. Called from any thread."""
+        """Look soon.
+
+        Thread: any.
+        """
         self._woken = True
         self._loop.wake()
 
@@ -131,13 +111,13 @@ class Intake:
             return
         self._scanning, self._woken, self._last_scan = True, False, now
         verdicts, self._verdicts = self._verdicts, []
-        self._off("scanner", partial(self._survey, now, verdicts), self._surveyed)
+        self._off("scanner", partial(self._survey, now, verdicts), self._survey_done)
 
     def resolve_again(self, claimed: Unresolved) -> None:
         """Read a file that was claimed before a crash."""
         self._offered += 1
         self._taking += 1
-        self._off("clerk", partial(self._resolve, claimed, None, None), self._resolved)
+        self._off("clerk", partial(self._resolve, claimed, None, None), self._resolve_done)
 
     def has_room(self) -> bool:
         """Whether one more file may be taken now."""
@@ -150,7 +130,7 @@ class Intake:
         offer = Offer(sub, file, (0, 0, 0, 0), now)
         self._offered += 1
         self._taking += 1
-        self._off("clerk", partial(self._claim, offer), partial(self._was_claimed, offer, error))
+        self._off("clerk", partial(self._claim, offer), partial(self._claim_done, offer, error))
 
     def close(self) -> None:
         """Stop watching."""
@@ -167,7 +147,10 @@ class Intake:
     # --- looking ------------------------------------------------------------------------------
 
     def _survey(self, now: float, verdicts: list[Callable[[], None]]) -> Survey:
-        """On the scanner's thread."""
+        """Look at the inbox, the control folder and the disks.
+
+        Thread: scanner.
+        """
         began = time.thread_time()
         settings = self._desk.config
         for verdict in verdicts:
@@ -182,24 +165,36 @@ class Intake:
         except TROUBLE as e:
             trouble = reason_of(e)
         commands = control.read(self._spool.paths.control)
-        lanes = _by_lane(scan.offers if scan else (), settings.queue.policy)
-        cost = time.thread_time() - began  # seconds of CPU
-        return Survey(scan, trouble, control.why_paused(self._spool.paths), commands, lanes, cost)
+        return Survey(
+            scan=scan,
+            trouble=trouble,
+            paused=control.why_paused(self._spool.paths),
+            commands=commands,
+            lanes=by_lane(scan.offers if scan else (), settings.queue.policy),
+            cost=time.thread_time() - began,
+        )
 
     def decide_watch(self) -> Mode:
-        """Anew at every look: a share may be mounted over what was a local folder."""
+        """Decide how to watch, anew at every look: a share may be mounted over a local folder.
+
+        Thread: scanner, and once, before the first look, the loop.
+        """
         mode, self.watch = watch_mode(
             self._desk.config.watch.mode, mounts.file_system(self._spool.paths.inbox)
         )
         return mode
 
     def _watched_folders(self) -> dict[Path, bool]:
+        """The folders to be told of, and whether their sub-folders are meant, too.
+
+        Thread: scanner.
+        """
         folders = {self._spool.paths.control: False}
         if self.decide_watch() == "inotify":
             folders[self._spool.paths.inbox] = self._desk.config.inbox.recursive
         return folders
 
-    def _surveyed(self, survey: Survey) -> None:
+    def _survey_done(self, survey: Survey) -> None:
         self._scanning = False
         self._rested = self._last_scan + survey.cost / SCAN_SHARE
         self._next_scan = self._last_scan + self._desk.config.watch.rescan_seconds
@@ -217,30 +212,33 @@ class Intake:
     # --- taking -------------------------------------------------------------------------------
 
     def _take_turns(self) -> None:
-        """Read the next files, a few at a time: what else the clerk has to do comes in between."""
+        """Read the next files, a few at a time, so that other work of the clerk comes in between."""
         while self._taking < TAKING and (offer := self._turns.take()):
             self._taking += 1
-            self._off("reader", partial(self._read, offer), partial(self._was_read, offer))
+            self._off("reader", partial(self._read, offer), partial(self._read_done, offer))
 
     def _took(self) -> None:
-        """A file is taken, or not after all: the next one has its turn."""
+        """Give the next file its turn: one is taken, or not after all."""
         self._offered -= 1
         self._taking -= 1
         self._take_turns()
 
     def _read(self, offer: Offer) -> Request | RequestError | None:
-        """On the reader's thread: what the file asks for, why it is refused, or None: it changed."""
+        """Read an offered file; None if it has changed since it was offered.
+
+        Thread: reader.
+        """
         path = self._spool.paths.inbox / offer.sub / offer.file
         settings = self._desk.config.in_folder(offer.sub)
         return read_job_file(path, offer.file, settings, offer.signature)
 
-    def _was_read(self, offer: Offer, result: Request | RequestError | None) -> None:
+    def _read_done(self, offer: Offer, result: Request | RequestError | None) -> None:
         if result is None:
             self._not_taken(lambda: self._inbox.put_back(offer.path))
         elif isinstance(result, RequestError) and offer.give_up is None:
             self._not_taken(lambda: self._inbox.object(offer.path, str(result)))
         else:
-            then = partial(self._was_claimed, offer, result)
+            then = partial(self._claim_done, offer, result)
             self._off("clerk", partial(self._claim, offer), then)
 
     def _not_taken(self, verdict: Callable[[], None]) -> None:
@@ -249,7 +247,10 @@ class Intake:
         self.wake()
 
     def _claim(self, offer: Offer) -> Unresolved | str | None:
-        """On the clerk's thread. None: withdrawn. A text: why it cannot be moved out."""
+        """Move a file out of the inbox. None: it was withdrawn. A text: why it cannot be moved.
+
+        Thread: clerk.
+        """
         self._spool.folders.require()
         source = self._spool.paths.inbox / offer.sub / offer.file
         try:
@@ -266,7 +267,7 @@ class Intake:
             why = why_not_moved(source.parent) or describe_permissions(source.parent)
             return f"cannot be moved out of the inbox: {e.strerror}: {why}"
 
-    def _was_claimed(
+    def _claim_done(
         self, offer: Offer, result: Request | RequestError, claimed: Unresolved | str | None
     ) -> None:
         self.last_activity = now = time.monotonic()
@@ -283,12 +284,15 @@ class Intake:
             self._took()
             self._desk.refuse(claimed, result)
         else:
-            self._off("clerk", partial(self._resolve, claimed, offer, result), self._resolved)
+            self._off("clerk", partial(self._resolve, claimed, offer, result), self._resolve_done)
 
     def _resolve(
         self, claimed: Unresolved, offer: Offer | None, asked: Request | None
     ) -> Job | tuple[Unresolved, RequestError]:
-        """On the clerk's thread. The claimed file is looked at again: a writer may hold it still."""
+        """Record what a claimed file asks for. It is read again if it is not as it was offered.
+
+        A writer may still hold it. Thread: clerk.
+        """
         self._spool.folders.require()
         drop = claimed.drop
         if (
@@ -312,13 +316,13 @@ class Intake:
         return claim.resolve(self._spool, claimed, request, settled, kept)
 
     def _twin(self, claimed: Unresolved) -> str | None:
-        """SUB/FILE of a job taken before with the same bytes.
+        """SUB/FILE of a job that was taken before and has the same bytes.
 
         Thread: clerk.
         """
         return self._spool.duplicates.find_or_remember(claimed, self._spool.job_file_bytes)
 
-    def _resolved(self, result: Job | tuple[Unresolved, RequestError]) -> None:
+    def _resolve_done(self, result: Job | tuple[Unresolved, RequestError]) -> None:
         self._took()
         self.last_activity = time.monotonic()
         if isinstance(result, Job):
@@ -332,15 +336,6 @@ class Intake:
             self._desk.accept(result)
         else:
             self._desk.refuse(*result)
-
-
-def _by_lane(offers: Iterable[Offer], policy: str) -> dict[str, list[Offer]]:
-    """By top-level sub-folder (fair), or all in one (fifo). Off the loop: there may be very many."""
-    lanes: dict[str, list[Offer]] = {}
-    for offer in offers:
-        lane = offer.sub.partition("/")[0] if policy == "fair" else ""
-        lanes.setdefault(lane, []).append(offer)
-    return lanes
 
 
 def settings_of(config: Config) -> ClaimedSettings:

@@ -24,9 +24,9 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
     job_id = spool.ids.new()
     home = spool.paths.home("pending", job_id)
     folder = home / DROP / sub
-    os.makedirs(folder)
     source = spool.paths.inbox / sub / file
     try:
+        os.makedirs(folder)
         with untrusted.below(spool.paths.inbox, sub) as inner:
             fs.rename(inner / file, folder / file)
             if stat.S_ISDIR(os.lstat(folder / file).st_mode):  # swapped in, and no file to move

@@ -1,0 +1,118 @@
+"""Walking the inbox: the files and folders that are ours to take, and those that never are."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from promptdrop import fs, names
+
+SUB_BYTES = 1024  # longest path below the inbox that is entered: it must fit below our folders too
+NOT_OURS = (FileNotFoundError, NotADirectoryError, PermissionError)  # withdrawn, or not to be read
+
+
+class Found(NamedTuple):
+    """A regular file whose name is a job's or a cancel mark's."""
+
+    sub: str  # folder below the inbox, "" at the root
+    entry: os.DirEntry[str]
+    siblings: set[str]  # names in the same folder, its own included
+
+    @property
+    def path(self) -> str:
+        """SUB/FILE."""
+        return below(self.sub, self.entry.name)
+
+
+def below(sub: str, name: str) -> str:
+    """The path, from the inbox on, of a name in a folder below it."""
+    return f"{sub}/{name}" if sub else name
+
+
+def job_files(root: Path, recursive: bool) -> Iterator[Found]:
+    """Find every job file and cancel mark in the inbox.
+
+    Raises OSError: the inbox itself cannot be read. A sub-folder that cannot be is left out.
+    """
+    device = os.stat(root).st_dev
+    folders = [""]
+    while folders:
+        sub = folders.pop()
+        with os.scandir(root / sub) if not sub else _scandir_if_there(root / sub) as scan:
+            listed = list(scan)
+        siblings = {entry.name for entry in listed}
+        for entry in listed:
+            if _is_folder(entry):
+                if recursive and _is_entered(entry, sub, device):
+                    folders.append(below(sub, entry.name))
+            elif _has_our_name(entry.name) and _may_be_file(entry):
+                yield Found(sub, entry, siblings)
+
+
+def strangers(root: Path) -> Iterator[tuple[str, str]]:
+    """What in the inbox is named like a job or folder but is never entered: (path, why)."""
+    for _, listed in fs.walk(root):
+        for entry in listed:
+            path = os.path.relpath(entry.path, root)
+            if entry.is_symlink():
+                yield path, "a symbolic link is not followed"
+            elif entry.is_dir(follow_symlinks=False):
+                if os.path.ismount(entry.path):
+                    yield path, "another file system is not entered"
+                elif len(os.fsencode(path)) > SUB_BYTES:
+                    yield path, f"a path of more than {SUB_BYTES} bytes is not entered"
+                elif names.is_job_name(entry.name):
+                    yield path, "a folder, though named like a job"
+            elif not entry.is_file(follow_symlinks=False):
+                yield path, "not a regular file"
+
+
+def _has_our_name(name: str) -> bool:
+    return names.is_job_name(name) or names.is_cancel(name)
+
+
+def _is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
+    """Whether a sub-folder is looked into: not other programs', other file systems' or too deep."""
+    return (
+        not names.is_ignored_folder(entry.name)
+        and _device(entry) == device
+        and len(os.fsencode(below(sub, entry.name))) <= SUB_BYTES
+    )
+
+
+class _Nothing:
+    """An empty os.scandir."""
+
+    def __enter__(self) -> Iterator[os.DirEntry[str]]:
+        return iter(())
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+
+def _scandir_if_there(path: Path) -> "os._ScandirIterator[str] | _Nothing":
+    try:
+        return os.scandir(path)
+    except NOT_OURS:
+        return _Nothing()  # a sub-folder that went away or is not ours to read (doctor says so)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False  # stat failed: treat it as a file, whose own stat reports the error
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file(follow_symlinks=False)
+    except OSError:
+        return True  # stat failed: the scan's own stat reports the error
+
+
+def _device(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_dev
+    except OSError:
+        return None  # gone, or stat failed: not entered

@@ -1,0 +1,116 @@
+"""Events of the inbox: when something moves there, look now. The periodic scan finds what no event told."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from watchdog.events import (
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper
+
+# watchdog holds every move out of a folder, and all events behind it, back for half a second in case
+# the other half of the move comes. Our claims are moves out of the inbox, and we pair nothing.
+InotifyMoveEventGrouper.delay = 0.0
+
+Mode = Literal["inotify", "poll"]
+
+# File systems whose other writers inotify cannot see: inotify(7), "Limitations".
+REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "afs", "ceph", "lustre", "glusterfs")
+
+
+_EVENTS: list[type[FileSystemEvent]] = [
+    # Not *opened* and *closed without write*: our own looking would wake us for ever.
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileModifiedEvent,
+    FileClosedEvent,
+    FileDeletedEvent,
+    DirCreatedEvent,
+    DirMovedEvent,
+    DirDeletedEvent,
+]
+
+
+class _Handler(FileSystemEventHandler):
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        """Called in watchdog's thread, which an exception would end."""
+        self._wake()
+
+
+class Watcher:
+    """Calls `wake` from a thread of its own when something moves; heals itself in `check`."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._handler = _Handler(wake)
+        self._observer: BaseObserver | None = None
+        self._watched: dict[Path, tuple[int, int]] = {}
+
+    def check(self, folders: dict[Path, bool]) -> None:
+        """Watch `folders` (path -> recursive); one that was made again or mounted over, anew."""
+        there = {path: _identity(path) for path in folders}
+        if self._is_alive() and there == self._watched:
+            return
+        self.close()
+        observer = Observer()
+        try:
+            observer.start()
+            for path, recursive in folders.items():
+                if there[path] is not None:
+                    self._schedule(observer, str(path), recursive)
+        except OSError:
+            observer.stop()  # out of inotify watches: the periodic scan still finds everything
+            return
+        self._observer = observer
+        self._watched = {path: identity for path, identity in there.items() if identity}
+
+    def _schedule(self, observer: BaseObserver, path: str, recursive: bool) -> None:
+        try:
+            observer.schedule(self._handler, path, recursive=recursive, event_filter=_EVENTS)
+        except RecursionError:  # too deep for os.walk: below `path` only the periodic scan looks
+            observer.schedule(self._handler, path, recursive=False, event_filter=_EVENTS)
+
+    def _is_alive(self) -> bool:
+        """Whether every thread is: one that hears and one for each folder."""
+        threads = [self._observer, *self._observer.emitters] if self._observer else []
+        return bool(threads) and all(thread.is_alive() for thread in threads)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer.join()
+            self._observer = None
+        self._watched = {}
+
+
+def watch_mode(wanted: Literal["auto", "inotify", "poll"], kind: str) -> tuple[Mode, str]:
+    """`watch.mode`, decided by the inbox's kind of file system, and the reason in words."""
+    if wanted != "auto":
+        return wanted, f"{wanted} (watch.mode)"
+    if kind.startswith(REMOTE):
+        return "poll", f"poll: inotify does not see every writer on {kind}"
+    return "inotify", f"inotify on {kind}"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

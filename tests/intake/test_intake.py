@@ -1,0 +1,404 @@
+"""From a file in the inbox to a job: the real loop, spool and threads, a desk that records, no daemon."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import PATIENCE_SECONDS
+from promptdrop import config
+from promptdrop.config import Config
+from promptdrop.errors import RequestError
+from promptdrop.intake.intake import Intake, Survey
+from promptdrop.loop import Loop, Room
+from promptdrop.spool import claim, control
+from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.spool import Spool
+
+WATCH = {"mode": "poll", "settle_seconds": 1, "give_up_seconds": 10, "writer_seconds": 0}
+
+
+class Desk:
+    """Records what the intake reports."""
+
+    def __init__(self, settings: Config) -> None:
+        self.config = settings
+        self.accepted: list[Job] = []
+        self.refused: list[tuple[Unresolved, RequestError]] = []
+        self.surveys: list[Survey] = []
+
+    def accept(self, job: Job) -> None:
+        """Record a new job."""
+        self.accepted.append(job)
+
+    def refuse(self, claimed: Unresolved, error: RequestError) -> None:
+        """Record a refused file."""
+        self.refused.append((claimed, error))
+
+    def surveyed(self, survey: Survey) -> None:
+        """Record a look."""
+        self.surveys.append(survey)
+
+    @property
+    def paths(self) -> list[str]:
+        """SUB/FILE of each job, in the order in which they came."""
+        return [job.path for job in self.accepted]
+
+
+class Front:
+    """An intake on a spool of its own. A test says when it looks; its clock is an argument."""
+
+    def __init__(self, root: Path, **sections: Any) -> None:
+        settings = config.parse({
+            "root": str(root), "model": {"id": "gradient"},
+            "limits": {"min_free_disk_mib": 0}, "watch": WATCH, **sections,
+        })  # fmt: skip
+        self.loop, self.spool, self.desk = Loop(1.0), Spool(settings), Desk(settings)
+        self.spool.folders.init()
+        self.spool.lock.acquire()
+        self.spool.folders.prepare()
+        self.inbox = self.spool.paths.inbox
+        self.intake = Intake(self.loop, self.spool, self.desk)
+        self._began = time.monotonic()
+        self._held: list[threading.Event] = []
+
+    def drop(self, path: str, text: str = "a cat\n") -> Path:
+        """Write a file into the inbox."""
+        file = self.inbox / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def jobs_on_disk(self) -> list[Path]:
+        """The folders of claimed jobs."""
+        return list(self.spool.paths.of_state("pending").iterdir())
+
+    def look(self, at: float) -> None:
+        """Look once, `at` seconds after the beginning, and hear what was found."""
+        surveys = len(self.desk.surveys)
+        self.intake.wake()
+        self.intake.look(self._began + at)
+        self.until(lambda: len(self.desk.surveys) > surveys)
+
+    def look_twice(self, at: float) -> None:
+        """Look `at` and once more when what stood there has settled."""
+        self.look(at)
+        self.look(at + 1)
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Turn the loop until the condition holds."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline
+            self.loop.wait([], [], deadline)
+            self.loop.run_results()
+
+    def through(self, room: Room) -> None:
+        """Turn the loop until everything that a room has been given so far is done."""
+        done = threading.Event()
+        self.off(room, lambda: None, lambda _: done.set())
+        self.until(done.is_set)
+
+    def rest(self) -> None:
+        """Turn the loop until no file is being read, claimed or resolved."""
+        for room in ("reader", "clerk", "clerk"):  # claims come from the reader, jobs from a claim
+            self.through(room)
+
+    def hold(self, room: Room) -> Callable[[], None]:
+        """Keep a room busy until the returned function is called."""
+        gate = threading.Event()
+        self._held.append(gate)
+        self.off(room, gate.wait, lambda _: None)
+        return gate.set
+
+    def off(self, room: Room, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run something else in a room."""
+        self.loop.off(room, work, then)
+
+    def close(self) -> None:
+        """End the threads."""
+        for gate in self._held:
+            gate.set()
+        self.intake.close()
+        self.loop.close()
+        self.spool.lock.release()
+
+
+@pytest.fixture
+def make_front(tmp_path: Path) -> Iterator[Callable[..., Front]]:
+    """`make_front(root, **sections of config.yaml)`."""
+    made: list[Front] = []
+
+    def make(root: Path = tmp_path / "spool", **sections: Any) -> Front:
+        made.append(Front(root, **sections))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def front(make_front: Callable[..., Front]) -> Front:
+    """An intake on an empty spool."""
+    return make_front()
+
+
+def test_a_drop_is_read_claimed_and_resolved(front: Front) -> None:
+    """It leaves the inbox in one step and comes to the desk as a job, its seeds drawn."""
+    file = front.drop("night/cat.yaml", "prompts: [a, b]\nseed: 7\npriority: 3\n")
+    front.look_twice(0.0)
+    front.rest()
+    (job,) = front.desk.accepted
+
+    assert not file.exists()
+    assert job.drop.read_text() == "prompts: [a, b]\nseed: 7\npriority: 3\n"
+    assert (job.path, job.folder, job.priority) == ("night/cat.yaml", "night/cat", 3)
+    assert [(spec.prompt, spec.seed) for spec in job.specs] == [("a", 7), ("b", 7)]
+    assert front.desk.refused == []
+
+
+def test_the_desk_hears_of_a_look_before_its_files_are_taken(front: Front) -> None:
+    """The supervisor knows trouble and commands before new work comes."""
+    front.drop("a.txt")
+    front.look_twice(0.0)
+
+    assert [offer.path for offer in front.desk.surveys[-1].lanes[""]] == ["a.txt"]
+    assert front.desk.accepted == []
+    assert not front.intake.is_idle()
+
+
+def test_an_empty_inbox_is_quiet_until_something_happens(front: Front) -> None:
+    """`--drain` may end after a look that began after everything else and found no job file."""
+    front.look(0.0)
+    before = front.intake.is_quiet()
+    front.drop("a.txt")
+    front.look_twice(1.0)
+    during = front.intake.is_quiet()
+    front.rest()
+    claimed = front.intake.is_quiet()
+    front.look(PATIENCE_SECONDS)
+
+    assert (before, during, claimed, front.intake.is_quiet()) == (True, False, False, True)
+
+
+def test_a_look_lists_commands_also_where_the_inbox_cannot_be_read(front: Front) -> None:
+    """A command is obeyed while a disk is sick; the folder that is missing is named."""
+    control.send(front.spool.paths.control, control.Cancel(("x",)))
+    front.inbox.rmdir()
+    front.look(0.0)
+    (survey,) = front.desk.surveys
+
+    assert [command.targets for command in survey.commands] == [("x",)]
+    assert survey.scan is None
+    assert str(front.inbox) in (survey.trouble or "")
+
+
+def test_a_file_that_changes_while_it_waits_is_put_back(front: Front) -> None:
+    """It settles anew, and what it says then is what is rendered."""
+    file = front.drop("a.txt", "half\n")
+    release = front.hold("reader")
+    front.look_twice(0.0)
+    file.write_text("half and half\n")
+    release()
+    front.rest()
+    untouched = file.exists(), list(front.desk.accepted)
+    front.look(2.0)
+    settling = dict(front.intake.waiting)
+    front.look(3.0)
+    front.rest()
+
+    assert untouched == (True, [])
+    assert settling == {"a.txt": "still settling"}
+    assert [spec.prompt for spec in front.desk.accepted[0].specs] == ["half and half"]
+
+
+def test_a_bad_file_is_refused_only_after_give_up_seconds(front: Front) -> None:
+    """It may still be arriving: until then it stays in the inbox, and the reason is told."""
+    file = front.drop("a.yaml", "prompt: a\nsteps: 0\n")
+    front.look_twice(0.0)
+    front.rest()
+    front.look(9.0)
+    waiting = dict(front.intake.waiting)
+    early = file.exists(), list(front.desk.refused)
+    front.look(10.0)
+    front.rest()
+    ((claimed, error),) = front.desk.refused
+
+    assert waiting == {"a.yaml": "would be refused: line 2: steps=0 is not an integer in [1, 100]"}
+    assert early == (True, [])
+    assert (claimed.path, str(error)) == ("a.yaml", "line 2: steps=0 is not an integer in [1, 100]")
+    assert not file.exists()
+    assert front.desk.accepted == []
+
+
+def test_a_bad_file_that_is_corrected_is_a_job(front: Front) -> None:
+    """The rest of an upload makes it good."""
+    file = front.drop("a.yaml", "prompt: a\nsteps:")
+    file.write_text("prompt: a\nsteps: many\n")
+    front.look_twice(0.0)
+    front.rest()
+    file.write_text("prompt: a\nsteps: 4\n")
+    front.look_twice(2.0)
+    front.rest()
+
+    assert [job.specs[0].steps for job in front.desk.accepted] == [4]
+    assert front.desk.refused == []
+
+
+def test_a_file_withdrawn_between_look_and_claim_is_forgotten(front: Front) -> None:
+    """Nothing is made of it, nobody is told, and its name is free for another."""
+    file = front.drop("a.txt")
+    release = front.hold("clerk")
+    front.look_twice(0.0)
+    front.through("reader")
+    file.unlink()
+    release()
+    front.rest()
+    nothing = [*front.desk.accepted, *front.desk.refused, *front.jobs_on_disk()]
+    front.drop("a.txt", "another\n")
+    front.look_twice(2.0)
+    front.rest()
+
+    assert nothing == []
+    assert [spec.prompt for spec in front.desk.accepted[0].specs] == ["another"]
+
+
+def test_a_file_changed_between_look_and_claim_is_read_again(front: Front) -> None:
+    """A writer may hold the file through the rename: the bytes that were moved are what counts."""
+    file = front.drop("a.txt", "first\n")
+    release = front.hold("clerk")
+    front.look_twice(0.0)
+    front.through("reader")
+    file.write_text("second thoughts\n")
+    release()
+    front.rest()
+
+    assert [spec.prompt for spec in front.desk.accepted[0].specs] == ["second thoughts"]
+
+
+def test_the_next_file_of_a_name_is_taken_too(front: Front) -> None:
+    """The name is free with the claim, before any look has seen it missing."""
+    front.drop("a.txt", "one\n")
+    front.look_twice(0.0)
+    front.rest()
+    front.drop("a.txt", "two\n")
+    front.look_twice(2.0)
+    front.rest()
+
+    assert [job.specs[0].prompt for job in front.desk.accepted] == ["one", "two"]
+    assert [job.folder for job in front.desk.accepted] == ["a", "a~2"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [
+        ("fair", ["a/1.txt", "b/1.txt", "c.txt", "a/2.txt", "b/sub/2.txt", "a/3.txt"]),
+        ("fifo", ["a/1.txt", "a/2.txt", "a/3.txt", "b/1.txt", "b/sub/2.txt", "c.txt"]),
+    ],
+)
+def test_files_are_taken_in_turn(
+    make_front: Callable[..., Front], policy: str, order: list[str]
+) -> None:
+    """Fair: from each top-level sub-folder, the root being one. Fifo: by arrival, then by name."""
+    front = make_front(queue={"policy": policy})
+    for path in ("c.txt", "b/sub/2.txt", "b/1.txt", "a/3.txt", "a/2.txt", "a/1.txt"):
+        front.drop(path)
+    front.look_twice(0.0)
+    front.rest()
+
+    assert front.desk.paths == order
+
+
+def test_a_crowd_leaves_the_clerk_room_for_other_work(front: Front) -> None:
+    """Only some files are read at once; all of them are taken in the end."""
+    for n in range(40):
+        front.drop(f"{n:02}.txt")
+    release = front.hold("reader")
+    front.look_twice(0.0)
+    had_room = front.intake.has_room()
+    release()
+    front.until(lambda: len(front.desk.accepted) == 40)
+
+    assert not had_room
+    assert front.intake.has_room()
+
+
+def test_a_file_that_cannot_be_moved_out_is_blocked_and_said(
+    make_front: Callable[..., Front], tmp_path: Path
+) -> None:
+    """Here since its path would be too long; it is tried again, and a drain does not wait for it."""
+    root = tmp_path
+    while len(str(root)) < 3900:
+        root /= "d" * min(200, 3905 - len(str(root)))
+    front = make_front(root)
+    file = front.drop("s" * 160 + "/a.txt")
+    front.look_twice(0.0)
+    front.rest()
+    front.look(2.0)
+    obstacle = front.intake.obstacle or ""
+
+    assert file.exists()
+    assert obstacle.startswith("cannot be moved out of the inbox: File name too long: ")
+    assert front.intake.waiting == {"s" * 160 + "/a.txt": obstacle}
+    assert [*front.desk.accepted, *front.desk.refused, *front.jobs_on_disk()] == []
+
+
+def test_a_file_claimed_before_a_crash_is_read_where_it_lies(front: Front) -> None:
+    """What it asks for was not recorded yet."""
+    front.drop("night/a.txt", "again\n")
+    front.intake.resolve_again(claim.claim(front.spool, "night", "a.txt"))
+    front.rest()
+
+    assert front.desk.paths == ["night/a.txt"]
+    assert front.intake.is_idle()
+
+
+def test_a_file_claimed_before_a_crash_may_be_refused(front: Front) -> None:
+    """It cannot wait in the inbox any more, so the reason is told at once."""
+    front.drop("a.yaml", "steps: 9\n")
+    front.intake.resolve_again(claim.claim(front.spool, "", "a.yaml"))
+    front.rest()
+
+    assert [str(error) for _, error in front.desk.refused] == ["line 1: prompt is required"]
+
+
+def test_a_file_is_turned_away_unread(front: Front) -> None:
+    """As a cancel mark does with a job that is not taken yet."""
+    file = front.drop("night/a.txt")
+    front.intake.turn_away("night/a.txt", RequestError("cancelled"))
+    front.rest()
+    ((claimed, error),) = front.desk.refused
+
+    assert (claimed.path, str(error), file.exists()) == ("night/a.txt", "cancelled", False)
+
+
+def test_the_same_bytes_again_are_refused_where_that_is_configured(
+    make_front: Callable[..., Front],
+) -> None:
+    """Sync clients drop a file twice; the first one is named."""
+    front = make_front(inbox={"duplicates": "refuse"})
+    front.drop("a.txt", "a cat\n")
+    front.look_twice(0.0)
+    front.rest()
+    front.drop("b.txt", "a cat\n")
+    front.look_twice(2.0)
+    front.rest()
+
+    assert front.desk.paths == ["a.txt"]
+    assert "has the same bytes as a.txt" in str(front.desk.refused[0][1])
+
+
+def test_trouble_with_a_disk_is_reported_and_takes_nothing(
+    make_front: Callable[..., Front],
+) -> None:
+    """Too little space: files stay where they are until there is more."""
+    front = make_front(limits={"min_free_disk_mib": 1 << 30})
+    file = front.drop("a.txt")
+    front.look_twice(0.0)
+
+    assert "MiB" in (front.desk.surveys[-1].trouble or "")
+    assert file.exists()

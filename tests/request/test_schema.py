@@ -1,0 +1,16 @@
+"""The JSON Schema of job files."""
+
+import json
+
+from promptdrop.request.schema import request_schema
+
+
+def test_the_schema_names_every_field():
+    """With a description and an example for each, and no others allowed."""
+    schema = request_schema()
+    fields = schema["properties"]
+
+    assert schema["additionalProperties"] is False
+    assert [name for name in fields if not fields[name].get("description")] == []
+    assert {"prompt", "prompts", "images", "priority", "meta", "size"} <= fields.keys()
+    assert json.loads(json.dumps(schema)) == schema
