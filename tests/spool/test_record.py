@@ -34,16 +34,18 @@ def test_what_a_record_lacks_has_its_default(spool: Spool) -> None:
     document = json.loads((job.home / REQUEST).read_bytes())
     for name in ("inode", "priority", "settled"):
         del document[name]
-    document["settings"] = {"prompt": {"overflow": "keep_tail", "later": 1}, "later": 1}
+    document["settings"] |= {"prompt": {"overflow": "keep_tail", "later": 1}, "later": 1}
+    document["settings"]["output"] = {"later": 1}
     document["images"][0]["later"] = 1
-    del document["images"][0]["meta"]
+    for name in ("meta", "negative_prompt"):
+        del document["images"][0][name]
     document["later"] = 1
     (job.home / REQUEST).write_text(json.dumps(document))
     read = again(spool, job)
 
     assert (read.inode, read.priority, read.settled.boot) == (0, 0, "")
     assert read.settings.prompt.overflow == "keep_tail"
-    assert read.settings.max_attempts == 3
+    assert read.settings.prompt.max_tokens == SETTINGS.prompt.max_tokens
     assert read.settings.output == SETTINGS.output
     assert read.specs == job.specs
 
