@@ -117,7 +117,7 @@ def claimed_job(spool: Spool, file: str) -> Job:
 
 
 def resident_mib() -> float:
-    """Of this process."""
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
@@ -271,7 +271,7 @@ def say(what: str, number: int, figures: dict[str, float]) -> None:
 
 
 def median_of(found: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Of each figure."""
+    """The median of each figure."""
     runs = list(found)
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from harness import Daemon
+from promptdrop.spool.spool import Spool
+from spools import make_spool
 
 
 @pytest.fixture
@@ -33,6 +35,14 @@ def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
     """A daemon on a fast configuration, not started."""
     return make_daemon()
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    """A spool with all its folders, which no daemon runs on."""
+    made = make_spool(tmp_path)
+    made.folders.init()
+    return made
 
 
 @pytest.fixture(scope="session")

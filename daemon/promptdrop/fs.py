@@ -328,6 +328,7 @@ def _copy(source: Path, target: Path) -> None:
         return
     with open_plain(source) as original, temporary(target.parent, 0o600) as (file, name):
         shutil.copyfileobj(original, file, 1 << 20)
+        file.flush()  # a later write would change the time again
         # By descriptor, and without the bits that would make it a program of our own user's.
         os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode) & 0o777)
         os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from promptdrop.spool.spool import Spool
-from spools import make_spool
+from spools import init_spool
 
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
     """A spool with its folders, without a daemon."""
-    return make_spool(tmp_path)
+    return init_spool(tmp_path)
 
 
 @pytest.fixture

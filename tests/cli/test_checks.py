@@ -11,7 +11,7 @@ from promptdrop.cli import checks
 from promptdrop.cli.checks import Finding
 from promptdrop.cli.doctor import print_finding
 from promptdrop.spool.spool import Spool
-from spools import make_spool, put, settings
+from spools import init_spool, put, settings
 
 
 def graded(grade: str, spool: Spool) -> list[tuple[str, str]]:
@@ -42,7 +42,7 @@ def test_folders_that_are_missing(spool: Spool) -> None:
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """Each folder with less than limits.min_free_disk_mib is bad."""
-    spool = make_spool(tmp_path, limits={"min_free_disk_mib": 10**9})
+    spool = init_spool(tmp_path, limits={"min_free_disk_mib": 10**9})
     bad = graded("bad", spool)
 
     assert [what for what, _ in bad] == ["inbox", "state", "outbox", "failed"]
@@ -75,7 +75,7 @@ def test_groups_that_differ(spool: Spool) -> None:
 
 def test_a_model_that_is_missing(tmp_path: Path) -> None:
     """What a check raises is a bad finding, and the others follow."""
-    spool = make_spool(tmp_path, model={"path": str(tmp_path / "model"), "device": "cpu"})
+    spool = init_spool(tmp_path, model={"path": str(tmp_path / "model"), "device": "cpu"})
     (bad,) = graded("bad", spool)
 
     assert bad[0] == "model"
@@ -84,7 +84,7 @@ def test_a_model_that_is_missing(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     """A GPU by a number that nobody has."""
-    spool = make_spool(tmp_path, model={"id": "gradient", "device": "cuda:99"})
+    spool = init_spool(tmp_path, model={"id": "gradient", "device": "cuda:99"})
 
     assert "model.device: cuda:99: no such device" in dict(graded("bad", spool))["device"]
 

@@ -14,7 +14,7 @@ from promptdrop.errors import ConfigError, PromptdropError
 from promptdrop.records import Status
 from promptdrop.spool import claim
 from promptdrop.spool.spool import Spool
-from spools import finish, job, make_spool, refuse, resolve, settings
+from spools import finish, init_spool, job, refuse, resolve, settings
 from statuses import end, write_status
 
 
@@ -44,7 +44,7 @@ def test_a_drop_is_whole_at_once_and_takes_no_name(spool: Spool) -> None:
 
 def test_a_drop_has_its_marker(tmp_path: Path) -> None:
     """With watch.ready_suffix, after the file itself."""
-    spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
+    spool = init_spool(tmp_path, watch={"ready_suffix": ".done"})
     client.drop(spool, b"a", "cat.txt")
 
     assert sorted(os.listdir(spool.paths.inbox)) == ["cat.txt", "cat.txt.done"]

@@ -18,15 +18,6 @@ from promptdrop.spool.failed import failures
 from promptdrop.spool.spool import Spool
 from users import obedient
 
-
-@pytest.fixture
-def spool(tmp_path: Path) -> Spool:
-    """A spool that no daemon runs on."""
-    spool = Spool(config.parse({"root": str(tmp_path / "spool"), "model": {"id": "gradient"}}))
-    spool.folders.init()
-    return spool
-
-
 # --- swaps between look and open ----------------------------------------------------------------
 
 

@@ -1,38 +1,21 @@
 """A disk that lied about fsync leaves a job's record torn: its file is read again, nothing is lost."""
 
-from pathlib import Path
-
 import pytest
 
-from promptdrop import config
-from promptdrop.nouns import Request
-from promptdrop.spool import claim, ending, record, recovery, retry
-from promptdrop.spool.detail import ClaimedSettings, Settled
+from promptdrop.spool import ending, record, recovery, retry
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import REQUEST
 from promptdrop.spool.spool import Spool
-from specs import spec
+from spools import claimed_job
 
 TORN = b'{"id": "'
 LACKING = b'{"id": "x", "sub": "", "file": "cat.txt", "images": [], "settings": {}}'
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Spool:
-    """An initialised spool."""
-    made = Spool(config.parse({"root": str(tmp_path / "spool"), "model": {"id": "gradient"}}))
-    made.folders.init()
-    return made
-
-
-@pytest.fixture
 def job(spool: Spool) -> Job:
     """A claimed job of two images, the first of which failed."""
-    (spool.paths.inbox / "cat.txt").write_text("a cat\na dog\n")
-    asked = Request((spec(image=1), spec(image=2)), 0)
-    kept = ClaimedSettings(config.Prompt(), config.Output(), 3, "fail")
-    claimed = claim.claim(spool, "", "cat.txt")
-    resolved = claim.resolve(spool, claimed, asked, Settled(0.0, spool.boot), kept)
+    resolved = claimed_job(spool, "cat.txt", images=2)
     record.fail_image(resolved, 1, "boom")
     return resolved
 
@@ -60,7 +43,7 @@ def test_a_retry_of_a_torn_record_drops_the_file_anew(
     resumed = retry.retry(spool, "cat.txt")
 
     assert resumed is None
-    assert (spool.paths.inbox / "cat.txt").read_text() == "a cat\na dog\n"
+    assert (spool.paths.inbox / "cat.txt").read_text() == "a\n"
     assert recovery.recover(spool) == ([], [])
 
 

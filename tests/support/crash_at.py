@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,29 @@ def use_forked_engine() -> None:
     )
 
 
+def arm(n: int) -> None:
+    """From now on this process counts its changes to the disk, and dies before the n-th."""
+    for name in ("rename", "replace", "mkdir", "fsync", "link", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name), n))
+    fs._renameat2 = counted(ctypes.CDLL(None, use_errno=True).renameat2, n)
+
+
+def dies_before(n: int, action: Callable[[], object]) -> bool:
+    """Run `action` in a fork of this process, dead before its n-th change; False: it made fewer."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            arm(n)
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 137), f"ended with {status}"
+    return status == 137
+
+
 def serve() -> None:
     """Fork one daemon for each request; this process has a single thread and no state to leak."""
     for line in sys.stdin:
@@ -130,9 +154,7 @@ def run(n: int, arguments: list[str], home: str, count: str) -> int:
         os.dup2(log, fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     use_forked_engine()
-    for name in ("rename", "replace", "mkdir", "fsync", "link", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name), n))
-    fs._renameat2 = counted(ctypes.CDLL(None, use_errno=True).renameat2, n)
+    arm(n)
     status = main.main(arguments)
     if n == 0:
         Path(count).write_text(str(_last))

@@ -57,22 +57,29 @@ class Publication:
 
         Thread: publisher.
         """
-        began = time.monotonic()
         if not self._recorded:
-            if self._data is None:
-                self._data = self._encode()
-            folder = self.job.outbox_folder
-            fs.make_directories(folder, self.job.settings.folder_mode, below=self.job.paths.outbox)
-            self._sha256 = hashlib.sha256(self._data).hexdigest()
-            # Once: state that cannot be written all night must not fill the outbox meanwhile.
-            if self._temporary is None or not fs.exists(self._temporary):
-                self._temporary = fs.write_temporary(
-                    folder, self._data, self.job.settings.file_mode
-                )
-            self._save_ms += (time.monotonic() - began) * 1e3
-            _write_record(self.job, self.spec.image, self._record(self._temporary.name))
-            self._recorded = True
+            self.prepare()
         return complete(self.job, self.spec.image)
+
+    def prepare(self) -> None:
+        """Write the image under a hidden name, then the record from which `complete` goes on.
+
+        Raises OSError: trouble with a disk, call again.
+
+        Thread: publisher.
+        """
+        began = time.monotonic()
+        if self._data is None:
+            self._data = self._encode()
+        settings, folder = self.job.settings, self.job.outbox_folder
+        fs.make_directories(folder, settings.folder_mode, below=self.job.paths.outbox)
+        self._sha256 = hashlib.sha256(self._data).hexdigest()
+        # Once: state that cannot be written all night must not fill the outbox meanwhile.
+        if self._temporary is None or not fs.exists(self._temporary):
+            self._temporary = fs.write_temporary(folder, self._data, settings.file_mode)
+        self._save_ms += (time.monotonic() - began) * 1e3
+        _write_record(self.job, self.spec.image, self._record(self._temporary.name))
+        self._recorded = True
 
     def close(self) -> None:
         """Give the memory of the pixels back."""

@@ -1,4 +1,4 @@
-"""What a job asks for, image by image, under which configuration; and how request.json says it."""
+"""The large part of a job: its images as asked for, and its settings; and their form in request.json."""
 
 import json
 from collections.abc import Iterable

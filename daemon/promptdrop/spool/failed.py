@@ -1,4 +1,4 @@
-"""What lies in failed/: each file with its reason beside it."""
+"""Files in failed/, each with its reason beside it."""
 
 import json
 import os

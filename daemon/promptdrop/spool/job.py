@@ -18,7 +18,7 @@ _STEM_BYTES = 220  # of an image's file name, so that suffixes and temporaries s
 
 @dataclass(slots=True)
 class ImageState:
-    """What has come of one image so far."""
+    """The result of one image so far."""
 
     outcome: Literal["todo", "rendered", "placeholder", "failed"] = "todo"
     file: str | None = None  # its name in the job's outbox folder
@@ -29,7 +29,7 @@ class ImageState:
 
 @dataclass(slots=True)
 class Unresolved:
-    """A claimed file whose request is not recorded."""
+    """A claimed file whose request is not recorded yet, or torn."""
 
     id: str
     home: Path
@@ -50,7 +50,10 @@ class Unresolved:
 
 @dataclass(slots=True)
 class Job:
-    """One claimed file. While it waits among many it is closed: its detail is on the disk only."""
+    """A claimed and resolved file.
+
+    While it waits among many it is closed: its detail is on the disk only.
+    """
 
     id: str
     paths: Paths
@@ -62,7 +65,7 @@ class Job:
     priority: int
     images: int
     must_fit: bool  # a prompt that is too long refuses the whole file (prompt.overflow)
-    detail_in_memory: Detail | None = None
+    detail_in_memory: Detail | None = None  # None while it is closed
     cancelled: bool = False
     _states: dict[int, ImageState] | None = None
 
@@ -86,7 +89,7 @@ class Job:
 
     @property
     def detail(self) -> Detail:
-        """What it asks for; of a closed job read from the disk. Raises OSError."""
+        """The large part of the job; of a closed one it is read from the disk. Raises OSError."""
         self.open()
         assert self.detail_in_memory
         return self.detail_in_memory

@@ -1,4 +1,4 @@
-"""What this process may do with a folder, in words that say how to cure it; and making folders."""
+"""Folders: making them, and whether this process may work in them, in words that name the cure."""
 
 import os
 import stat

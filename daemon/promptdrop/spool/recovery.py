@@ -52,7 +52,7 @@ def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
 
 
 def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
-    """What each folder holds. In several threads, because after a power cut all comes from the disk."""
+    """Yield the content of each folder. Uses eight threads, because after a power cut all comes from the disk."""
 
     def look(some: list[str]) -> list[_Found]:
         found = []

@@ -1,0 +1,163 @@
+"""The end of a job: where its file lies then, and what says why."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import crash_at
+from promptdrop.errors import Problem
+from promptdrop.outbox import publish
+from promptdrop.spool import claim, ending, record, recovery
+from promptdrop.spool.job import ImageState, Job
+from promptdrop.spool.spool import Spool
+from spools import claimed_job, files_below, make_spool, publication
+
+PROBLEMS = [Problem("unknown field 'promt'", line=2, field="promt")]
+
+
+def ended_job(spool: Spool, path: str, *outcomes: Any) -> Job:
+    """A job in hand whose images have these outcomes."""
+    job = claimed_job(spool, path, images=len(outcomes))
+    claim.take(job)
+    for number, outcome in enumerate(outcomes, 1):
+        if outcome == "rendered":
+            publication(job, number).run()
+        elif outcome == "failed":
+            record.fail_image(job, number, "no luck")
+    return job
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON document."""
+    loaded: dict[str, Any] = json.loads(path.read_bytes())
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "cancelled", "expected"),
+    [
+        (["rendered", "rendered"], False, "done"),
+        (["rendered", "failed"], False, "partial"),
+        (["placeholder", "failed"], False, "failed"),
+        (["rendered", "todo"], True, "cancelled"),
+        (["rendered", "rendered"], True, "done"),  # the cancel came too late
+    ],
+)
+def test_the_images_decide_how_a_job_ended(
+    spool: Spool, outcomes: list[Any], cancelled: bool, expected: str
+) -> None:
+    """A placeholder is no image that was asked for."""
+    job = claimed_job(spool, "a.txt", images=2)
+    job.cancelled = cancelled
+    for number, outcome in enumerate(outcomes, 1):
+        job.states[number] = ImageState(outcome)
+
+    assert ending.outcome_of(job) == expected
+
+
+def test_the_file_of_a_done_job_lies_beside_its_images(spool: Spool) -> None:
+    """With job.json; nothing of it is left in the state folder."""
+    job = ended_job(spool, "sub/a.txt", "rendered")
+    ending.finish(spool, job)
+
+    assert files_below(job.outbox_folder) == [
+        "a-0001.json", "a-0001.png", "job.json", "request.txt",
+    ]  # fmt: skip
+    assert read(job.outbox_folder / "job.json")["outcome"] == "done"
+    assert not list(spool.paths.homes("pending", "active", "parked", "finished"))
+
+
+def test_the_file_of_a_failed_job_lies_in_failed_with_its_reason(spool: Spool) -> None:
+    """And its records are kept for `retry`."""
+    job = ended_job(spool, "sub/a.txt", "rendered", "failed")
+    ending.finish(spool, job)
+    reason = read(spool.paths.failed / "sub/a.txt.error.json")
+
+    assert (spool.paths.failed / "sub/a.txt").read_text() == "a\n"
+    assert (reason["outcome"], reason["missing"]) == ("partial", [2])
+    assert reason["error"] == "image 2: no luck"
+    assert read(job.outbox_folder / "job.json")["outcome"] == "partial"
+    assert list(spool.paths.homes("parked")) == [str(spool.paths.home("parked", job.id))]
+
+
+def test_a_refused_file_lies_in_failed_with_its_reason(spool: Spool) -> None:
+    """Nothing of it is kept: it is dropped again as it is."""
+    (spool.paths.inbox / "a.yaml").write_text("promt: a\n")
+    ending.refuse(spool, claim.claim(spool, "", "a.yaml"), PROBLEMS)
+    reason = read(spool.paths.failed / "a.yaml.error.json")
+
+    assert reason["outcome"] == "refused"
+    assert reason["problems"][0]["line"] == 2
+    assert files_below(spool.paths.failed) == ["a.yaml", "a.yaml.error.json"]
+    assert not list(spool.paths.homes("pending", "active", "parked", "finished"))
+
+
+def test_nothing_in_failed_is_overwritten(spool: Spool) -> None:
+    """Neither a file nor a reason that somebody left; SUB~2 where a file is named like the folder."""
+    for path in ("a.txt", "b.txt.error.json", "sub"):
+        (spool.paths.failed / path).write_text("mine\n")
+    for path in ("a.txt", "b.txt", "sub/c.txt"):
+        ending.finish(spool, ended_job(spool, path, "failed"))
+
+    assert files_below(spool.paths.failed) == [
+        "a.txt", "a~2.txt", "a~2.txt.error.json", "b.txt.error.json",
+        "b~2.txt", "b~2.txt.error.json", "sub", "sub~2/c.txt", "sub~2/c.txt.error.json",
+    ]  # fmt: skip
+
+
+def test_a_job_is_refused_before_its_first_image(spool: Spool) -> None:
+    """Its outbox folder goes, unless somebody has put something there."""
+    empty, used = claimed_job(spool, "a.txt"), claimed_job(spool, "b.txt")
+    (used.outbox_folder / "note").write_text("mine\n")
+    for job in (empty, used):
+        ending.refuse_job(spool, job, PROBLEMS)
+
+    assert not empty.outbox_folder.exists()
+    assert files_below(used.outbox_folder) == ["note"]
+    assert claimed_job(spool, "a.txt").folder == "a"  # its name is free again
+
+
+@pytest.mark.parametrize("outcome", ["rendered", "failed"])
+def test_an_end_that_is_cut_short_is_completed(tmp_path: Path, outcome: str) -> None:
+    """Whenever the daemon dies: the next life ends the job, and its file lies in one place."""
+    n, died = 0, True
+    while died:
+        n += 1
+        spool = make_spool(tmp_path / str(n))
+        spool.folders.init()
+        job = ended_job(spool, "a.txt", outcome)
+        died = crash_at.dies_before(n, partial(ending.finish, spool, job))
+        left, _ = recovery.recover(spool)
+        for again in left:
+            publish.recover(again)
+            ending.finish(spool, again)
+
+        assert (job.outbox_folder / "job.json").exists()
+        assert (job.outbox_folder / "request.txt").exists() == (outcome == "rendered")
+        assert (spool.paths.failed / "a.txt").exists() == (outcome == "failed")
+        assert (spool.paths.failed / "a.txt.error.json").exists() == (outcome == "failed")
+        assert not list(spool.paths.homes("pending", "active", "finished"))
+        assert not [p for p in files_below(spool.paths.root) if ".promptdrop-" in p]
+    assert n > 5
+
+
+def test_a_refusal_that_is_cut_short_is_completed(tmp_path: Path) -> None:
+    """Whenever the daemon dies: the file is refused, or a claim that is read again."""
+    n, died = 0, True
+    while died:
+        n += 1
+        spool = make_spool(tmp_path / str(n))
+        spool.folders.init()
+        (spool.paths.inbox / "a.txt").write_text("a\n")
+        claimed = claim.claim(spool, "", "a.txt")
+        died = crash_at.dies_before(n, partial(ending.refuse, spool, claimed, PROBLEMS))
+        _, left = recovery.recover(spool)
+        for again in left:
+            ending.refuse(spool, again, PROBLEMS)
+
+        assert files_below(spool.paths.failed) == ["a.txt", "a.txt.error.json"]
+        assert not list(spool.paths.homes("pending", "active", "finished"))
+    assert n > 5

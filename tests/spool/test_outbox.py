@@ -1,0 +1,67 @@
+"""The jobs' folders in the outbox, and their names."""
+
+from promptdrop.spool.spool import Spool
+from spools import claimed_job
+
+
+def test_folders_are_never_shared(spool: Spool) -> None:
+    """JOB, JOB~2 ... compared without case; a sub-folder is never mirrored into a job's folder."""
+    paths = (
+        "cat.txt", "cat.yaml", "CAT.txt", "cat/dog.txt",
+        "Night/a.txt", "night/a.txt", "a b/con.txt",
+    )  # fmt: skip
+    folders = [claimed_job(spool, path).folder for path in paths]
+
+    assert folders == [
+        "cat", "cat~2", "CAT~3", "cat~4/dog", "Night/a", "Night/a~2", "a_b/con_",
+    ]  # fmt: skip
+
+
+def test_a_free_name_is_free_in_any_case(spool: Spool) -> None:
+    """`Cat` is taken where `cat` stands: some client could not tell them apart. So is status.json."""
+    for stranger in ("cat", "CAT~2"):
+        (spool.paths.outbox / stranger).mkdir()
+
+    folders = [claimed_job(spool, path).folder for path in ("Cat.txt", "STATUS.json.txt")]
+
+    assert folders == ["Cat~3", "STATUS.json~2"]
+
+
+def test_a_name_is_free_again_once_its_folder_is_taken_away(spool: Spool) -> None:
+    """What readers fetch and remove does not count."""
+    first = claimed_job(spool, "sub/Cat.txt")
+    (spool.paths.outbox / "sub" / "stranger").mkdir()
+    spool.outbox.release(first)
+    second = claimed_job(spool, "sub/cat.txt")
+    first.outbox_folder.rmdir()
+    spool.outbox.release(second)
+    third = claimed_job(spool, "SUB/CAT.txt")
+
+    assert [job.folder for job in (first, second, third)] == ["sub/Cat", "sub/cat~2", "sub/CAT"]
+
+
+def test_a_job_in_hand_keeps_its_name(spool: Spool) -> None:
+    """Also when somebody took its folder away: its next image goes there again."""
+    first = claimed_job(spool, "cat.txt")
+    first.outbox_folder.rmdir()
+    second = claimed_job(spool, "cat.txt")
+
+    assert (first.folder, second.folder) == ("cat", "cat~2")
+
+
+def test_a_file_named_like_a_sub_folder_stays(spool: Spool) -> None:
+    """The outbox is the readers': what stands in the way there is not ours."""
+    (spool.paths.outbox / "sub").write_text("mine\n")
+
+    assert claimed_job(spool, "sub/a.txt").folder == "sub~2/a"
+    assert (spool.paths.outbox / "sub").read_text() == "mine\n"
+
+
+def test_a_folder_that_was_taken_away_is_made_again(spool: Spool) -> None:
+    """With all above it: a reader may have fetched the whole tree."""
+    job = claimed_job(spool, "sub/a.txt")
+    job.outbox_folder.rmdir()
+    job.outbox_folder.parent.rmdir()
+    spool.outbox.make_folder(job)
+
+    assert job.outbox_folder.is_dir()

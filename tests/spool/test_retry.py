@@ -1,0 +1,126 @@
+"""`promptdrop retry`: parked jobs go on, refused files are dropped again."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import crash_at
+from promptdrop.errors import Problem, UsageError
+from promptdrop.outbox import publish
+from promptdrop.spool import claim, ending, record, recovery, retry
+from promptdrop.spool.job import Job
+from promptdrop.spool.spool import Spool
+from spools import claimed_job, files_below, make_spool, publication
+
+
+def parked_job(spool: Spool, path: str) -> Job:
+    """A job of three images that has ended: one rendered, one a placeholder, one failed."""
+    job = claimed_job(spool, path, images=3)
+    claim.take(job)
+    publication(job, 1).run()
+    publication(job, 2, rendering=None, error="too slow").run()
+    record.fail_image(job, 3, "no luck")
+    ending.finish(spool, job)
+    return job
+
+
+def refuse(spool: Spool, path: str) -> None:
+    """Drop a file that is refused."""
+    sub, _, file = path.rpartition("/")
+    (spool.paths.inbox / sub).mkdir(exist_ok=True)
+    (spool.paths.inbox / path).write_text("promt: a\n")
+    ending.refuse(spool, claim.claim(spool, sub, file), [Problem("unknown field")])
+
+
+def test_a_parked_job_goes_on_with_what_is_missing(spool: Spool) -> None:
+    """Under the same id, in the same folder; a placeholder is missing, too."""
+    job = parked_job(spool, "sub/a.txt")
+    again = retry.retry(spool, "sub/a.txt")
+
+    assert again
+    assert (again.id, again.folder, again.place) == (job.id, job.folder, "pending")
+    assert again.todo() == [2, 3]
+    assert again.drop.read_text() == "a\n"
+    assert files_below(spool.paths.failed) == []
+
+
+def test_a_cancelled_job_is_wanted_again(spool: Spool) -> None:
+    """Whoever retries it has changed their mind."""
+    job = claimed_job(spool, "a.txt")
+    record.cancel(job)
+    job.cancelled = True
+    ending.finish(spool, job)
+    again = retry.retry(spool, "a.txt")
+
+    assert again
+    assert not again.cancelled
+    assert again.todo() == [1]
+
+
+def test_a_refused_file_is_dropped_again(tmp_path: Path) -> None:
+    """With the marker that it waits for, and beside a new file of its name."""
+    spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
+    spool.folders.init()
+    refuse(spool, "sub/a.txt")
+    (spool.paths.inbox / "sub/a.txt").write_text("new\n")
+    again = retry.retry(spool, "sub/a.txt")
+
+    assert again is None
+    assert files_below(spool.paths.inbox) == ["sub/a.txt", "sub/a~2.txt", "sub/a~2.txt.done"]
+    assert (spool.paths.inbox / "sub/a.txt").read_text() == "new\n"
+    assert files_below(spool.paths.failed) == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "", "sub/", "/etc/passwd", "../inbox/a.txt", "sub/../../inbox/a.txt", "..", "a\0b",
+        "\ud800", "x" * 300, "link/a.txt", "link", "folder", "nothing.txt", "nothing/a.txt",
+    ],
+)  # fmt: skip
+def test_nothing_outside_failed_is_moved(spool: Spool, tmp_path: Path, target: str) -> None:
+    """Anybody of the group says what is retried, and may put links into failed/."""
+    (tmp_path / "a.txt").write_text("mine\n")
+    (spool.paths.inbox / "a.txt").write_text("waits\n")
+    (spool.paths.failed / "link").symlink_to(tmp_path)
+    (spool.paths.failed / "folder").mkdir()
+
+    with pytest.raises(UsageError):
+        retry.retry(spool, target)
+    assert (tmp_path / "a.txt").read_text() == "mine\n"
+    assert files_below(spool.paths.inbox) == ["a.txt"]
+
+
+def test_a_reason_that_names_another_job_moves_only_its_own_file(spool: Spool) -> None:
+    """Reasons can be written by anybody; where a job's file lies only the daemon records."""
+    parked_job(spool, "a.txt")
+    refuse(spool, "b.txt")
+    reason = (spool.paths.failed / "a.txt.error.json").read_bytes()
+    (spool.paths.failed / "b.txt.error.json").write_bytes(reason)
+    again = retry.retry(spool, "b.txt")
+
+    assert again is None
+    assert files_below(spool.paths.inbox) == ["b.txt"]
+    assert (spool.paths.failed / "a.txt").exists()
+
+
+def test_a_retry_that_is_cut_short_is_completed(tmp_path: Path) -> None:
+    """Whenever the daemon dies: the command is carried out, once, by recovery or when it is read again."""
+    n, died = 0, True
+    while died:
+        n += 1
+        spool = make_spool(tmp_path / str(n))
+        spool.folders.init()
+        job = parked_job(spool, "a.txt")
+        died = crash_at.dies_before(n, partial(retry.retry, spool, "a.txt"))
+        left, unresolved = recovery.recover(spool)
+        if not left and (again := retry.retry(spool, "a.txt")):
+            left.append(again)
+
+        assert [(one.id, one.todo()) for one in left] == [(job.id, [2, 3])]
+        assert unresolved == []
+        publish.recover(left[0])
+        assert left[0].drop.read_text() == "a\n"
+        assert files_below(spool.paths.failed) == []
+    assert n > 5

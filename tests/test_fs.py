@@ -1,0 +1,129 @@
+"""Durable writes, exclusive moves, and listing."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from promptdrop import fs, mounts
+
+
+def test_a_move_never_overwrites(tmp_path: Path) -> None:
+    """Another file under the name stays; the same bytes are the rest of a move cut short."""
+    for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / name).write_text(text)
+
+    with pytest.raises(FileExistsError):
+        fs.move(tmp_path / "a", tmp_path / "b")
+    fs.move(tmp_path / "a", tmp_path / "c")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
+    assert (tmp_path / "b").read_text() == "two"
+
+
+def test_a_move_to_another_file_system_is_a_copy(tmp_path: Path) -> None:
+    """Of the bytes, the times and the mode, but no bit that would let it run as somebody else."""
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or os.stat(elsewhere).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is no second file system here")
+    source, target = tmp_path / "a", elsewhere / f"promptdrop-test-{os.getpid()}"
+    source.write_text("one")
+    source.chmod(0o4750)
+    os.utime(source, (1e9, 1e9))
+    try:
+        fs.move(source, target)
+        status, text = target.stat(), target.read_text()
+    finally:
+        target.unlink(missing_ok=True)
+
+    assert not source.exists()
+    assert (text, status.st_mode & 0o7777, status.st_mtime) == ("one", 0o750, 1e9)
+
+
+def test_new_files_have_their_folders_group(tmp_path: Path) -> None:
+    """Also where no setgid bit passes it on."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to any group")
+    os.chown(tmp_path, -1, 12345)
+    os.chmod(tmp_path, 0o755)
+    fs.make_directory(tmp_path / "folder", 0o2770)
+    fs.write_durably(tmp_path / "folder" / "file", b"", 0o640)
+    made = [os.stat(tmp_path / "folder"), os.stat(tmp_path / "folder" / "file")]
+
+    assert [(s.st_gid, oct(s.st_mode & 0o7777)) for s in made] == [
+        (12345, "0o2770"),
+        (12345, "0o640"),
+    ]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    """And nothing else; the error names the folder."""
+    path = tmp_path / "a"
+    fs.write_durably(path, b"old")
+    with pytest.raises(OSError, match="No space left") as caught, fs.temporary(tmp_path, 0o644):
+        raise OSError(28, "No space left on device")
+
+    assert caught.value.filename == str(tmp_path)
+    assert os.listdir(tmp_path) == ["a"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_new_file_replaces_none(tmp_path: Path) -> None:
+    """`write_once` leaves what stands there; `write_durably` and `write_quickly` replace it."""
+    path = tmp_path / "a"
+    fs.write_once(path, b"one")
+    with pytest.raises(FileExistsError):
+        fs.write_once(path, b"two")
+    kept = path.read_bytes()
+    fs.write_durably(path, b"three")
+    (tmp_path / ".promptdrop-a.tmp").touch()  # as a crash leaves it
+    fs.write_quickly(path, b"four")
+
+    assert kept == b"one"
+    assert path.read_bytes() == b"four"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_tree_of_any_depth_is_walked(tmp_path: Path) -> None:
+    """Deeper than Python recurses, and than a path may be long; no link is followed."""
+    script = "import os\nfor _ in range(2000):\n os.mkdir('d'); os.chdir('d')\nopen('x', 'w')"
+    subprocess.run(["python3", "-c", script], cwd=tmp_path, check=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    walked = list(fs.walk(tmp_path))
+    subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
+
+    assert len(walked) > 1500
+    assert not any("link" in folder for folder, _ in walked)
+
+
+def test_what_cannot_be_told_is_not_taken_for_gone(tmp_path: Path) -> None:
+    """A dangling link is there; a name that is too long is an error, not a no."""
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+
+    assert fs.exists(tmp_path / "link")
+    assert not fs.exists(tmp_path / "gone")
+    assert not fs.exists(tmp_path / "file/inner")
+    with pytest.raises(OSError, match="too long"):
+        fs.exists(tmp_path / ("x" * 300))
+
+
+def test_only_empty_folders_are_removed(tmp_path: Path) -> None:
+    """A file that came after all is never lost."""
+    for path in ("empty/a/b", "used/a/b"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "used/file").touch()
+    for name in ("empty", "used", "gone"):
+        fs.remove_empty_tree(tmp_path / name)
+
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "used", "used/file",
+    ]  # fmt: skip
+
+
+def test_file_systems_are_named_as_the_kernel_does(tmp_path: Path) -> None:
+    """And their free space is what an unprivileged writer has."""
+    assert mounts.file_system(Path("/proc")) == "proc"
+    assert 0 < mounts.free_mib(tmp_path) < 2**40
+    assert mounts.missing_mount(tmp_path) is None
