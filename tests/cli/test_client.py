@@ -187,9 +187,12 @@ def test_pictures_come_in_order(spool: Spool) -> None:
     assert found[0][1].latency_ms.render is None
 
 
-def test_refused_files_are_no_jobs_in_hand(spool: Spool) -> None:
-    """What lies in failed/ is not listed; nor is a stranger's folder among ours."""
+def test_what_is_no_job_in_hand(spool: Spool) -> None:
+    """What lies in failed/, a stranger's folder among ours, a record that is torn."""
     refuse(spool, "", "a.txt", "is empty")
     (spool.paths.state / "pending" / "stranger").mkdir()
+    for text in ("{", '{"id": "x"}'):
+        torn = job(spool, "", "cat.txt")
+        (torn.home / "request.json").write_text(text)
 
     assert list(client.jobs_in_hand(spool)) == []

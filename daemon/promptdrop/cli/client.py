@@ -136,12 +136,13 @@ def jobs_in_hand(spool: Spool) -> Iterator[InHand]:
 
 
 def _in_hand(home: str) -> InHand | None:
-    """Read the record of a job in its folder; None if it is not resolved yet, or gone."""
+    """Read the record of a job in its folder; None if it is not resolved yet, torn or gone."""
     record = read_json(f"{home}/{paths.REQUEST}")
-    if not record:
+    try:
+        path = paths.dropped_path(record["sub"], record["file"])
+        return InHand(record["id"], path, record["folder"], record.get("inode"))
+    except KeyError:
         return None
-    path = paths.dropped_path(record["sub"], record["file"])
-    return InHand(record["id"], path, record["folder"], record.get("inode"))
 
 
 def wait(
