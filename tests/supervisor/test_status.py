@@ -16,8 +16,7 @@ def reporter_of(rooms: Rooms, told: list[Status] | None = None) -> Reporter:
     """A reporter on these rooms, whose recovery is over."""
     rooms.recovery.is_looking = False
     return Reporter(
-        rooms.work, rooms.loop, rooms.spool, rooms.jobs, rooms.recovery,
-        composer=rooms.composer, notifier=rooms.notifier,
+        rooms.work, rooms.loop, rooms.spool, rooms.recovery, rooms.composer, rooms.notifier,
         on_change=None if told is None else told.append,
     )  # fmt: skip
 
