@@ -113,6 +113,6 @@ def test_what_comes_back_is_done(path: Path) -> None:
 
 @each_module
 def test_a_thread_is_a_room_of_the_loop(path: Path) -> None:
-    """Or `any`."""
+    """A docstring names rooms that there are, or says `any`."""
     for function in all_functions(path):
         assert set(threads(function)) <= ROOMS | {"any"}, function.name

@@ -13,7 +13,7 @@ from promptdrop.supervisor.status import Composer, one_line
 from promptdrop.supervisor.work import Work
 
 STATUS_SECONDS = 1.0  # shortest time between two writes, unless a job has ended
-HEARTBEAT_SECONDS = 10.0  # longest
+HEARTBEAT_SECONDS = 10.0  # longest time between two writes
 PROGRESS_SECONDS = 0.1  # between two calls of `on_change`
 
 
