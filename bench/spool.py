@@ -57,7 +57,7 @@ class Timed(Supervisor):
         ] = []  # of these, seconds on a core: what a loaded machine does not stretch
         self.first_claim: float | None = None
         self.claims = 0
-        self._images, self._until = images, time.monotonic() + seconds
+        self._wanted, self._until = images, time.monotonic() + seconds
         super().__init__(settings)
         self.began = time.monotonic()
 
@@ -70,7 +70,7 @@ class Timed(Supervisor):
         if self._pool.first_warm():
             self.turns.append(time.monotonic() - self._turn_began[0])
             self.cpu.append(time.thread_time() - self._turn_began[1])
-        if self._publishing.published >= self._images or time.monotonic() > self._until:
+        if self._publishing.published >= self._wanted or time.monotonic() > self._until:
             self._gate.end(0)
 
     def accept(self, job):  # type: ignore[no-untyped-def]  # as in Supervisor

@@ -37,7 +37,7 @@ def until_refused(rooms: Rooms) -> None:
 
 
 def test_a_cancel_names_a_file_a_job_or_an_id(rooms: Rooms, logged: Logged) -> None:
-    """In any case, in its own folder; an id from anywhere."""
+    """Upper and lower case are the same. A FILE or JOB counts in its own folder, an id anywhere."""
     jobs = [rooms.job(path) for path in ("a.txt", "sub/b.txt", "c.txt")]
     for job in jobs:
         rooms.accept(job)
@@ -64,7 +64,7 @@ def test_a_cancel_that_a_stale_look_lists_spares_the_next_job(rooms: Rooms, logg
 
 
 def test_a_cancel_of_the_next_job_is_heeded(rooms: Rooms, logged: Logged) -> None:
-    """Under the same name, by the look after the one that may have been stale."""
+    """It has the name of the first one; the look after the one that may be stale brings it."""
     for _ in range(2):
         rooms.accept(rooms.job("a.txt"))
         touch(rooms, "a.txt.cancel")

@@ -72,22 +72,6 @@ def test_a_job_that_failed_again_is_not_retried_by_a_stale_look(
     assert (rooms.spool.paths.failed / "a.txt").exists()
 
 
-def test_a_cancel_that_a_stale_look_lists_spares_the_retried_job(rooms: Rooms) -> None:
-    """A job keeps its id through cancel and retry, so a second cancel would hit it again."""
-    job = rooms.job()
-    rooms.accept(job)
-    send(rooms, Cancel((job.id,)))
-    found, stale = listing(rooms), listing(rooms)
-    obey(rooms, found)
-    rooms.until(lambda: not rooms.work.running, "the end of the job")
-    send(rooms, Retry(("a.txt",)))
-    retried = tuple(command for command in listing(rooms) if command not in stale)
-    obey(rooms, stale + retried)
-
-    assert list(rooms.work.running) == [job.id]
-    assert not rooms.work.running[job.id].job.cancelled
-
-
 def test_a_command_is_not_begun_again_while_it_is_carried_out(rooms: Rooms, logged: Logged) -> None:
     """Looks go on while the clerk is slow."""
     send(rooms, Retry(("nothing.txt",)))

@@ -20,7 +20,7 @@ def fed(rooms: Rooms, images: int = 1) -> None:
 
 
 def test_an_engine_that_cannot_start_ends_the_daemon(rooms: Rooms) -> None:
-    """With its own exit status and reason, if there is no other."""
+    """Its exit status and reason are the daemon's, if there is no other engine."""
     rooms.hear()
     rooms.backend.engines[1].say(CannotStart("no such model", 69))
     rooms.hear()

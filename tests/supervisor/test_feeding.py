@@ -9,7 +9,7 @@ MakeRooms = Callable[..., Rooms]
 
 
 def test_nothing_is_sent_while_work_is_held(rooms: Rooms) -> None:
-    """Then the image that waits, and one more, so that the engine never waits for us."""
+    """Afterwards two images are: one to render and one ahead, so that the engine never waits."""
     (engine,) = rooms.warm()
     rooms.accept(rooms.job(images=3))
     rooms.feed()

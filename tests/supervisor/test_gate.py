@@ -26,14 +26,14 @@ def test_a_hold_ends_with_its_reason(rooms: Rooms, what: str) -> None:
 
 
 def test_a_pause_is_news_once(rooms: Rooms) -> None:
-    """Only its begin and its end are, so that engines are loaded and images recalled once."""
+    """Its begin and its end are news, so that images are recalled and engines loaded once."""
     looks = [rooms.look(paused=paused) for paused in (None, "because", "because", None, None)]
 
     assert looks == [False, True, False, True, False]
 
 
 def test_a_stop_begins_nothing(rooms: Rooms) -> None:
-    """Neither an image nor an engine."""
+    """It lets neither an image nor an engine begin."""
     rooms.look()
     rooms.gate.stop_at = 5.0
     rooms.hear()
@@ -43,7 +43,7 @@ def test_a_stop_begins_nothing(rooms: Rooms) -> None:
 
 
 def test_no_engine_is_started_at_the_end(rooms: Rooms) -> None:
-    """Once the exit status is known."""
+    """The exit status is known, so nobody would use it."""
     rooms.gate.end(1, "because")
     rooms.hear()
 

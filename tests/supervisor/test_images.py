@@ -127,7 +127,7 @@ def test_a_host_s_end_that_was_announced_is_no_death(rooms: Rooms) -> None:
 
 
 def test_a_death_of_the_daemon_is_counted_in_advance(rooms: Rooms) -> None:
-    """And taken back whenever the image is put down while the daemon lives."""
+    """It is taken back whenever the image is put down while the daemon lives."""
     running = taken(rooms)
     rooms.images.begun(running.job, spec())
     in_hand = begun(running.job)
@@ -165,7 +165,7 @@ def test_a_record_that_cannot_be_written_stops_no_image(
 
 
 def test_a_rendered_image_is_published(rooms: Rooms) -> None:
-    """From the engine's memory to the outbox, and its job ends."""
+    """It goes from the engine's memory to the outbox, and its job ends."""
     rooms.look()
     (engine,) = rooms.warm()
     rooms.accept(rooms.job())
@@ -187,7 +187,7 @@ def test_a_rendered_image_is_published(rooms: Rooms) -> None:
 def test_an_engine_s_word_is_charged(
     rooms: Rooms, images: int, attempts: int, alone: set[int]
 ) -> None:
-    """Failed, of one image that was worked on or of several."""
+    """A failure of one image is charged to it; a failure of several to nobody."""
     rooms.look()
     (engine,) = rooms.warm()
     rooms.accept(job := rooms.job())

@@ -60,7 +60,7 @@ def test_an_image_that_daemons_die_of_goes_behind(rooms: Rooms) -> None:
 
 
 def test_an_image_that_was_put_back_is_next(rooms: Rooms) -> None:
-    """Of its job; one that may be poison comes last, and the queue counts both."""
+    """It is the next of its job; one that may be poison is the last. The queue counts both."""
     queue, job = Queue(), rooms.job(images=3)
     queue.add(job, job.todo())
     for behind in (False, True):
@@ -73,7 +73,7 @@ def test_an_image_that_was_put_back_is_next(rooms: Rooms) -> None:
 
 
 def test_a_dropped_job_leaves_no_image(rooms: Rooms) -> None:
-    """And nobody waits for its turn."""
+    """The queue counts and takes only the images of other jobs."""
     queue = queue_of(rooms, "fair")
     first = queue.take()
     assert first

@@ -13,7 +13,7 @@ def recovered(rooms: Rooms) -> None:
 
 
 def test_a_turn_hands_on_only_so_many_jobs(rooms: Rooms) -> None:
-    """Commands wait until all are known."""
+    """A turn stays short, and the recovery is not over until all are handed on."""
     for n in range(3):
         rooms.job(f"{n}.txt")
     recovered(rooms)
@@ -29,7 +29,7 @@ def test_a_turn_hands_on_only_so_many_jobs(rooms: Rooms) -> None:
 
 
 def test_an_empty_spool_is_recovered_at_once(rooms: Rooms) -> None:
-    """No turn of its own is needed."""
+    """Commands need not wait for a turn more."""
     recovered(rooms)
 
     assert rooms.recovery.is_over

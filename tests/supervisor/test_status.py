@@ -16,8 +16,7 @@ def reporter_of(rooms: Rooms, told: list[Status] | None = None) -> Reporter:
     """A reporter on these rooms, whose recovery is over."""
     rooms.recovery.is_looking = False
     return Reporter(
-        rooms.work, rooms.loop, rooms.spool, rooms.jobs, rooms.recovery,
-        composer=rooms.composer, notifier=rooms.notifier,
+        rooms.work, rooms.loop, rooms.spool, rooms.recovery, rooms.composer, rooms.notifier,
         on_change=None if told is None else told.append,
     )  # fmt: skip
 
@@ -32,7 +31,7 @@ def written(rooms: Rooms) -> dict[str, Any]:
 
 
 def test_the_state_is_one_word(rooms: Rooms) -> None:
-    """From the first start to a stop: the most urgent word wins."""
+    """When several fit, the most urgent one is said."""
     states = [rooms.composer.state()]
     (engine,) = rooms.warm()
     states.append(rooms.composer.state())
@@ -52,7 +51,7 @@ def test_the_state_is_one_word(rooms: Rooms) -> None:
 
 
 def test_an_image_in_hand_is_shown_with_its_step(rooms: Rooms) -> None:
-    """Whose it is, and how long it has taken."""
+    """The status says whose it is and how long it has taken."""
     rooms.look()
     (engine,) = rooms.warm()
     rooms.accept(job := rooms.job("sub/a.txt", images=2))
@@ -78,7 +77,7 @@ def test_an_image_in_hand_is_shown_with_its_step(rooms: Rooms) -> None:
     ],
 )
 def test_systemctl_shows_one_line(rooms: Rooms, changes: dict[str, Any], line: str) -> None:
-    """Why work waits, else what is done."""
+    """It says why work waits, or else what is done."""
     status = rooms.composer.compose("starting", 0.0)
 
     assert one_line(status.model_copy(update=changes)) == line
@@ -88,7 +87,7 @@ def test_systemctl_shows_one_line(rooms: Rooms, changes: dict[str, Any], line: s
 
 
 def test_news_is_written_at_most_once_a_second(rooms: Rooms) -> None:
-    """And without news every HEARTBEAT_SECONDS, so that readers know that we live."""
+    """Without news it is written every HEARTBEAT_SECONDS, so that readers know that we live."""
     reporter, shown = reporter_of(rooms), []
     now = 1000.0
     reporter.report(now)
@@ -122,7 +121,7 @@ def test_the_end_of_a_job_is_told_at_once(rooms: Rooms) -> None:
 
 
 def test_a_progress_bar_hears_ten_times_a_second(rooms: Rooms) -> None:
-    """Whether or not there is news."""
+    """It does so whether or not there is news."""
     told: list[Status] = []
     reporter = reporter_of(rooms, told)
     for tenth in range(5):
@@ -132,7 +131,7 @@ def test_a_progress_bar_hears_ten_times_a_second(rooms: Rooms) -> None:
 
 
 def test_the_outbox_has_a_copy(rooms: Rooms) -> None:
-    """Written by the herald, and again only when the status has changed and a second has passed."""
+    """The herald writes it, and again only when the status has changed and a second has passed."""
     copy, path = OutboxCopy(rooms.loop, rooms.spool), rooms.spool.paths.shared_status
     first = rooms.composer.compose("starting", 0.0)
     second = rooms.composer.compose("ready", 0.0)
@@ -148,7 +147,7 @@ def test_the_outbox_has_a_copy(rooms: Rooms) -> None:
 
 
 def test_the_last_word_is_that_it_stops(rooms: Rooms) -> None:
-    """In status.json always; in the outbox only if that does not hang."""
+    """status.json always says so; the outbox only if it does not hang."""
     reporter = reporter_of(rooms)
     reporter.report_last(1000.0, share=False)
 

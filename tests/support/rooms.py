@@ -160,9 +160,7 @@ class Rooms:
         self.engines = Engines(
             work, self.gate, loop, self.images, jobs.measuring, notifier=self.notifier
         )
-        self.composer = Composer(
-            work, self.gate, loop, intake, jobs, images=self.images, publishing=self.publishing
-        )
+        self.composer = Composer(work, self.gate, intake, jobs, self.images, self.publishing)
 
     # --- a desk for the intake ---
 

@@ -97,8 +97,8 @@ class Jobs:
 
     def _send_to_failed(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> None:
         self.refusing += 1
-        work, then = partial(self._refuse, refused, problems), partial(self._refuse_done, refused)
-        self._loop.off("clerk", work, then)
+        work = partial(self._refuse, refused, problems)
+        self._loop.off("clerk", work, partial(self._refuse_done, refused))
 
     def _refuse(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> ErrorRecord:
         """Move the file to failed/, with the reason.

@@ -1,7 +1,7 @@
 """Which image is next: by priority, then in turn between lanes (fair) or by arrival (fifo).
 
-A lane is a top-level sub-folder of the inbox; each job at the root is a lane of its own. Nothing
-here grows with what waits: a turn with a hundred thousand jobs costs what it costs with one.
+A lane is a top-level sub-folder of the inbox; each job at the top is a lane of its own. The cost of
+each call is the same with a hundred thousand jobs as with one.
 """
 
 from collections import OrderedDict, deque
@@ -14,10 +14,10 @@ _BEHIND = -1_000_000  # below every priority: images that daemon deaths make sus
 
 @dataclass(slots=True)
 class Waiting:
-    """A job with images to render; without, it is passed over."""
+    """A job with images that wait; once it has none, its lane passes it over."""
 
     job: Job
-    images: list[int]  # the next one stands last
+    numbers: list[int]  # of its images; the next one stands last
 
 
 @dataclass(slots=True)
@@ -25,14 +25,14 @@ class _Level:
     """The jobs of one priority."""
 
     waiting: dict[str, Waiting] = field(default_factory=dict)  # by job id
-    # By whose turn it is. None: the lane is one job's own, and its name the job's id.
+    # In the order of their turns. None: the lane has one job, whose id is its name.
     lanes: OrderedDict[str, deque[Waiting] | None] = field(default_factory=OrderedDict)
 
     def first(self) -> tuple[str, Waiting] | None:
-        """The lane whose turn it is, and its first job; lanes that ran empty go."""
+        """The name of the lane whose turn it is, and its first job. Removes lanes that ran empty."""
         while self.lanes:
             name, lane = next(iter(self.lanes.items()))
-            while lane and not lane[0].images:
+            while lane and not lane[0].numbers:
                 lane.popleft()
             first = self.waiting.get(name) if lane is None else lane[0] if lane else None
             if first is not None:
@@ -43,67 +43,67 @@ class _Level:
 
 @dataclass(slots=True)
 class Queue:
-    """The images that are neither rendered nor being rendered, in memory only."""
+    """The images that wait for an engine; in memory only."""
 
     policy: str = "fair"
     _levels: dict[int, _Level] = field(default_factory=dict)
-    _images: int = 0
+    _length: int = 0  # images
 
     def __len__(self) -> int:
-        return self._images
+        return self._length
 
-    def add(self, job: Job, images: list[int]) -> None:
-        """Queue a job's images; those in hand at several daemon deaths go behind everything."""
+    def add(self, job: Job, numbers: list[int]) -> None:
+        """Queue images of a job; those in hand at several daemon deaths go behind everything."""
         for priority in (job.priority, _BEHIND):
-            numbers = [i for i in reversed(images) if self._priority(job, i) == priority]
-            if numbers:
-                self._add(priority, job, numbers, first=False)
+            some = [n for n in reversed(numbers) if self._priority(job, n) == priority]
+            if some:
+                self._add(priority, job, some, first=False)
 
-    def put_back(self, job: Job, image: int, behind: bool = False) -> None:
-        """An image that was taken and not rendered is the next of its job, or, `behind`, its last."""
-        priority = self._priority(job, image)
+    def put_back(self, job: Job, number: int, behind: bool = False) -> None:
+        """Queue an image that was taken and not rendered: its job's next one, or `behind` the others."""
+        priority = self._priority(job, number)
         level = self._levels.get(priority)
         if level and (waiting := level.waiting.get(job.id)):
-            waiting.images.insert(0 if behind else len(waiting.images), image)
-            self._images += 1
+            waiting.numbers.insert(0 if behind else len(waiting.numbers), number)
+            self._length += 1
         else:
-            self._add(priority, job, [image], first=True)
+            self._add(priority, job, [number], first=True)
 
     def take(self) -> tuple[Job, int] | None:
-        """The next image, or None."""
+        """Take the next image: (job, number); None: none waits."""
         for priority in sorted(self._levels, reverse=True):
             level = self._levels[priority]
             if (first := level.first()) is None:
                 del self._levels[priority]
                 continue
             name, waiting = first
-            image = waiting.images.pop()
-            self._images -= 1
-            if not waiting.images:
+            number = waiting.numbers.pop()
+            self._length -= 1
+            if not waiting.numbers:
                 del level.waiting[waiting.job.id]
             if self.policy == "fair":
                 level.lanes.move_to_end(name)
-            return waiting.job, image
+            return waiting.job, number
         return None
 
     def drop(self, job: Job) -> None:
         """Forget a job's images."""
         for level in self._levels.values():
             if waiting := level.waiting.pop(job.id, None):
-                self._images -= len(waiting.images)
-                waiting.images.clear()
+                self._length -= len(waiting.numbers)
+                waiting.numbers.clear()
 
-    def _add(self, priority: int, job: Job, images: list[int], first: bool) -> None:
+    def _add(self, priority: int, job: Job, numbers: list[int], first: bool) -> None:
         level = self._levels.setdefault(priority, _Level())
-        waiting = level.waiting[job.id] = Waiting(job, images)
-        self._images += len(images)
+        waiting = level.waiting[job.id] = Waiting(job, numbers)
+        self._length += len(numbers)
         name = self._lane_of(job)
         lane = level.lanes.setdefault(name, None if name == job.id else deque())
         if lane is not None:
             (lane.appendleft if first else lane.append)(waiting)
 
-    def _priority(self, job: Job, image: int) -> int:
-        return _BEHIND if job.deaths(image) >= DEATHS_BEHIND else job.priority
+    def _priority(self, job: Job, number: int) -> int:
+        return _BEHIND if job.deaths(number) >= DEATHS_BEHIND else job.priority
 
     def _lane_of(self, job: Job) -> str:
         if self.policy == "fifo":

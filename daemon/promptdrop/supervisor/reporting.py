@@ -8,13 +8,12 @@ from promptdrop.loop import TROUBLE, Loop
 from promptdrop.records import Status, StatusFinished, to_bytes
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool.spool import Spool
-from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.status import Composer, one_line
 from promptdrop.supervisor.work import Work
 
 STATUS_SECONDS = 1.0  # shortest time between two writes, unless a job has ended
-HEARTBEAT_SECONDS = 10.0  # longest
+HEARTBEAT_SECONDS = 10.0  # longest time between two writes
 PROGRESS_SECONDS = 0.1  # between two calls of `on_change`
 
 
@@ -67,14 +66,13 @@ class Reporter:
         work: Work,
         loop: Loop,
         spool: Spool,
-        jobs: Jobs,
         recovery: Recovery,
         composer: Composer,
         notifier: Notifier,
         on_change: Callable[[Status], None] | None,
     ) -> None:
         self.shown = composer.compose("starting", 0.0)  # what status.json says
-        self._work, self._spool, self._jobs, self._recovery = work, spool, jobs, recovery
+        self._work, self._spool, self._recovery = work, spool, recovery
         self._composer, self._notifier, self._on_change = composer, notifier, on_change
         self._copy = OutboxCopy(loop, spool)
         self._key: object = None
@@ -118,8 +116,7 @@ class Reporter:
             self._on_change(last)
 
     def _is_due(self, now: float) -> bool:
-        end = self._jobs.finished[-1] if self._jobs.finished else None
-        if end is not self._end:
+        if self._composer.last_end() is not self._end:
             return True  # whoever waits for this job reads the status
         if now < self._shown_at + STATUS_SECONDS:
             return False
@@ -128,7 +125,7 @@ class Reporter:
 
     def _show(self, now: float) -> None:
         self._key, self._shown_at = self._composer.key(now), now
-        self._end = self._jobs.finished[-1] if self._jobs.finished else None
+        self._end = self._composer.last_end()
         self.shown = self._composer.compose(self._composer.state(), now)
         self._notifier.status(one_line(self.shown))
         self._write(self.shown)

@@ -7,13 +7,13 @@ from typing import Literal
 
 from promptdrop import clock, names
 from promptdrop.intake.intake import Intake
-from promptdrop.loop import Loop
 from promptdrop.pool.link import EngineLink
 from promptdrop.pool.pool import UNLOADED, Slot
 from promptdrop.records import (
     VERSION,
     Status,
     StatusEngine,
+    StatusFinished,
     StatusImage,
     StatusJob,
     StatusQueue,
@@ -36,13 +36,12 @@ class Composer:
         self,
         work: Work,
         gate: Gate,
-        loop: Loop,
         intake: Intake,
         jobs: Jobs,
         images: Images,
         publishing: Publishing,
     ) -> None:
-        self._work, self._gate, self._loop, self._intake = work, gate, loop, intake
+        self._work, self._gate, self._intake = work, gate, intake
         self._jobs, self._images, self._publishing = jobs, images, publishing
         self._pool = work.pool
         self._started = clock.timestamp()
@@ -53,7 +52,7 @@ class Composer:
             return "stopping"
         if self._gate.paused:
             return "paused"
-        if self._pool.trouble or self._gate.trouble or self._loop.trouble:
+        if self._gate.why_held():
             return "waiting"
         if self._pool.is_unloaded:
             return "ready"
@@ -61,9 +60,13 @@ class Composer:
             return "starting"
         return "rendering" if self._work.tickets else "ready"
 
+    def last_end(self) -> StatusFinished | None:
+        """The end of the job that ended last."""
+        return self._jobs.finished[-1] if self._jobs.finished else None
+
     def key(self, now: float) -> object:
         """A value that differs when there is news, but for the steps of images in the engines."""
-        last = self._jobs.finished[-1].id if self._jobs.finished else None
+        last = self.last_end()
         stages = [
             (slot.trouble, self._pool.is_unloaded, slot.engine and slot.engine.stage)
             for slot in self._pool.slots
@@ -73,7 +76,7 @@ class Composer:
             self._gate.reason(now),
             self._publishing.published,
             len(self._work.running),
-            last,
+            last.id if last else None,
             stages,
             tuple(self._waiting()),
         )

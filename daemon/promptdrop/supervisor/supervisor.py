@@ -1,6 +1,16 @@
-"""All policy: what to do next when a drop, an answer, a death, a signal or the time comes.
+"""The life of the daemon: start, turn after turn, signals, the end. All else has a room of its own.
 
-Everything here runs on the loop, decides from memory, and never imports torch.
+    gate         what may begin now, and why the rest waits
+    work, queue  the jobs and images in hand, which the rooms share; which image is next
+    recovery     jobs of the daemon's last life
+    jobs         accepted, cancelled, ended or refused; measuring: too long a prompt refuses a job
+    feeding      queued images go to engines
+    engines      their answers, deaths and idle hours
+    images       what comes of an image that an engine held; publishing: on its way to the outbox
+    commands     `promptdrop cancel` and `retry`; cancels: NAME.cancel in the inbox
+    status       what the daemon does; reporting: who is told, and when
+
+Everything here runs on the loop, but for what a docstring sends to a room, and never imports torch.
 """
 
 import gc
@@ -69,13 +79,10 @@ class Supervisor:
         self._images = Images(work, loop, jobs, self._publishing)
         self._feeder = Feeder(work, gate, self._publishing)
         self._engines = Engines(work, gate, loop, self._images, jobs.measuring, self._notifier)
-        composer = Composer(
-            work, gate, loop, intake, jobs, images=self._images, publishing=self._publishing
-        )
+        composer = Composer(work, gate, intake, jobs, self._images, self._publishing)
         self._reporter = Reporter(
-            work, loop, spool, jobs, self._recovery,
-            composer=composer, notifier=self._notifier, on_change=on_change,
-        )  # fmt: skip
+            work, loop, spool, self._recovery, composer, self._notifier, on_change=on_change
+        )
 
     @property
     def finished(self) -> deque[StatusFinished]:
