@@ -9,7 +9,26 @@ from typing import Any
 
 import pytest
 
+import quick
 from harness import Daemon
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--quick: what `make quick` runs."""
+    parser.addoption("--quick", action="store_true", help="only tests without a daemon and torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hold quick tests to their word."""
+    if config.getoption("quick"):
+        quick.forbid_what_is_slow()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --quick: do not even import the other files."""
+    if config.getoption("quick") and collection_path.name.startswith("test_"):
+        return True if not quick.is_quick(collection_path) else None
+    return None
 
 
 @pytest.fixture
