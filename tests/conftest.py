@@ -26,9 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With --quick: do not even import the other files."""
-    if config.getoption("quick") and collection_path.name.startswith("test_"):
-        return True if not quick.is_quick(collection_path) else None
-    return None
+    if not config.getoption("quick"):
+        return None
+    if collection_path.is_dir():
+        return None if quick.may_be_quick(collection_path) else True
+    is_test = collection_path.name.startswith("test_")
+    return True if is_test and not quick.is_quick(collection_path) else None
 
 
 @pytest.fixture

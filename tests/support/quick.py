@@ -1,7 +1,8 @@
 """Which test files `make quick` runs, and that they keep to it: no daemon, no torch.
 
-A file is quick unless it lies in tests/daemon/ or tests/hosts/, or names at any depth something that
-imports torch, a fixture of a daemon or the fixture of the model. Nobody has to mark anything.
+A file is quick unless it lies in tests/daemon/ or tests/hosts/, or in a folder whose conftest.py imports
+torch, or names, also inside a function, what imports torch or a fixture of a daemon or of the model.
+Nobody has to mark anything.
 """
 
 import ast
@@ -19,10 +20,16 @@ SLOW_FIXTURES = {"daemon", "make_daemon", "model"}
 HEAVY = {"torch", "diffusers", "transformers", "triton"}
 
 
+def may_be_quick(folder: Path) -> bool:
+    """Whether a folder may have quick tests: its conftest.py is imported before any of them."""
+    conftest = folder / "conftest.py"
+    if folder in SLOW_FOLDERS or not conftest.exists():
+        return folder not in SLOW_FOLDERS
+    return not any(map(imports_torch, imported(ast.parse(conftest.read_text()), deep=False)))
+
+
 def is_quick(path: Path) -> bool:
-    """Whether a test file belongs to `make quick`."""
-    if not SLOW_FOLDERS.isdisjoint(path.parents):
-        return False
+    """Whether a test file of such a folder belongs to `make quick`."""
     tree = ast.parse(path.read_text())
     arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     return arguments.isdisjoint(SLOW_FIXTURES) and not any(
