@@ -1,4 +1,5 @@
-# make demo: set everything up and render two job files with a small model.  make test: the tests.
+# make demo: set everything up and render two job files with a small model.
+# make quick: the tests that start no daemon, in a minute.  make test: all tests.
 # make soak: 5,000 images and 200 kills, about 15 minutes.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 # One thread each: the small model is fastest so, and encoding has the other core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test soak lint fuzz hashes audit clean
+.PHONY: demo test quick soak lint fuzz hashes audit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt constraints-hashed.txt
 	@echo "installing into $(VENV): torch, diffusers and friends, some minutes ..."
@@ -26,6 +27,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Whatever starts no daemon and imports no torch: within a minute.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
 soak: $(VENV)/installed
 	$(BIN)/python tests/support/soak.py

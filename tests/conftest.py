@@ -9,9 +9,31 @@ from typing import Any
 
 import pytest
 
+import quick
 from harness import Daemon
 from promptdrop.spool.spool import Spool
 from spools import make_spool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--quick: what `make quick` runs."""
+    parser.addoption("--quick", action="store_true", help="only tests without a daemon and torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hold quick tests to their word."""
+    if config.getoption("quick"):
+        quick.forbid_what_is_slow()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --quick: do not even import the other files."""
+    if not config.getoption("quick"):
+        return None
+    if collection_path.is_dir():
+        return None if quick.may_be_quick(collection_path) else True
+    is_test = collection_path.name.startswith("test_")
+    return True if is_test and not quick.is_quick(collection_path) else None
 
 
 @pytest.fixture

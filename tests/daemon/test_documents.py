@@ -98,3 +98,14 @@ def test_one_sidecar_for_each_image(daemon: Daemon) -> None:
     assert (daemon.outbox / "a" / "a-0001~2.json").exists()
     assert stranger.read_text() == "{}"
     assert daemon.stop() == 0
+
+
+def test_the_status_counts_evaluations(daemon: Daemon) -> None:
+    """Step k of 2N - 1 while heun renders: slowly, for the status is written once a second."""
+    daemon.start()
+    daemon.drop("a.yaml", "prompt: '!slow 0.6 a cat'\nscheduler: heun\nsteps: 4\n")
+    current = daemon.until_status(
+        "an image at step 5", lambda s: s["current"] and s["current"]["step"] >= 5
+    )["current"]
+
+    assert current["steps"] == 7

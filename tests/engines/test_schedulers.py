@@ -1,7 +1,6 @@
 """Every scheduler solves the flow it is given, from the image's own seed and nothing else."""
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.pipelines.z_image.pipeline_z_image import retrieve_timesteps
-from PIL import Image
 
 from bench.schedulers import error, exact, solved, velocity, with_analytic_field
 from engines import configured, rendered
-from harness import REPOSITORY, Daemon
+from harness import REPOSITORY
 from promptdrop import weights
 from promptdrop.engines.schedulers import scheduler_for
 from promptdrop.engines.zimage import ZImageEngine
@@ -186,46 +184,6 @@ def test_a_checkpoint_with_another_scheduler(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="is a FlowMatchHeunDiscreteScheduler; expected"):
         ZImageEngine(configured(model=model), lambda stage: None)
-
-
-def test_a_job_of_every_scheduler(
-    make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through the daemon: evaluations in the sidecars, and the same pixels in any order."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the daemon's, many times quicker when busy
-    daemon = make_daemon({"engine": {"max_attempts": 1}})
-    daemon.settings = {**daemon.settings, "model": {"path": str(weights.DEMO)}}
-    daemon.write_config()
-    images = [{"scheduler": name, "steps": 3} for name in SCHEDULERS]
-    common = {"prompt": "a blue star", "seed": 7, "size": "96x64"}
-    late = {"scheduler": "heun", "steps": 100, "size": "256x256", "timeout_seconds": 0.2}
-    daemon.drop("a.json", json.dumps({**common, "images": [*images, late]}))
-    daemon.drop("b.json", json.dumps({**common, "images": images[::-1]}))
-    done = daemon.drain(timeout=120)
-    a, b = daemon.sidecars("a"), daemon.sidecars("b")
-
-    assert done.returncode == 0, done.stderr
-    assert "took longer than 0.2 s" in json.dumps(daemon.job("a"))
-    assert [s["request"]["scheduler"] for s in a] == list(SCHEDULERS)
-    assert [s["evaluations"] for s in a] == [3, 3, 3, 3, 5]
-    assert [len(s["steps_ms"]) for s in a] == [3, 3, 3, 3, 5]
-    for one, other in zip(a, reversed(b), strict=True):
-        with (
-            Image.open(daemon.outbox / "a" / one["image"]["file"]) as first,
-            Image.open(daemon.outbox / "b" / other["image"]["file"]) as second,
-        ):
-            assert first.tobytes() == second.tobytes(), one["request"]["scheduler"]
-
-
-def test_the_status_counts_evaluations(daemon: Daemon) -> None:
-    """Step k of 2N - 1 while heun renders: slowly, for the status is written once a second."""
-    daemon.start()
-    daemon.drop("a.yaml", "prompt: '!slow 0.6 a cat'\nscheduler: heun\nsteps: 4\n")
-    current = daemon.until_status(
-        "an image at step 5", lambda s: s["current"] and s["current"]["step"] >= 5
-    )["current"]
-
-    assert current["steps"] == 7
 
 
 def test_the_readmes_figures_were_measured() -> None:

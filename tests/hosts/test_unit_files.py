@@ -1,4 +1,4 @@
-"""The files in systemd/: their sandbox scores, the template is the service."""
+"""The files in systemd/: no complaints of systemd, sandbox scores, the template is the service."""
 
 import re
 import subprocess
@@ -9,6 +9,34 @@ import pytest
 from harness import REPOSITORY, needs_systemd_analyze
 
 SYSTEMD = REPOSITORY / "systemd"
+
+
+@needs_systemd_analyze
+@pytest.mark.parametrize("name", ["promptdrop.service", "promptdrop@.service"])
+def test_the_units_are_clean(tmp_path: Path, name: str) -> None:
+    """`systemd-analyze verify` has nothing to say (it returns 0 on unknown keys)."""
+    copy = tmp_path / name
+    text = (SYSTEMD / name).read_text()
+    copy.write_text(text.replace("/opt/promptdrop/.venv/bin/promptdrop", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_keeps_the_contract() -> None:
+    """Type=notify, no restart on 75 and 78, reload by SIGHUP, a watchdog, time to stop."""
+    lines = (SYSTEMD / "promptdrop.service").read_text().splitlines()
+
+    for wanted in (
+        "Type=notify",
+        "RestartPreventExitStatus=75 78",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+        "WatchdogSec=60",
+        "TimeoutStopSec=60",
+    ):
+        assert wanted in lines
 
 
 @needs_systemd_analyze

