@@ -12,7 +12,7 @@ import pytest
 import quick
 from harness import Daemon
 from promptdrop.spool.spool import Spool
-from spools import make_spool
+from spools import init_spool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,9 +62,7 @@ def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
     """A spool with all its folders, which no daemon runs on."""
-    made = make_spool(tmp_path)
-    made.folders.init()
-    return made
+    return init_spool(tmp_path)
 
 
 @pytest.fixture(scope="session")

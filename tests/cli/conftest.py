@@ -1,25 +1,17 @@
-"""Fixtures: a spool that no daemon owns, and a terminal of 80 columns."""
+"""Fixtures: a spool that this process owns, and a terminal of 80 columns."""
 
 import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 
 from promptdrop.spool.spool import Spool
-from spools import init_spool
-
-
-@pytest.fixture
-def spool(tmp_path: Path) -> Spool:
-    """A spool with its folders, without a daemon."""
-    return init_spool(tmp_path)
 
 
 @pytest.fixture
 def owned(spool: Spool) -> Iterator[Spool]:
-    """The same spool, owned: to commands this process is its daemon."""
+    """The same spool, locked by this process: commands take it for the daemon."""
     spool.lock.acquire()
     yield spool
     spool.lock.release()

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,22 @@ from promptdrop.cli import checks
 from promptdrop.cli.checks import Finding
 from promptdrop.cli.doctor import print_finding
 from promptdrop.spool.spool import Spool
-from spools import init_spool, put, settings
+from spools import init_spool, make_spool, put
+
+SOUND: dict[str, Any] = {
+    "model": {"id": "gradient", "device": "cpu"},
+    "limits": {"min_free_disk_mib": 0},
+}
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    """A spool of which nothing bad can be said."""
+    return init_spool(tmp_path, **SOUND)
 
 
 def graded(grade: str, spool: Spool) -> list[tuple[str, str]]:
-    """What is found of this grade: (what, text)."""
+    """The findings of this grade: (what, text)."""
     return [(f.what, f.text) for f in checks.examine(spool.config) if f.grade == grade]
 
 
@@ -42,7 +54,7 @@ def test_folders_that_are_missing(spool: Spool) -> None:
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """Each folder with less than limits.min_free_disk_mib is bad."""
-    spool = init_spool(tmp_path, limits={"min_free_disk_mib": 10**9})
+    spool = init_spool(tmp_path, **{**SOUND, "limits": {"min_free_disk_mib": 10**9}})
     bad = graded("bad", spool)
 
     assert [what for what, _ in bad] == ["inbox", "state", "outbox", "failed"]
@@ -50,8 +62,8 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 def test_strangers_in_the_inbox(spool: Spool) -> None:
-    """Files that are never taken are noted with why, and names cannot harm a terminal; 20 of them."""
-    put(spool, "", "good.txt")
+    """Files that are never taken are noted with the reason, 20 at most; their names are escaped."""
+    put(spool, "good.txt")
     (spool.paths.inbox / "a\x1b.txt").symlink_to("good.txt")
     few = graded("note", spool)
     for n in range(30):
@@ -75,7 +87,9 @@ def test_groups_that_differ(spool: Spool) -> None:
 
 def test_a_model_that_is_missing(tmp_path: Path) -> None:
     """What a check raises is a bad finding, and the others follow."""
-    spool = init_spool(tmp_path, model={"path": str(tmp_path / "model"), "device": "cpu"})
+    spool = init_spool(
+        tmp_path, **{**SOUND, "model": {"path": str(tmp_path / "model"), "device": "cpu"}}
+    )
     (bad,) = graded("bad", spool)
 
     assert bad[0] == "model"
@@ -83,19 +97,19 @@ def test_a_model_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    """A GPU by a number that nobody has."""
-    spool = init_spool(tmp_path, model={"id": "gradient", "device": "cuda:99"})
+    """A GPU number beyond those that are there is bad."""
+    spool = init_spool(tmp_path, **{**SOUND, "model": {"id": "gradient", "device": "cuda:99"}})
 
     assert "model.device: cuda:99: no such device" in dict(graded("bad", spool))["device"]
 
 
 def test_a_daemon_that_runs(owned: Spool) -> None:
-    """Is told by its pid."""
+    """The process id of the daemon is shown."""
     assert ("daemon", f"running, pid {os.getpid()}") in graded("ok", owned)
 
 
 def test_a_finding_is_a_line(drawn: Callable[[Callable[[], None]], str]) -> None:
-    """Aligned on a terminal, its text untouched however long."""
+    """On a terminal a finding is one line with columns; its text is neither folded nor read as markup."""
     text = "[x] " + "y" * 100
     line = drawn(lambda: print_finding(Finding("note", "inbox", text)))
 
@@ -103,7 +117,7 @@ def test_a_finding_is_a_line(drawn: Callable[[Callable[[], None]], str]) -> None
 
 
 def test_a_finding_is_a_line_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
-    """Grade, thing and text, separated by tabs."""
+    """When piped, a finding is grade, thing and text, separated by tabs."""
     print_finding(Finding("bad", "inbox", "gone"))
 
     assert capsys.readouterr().out == "bad\tinbox\tgone\n"
@@ -111,6 +125,6 @@ def test_a_finding_is_a_line_when_piped(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_installation_is_not_needed(tmp_path: Path) -> None:
     """Examining makes nothing."""
-    list(checks.examine(settings(tmp_path)))
+    list(checks.examine(make_spool(tmp_path).config))
 
     assert list(tmp_path.iterdir()) == []

@@ -12,14 +12,13 @@ from promptdrop.cli import client
 from promptdrop.cli.client import Dropped, Ended
 from promptdrop.errors import ConfigError, PromptdropError
 from promptdrop.records import Status
-from promptdrop.spool import claim
 from promptdrop.spool.spool import Spool
-from spools import finish, init_spool, job, refuse, resolve, settings
+from spools import claimed, claimed_job, finish, init_spool, make_spool, refuse, resolved
 from statuses import end, write_status
 
 
 def wait(spool: Spool, dropped: Dropped, *steps: Callable[[], Any]) -> tuple[Ended, list[str]]:
-    """Wait for one file, doing one step at each look; how it ended, and where it was seen."""
+    """Wait for one file, doing one step at each look. Returns how it ended and where it was seen."""
     todo, seen = iter(steps), []
 
     def look(_: Status | None, drops: list[Dropped]) -> None:
@@ -43,7 +42,7 @@ def test_a_drop_is_whole_at_once_and_takes_no_name(spool: Spool) -> None:
 
 
 def test_a_drop_has_its_marker(tmp_path: Path) -> None:
-    """With watch.ready_suffix, after the file itself."""
+    """With watch.ready_suffix, the marker is made beside the file."""
     spool = init_spool(tmp_path, watch={"ready_suffix": ".done"})
     client.drop(spool, b"a", "cat.txt")
 
@@ -51,13 +50,13 @@ def test_a_drop_has_its_marker(tmp_path: Path) -> None:
 
 
 def test_without_an_inbox_nothing_is_dropped(tmp_path: Path) -> None:
-    """78, with the command that makes one."""
+    """The error has status 78 and names the command that makes the folders."""
     with pytest.raises(ConfigError, match="no such inbox; make the spool with: promptdrop init"):
-        client.drop(Spool(settings(tmp_path)), b"a", "cat.txt")
+        client.drop(make_spool(tmp_path), b"a", "cat.txt")
 
 
 def test_a_prompt_names_its_file() -> None:
-    """Its first words, safe and short; two of one prompt differ."""
+    """The file is named after the first words, made safe; two files of one prompt differ."""
     name = client.name_of_prompt("A red fox, in ../the snow! " + "x" * 200)
 
     assert name.startswith("A_red_fox_in_the_snow_")
@@ -84,14 +83,14 @@ def test_a_status_is_of_a_daemon_that_runs(spool: Spool) -> None:
 
 
 def test_waiting_sees_a_file_in_each_place(spool: Spool) -> None:
-    """In the inbox, being claimed, in hand while it is pending and active, until job.json stands."""
+    """A file is followed from the inbox through its claim until job.json stands."""
     dropped = client.drop(spool, b"a cat", "cat.txt", "s")
     jobs: list[Any] = []
     ended, seen = wait(
         spool,
         dropped,
-        lambda: jobs.append(claim.claim(spool, "s", "cat.txt")),
-        lambda: jobs.append(resolve(spool, jobs[0])),
+        lambda: jobs.append(claimed(spool, "s/cat.txt")),
+        lambda: jobs.append(resolved(spool, jobs[0])),
         lambda: finish(spool, jobs[1]),
     )
 
@@ -101,16 +100,16 @@ def test_waiting_sees_a_file_in_each_place(spool: Spool) -> None:
 
 
 def test_the_errors_of_a_job_are_told(spool: Spool) -> None:
-    """Those of its first three failed images, from job.json."""
+    """The errors of the first three failed images are read from job.json."""
     dropped = client.drop(spool, b"a cat", "cat.txt")
-    made = resolve(spool, claim.claim(spool, "", "cat.txt"), images=5)
+    made = resolved(spool, claimed(spool, "cat.txt"), images=5)
     ended, _ = wait(spool, dropped, lambda: finish(spool, made, "e1", "e2", "e3", "e4"))
 
     assert ended == Ended("partial", "cat", "e1; e2; e3")
 
 
 def test_a_refused_file_is_known_from_the_status(spool: Spool) -> None:
-    """By inode, path and time, since it never had a record: an earlier job's end is not its own."""
+    """It never had a record, so inode, path and time tell its end from that of an earlier job."""
     dropped = client.drop(spool, b"", "a\x1b.txt")
     refused = end("a\\x1b.txt", "refused", inode=dropped.inode, error="is empty")
     earlier = {**refused, "finished": "2000-01-01T00:00:00.000Z", "error": "another"}
@@ -125,7 +124,7 @@ def test_a_refused_file_is_known_from_the_status(spool: Spool) -> None:
 
 
 def test_a_withdrawn_file_is_not_waited_for(spool: Spool) -> None:
-    """Nowhere for five seconds: somebody took it; one that comes back meanwhile counts anew."""
+    """A file that is nowhere for five seconds is lost; one that comes back sooner is waited for."""
     dropped = client.drop(spool, b"a", "cat.txt")
     path, away = spool.paths.inbox / "cat.txt", spool.paths.root / "away"
     moments = iter(range(100))
@@ -143,9 +142,9 @@ def test_a_withdrawn_file_is_not_waited_for(spool: Spool) -> None:
 
 
 def test_ends_come_in_the_order_of_the_drops(spool: Spool) -> None:
-    """Whichever job is finished first; those that are open are shown at each look."""
+    """The order of finishing does not matter; each look is told which drops are still open."""
     drops = [client.drop(spool, b"a", name) for name in ("a.txt", "b.txt")]
-    jobs = [resolve(spool, claim.claim(spool, "", name)) for name in ("a.txt", "b.txt")]
+    jobs = [resolved(spool, claimed(spool, name)) for name in ("a.txt", "b.txt")]
     opened: list[list[str]] = []
 
     def look(status: Status | None, still: list[Dropped]) -> None:
@@ -163,7 +162,7 @@ def test_ends_come_in_the_order_of_the_drops(spool: Spool) -> None:
 def test_a_status_of_another_version_ends_no_wait(owned: Spool) -> None:
     """Keys that are new, lacking or of another type are no error."""
     dropped = client.drop(owned, b"a", "cat.txt")
-    made = resolve(owned, claim.claim(owned, "", "cat.txt"))
+    made = resolved(owned, claimed(owned, "cat.txt"))
     other = {"state": "dreaming", "finished": [{"id": "x"}], "jobs": 5, "new": [1]}
     owned.paths.status.write_text(json.dumps(other))
     ended, _ = wait(owned, dropped, lambda: finish(owned, made))
@@ -172,8 +171,8 @@ def test_a_status_of_another_version_ends_no_wait(owned: Spool) -> None:
 
 
 def test_pictures_come_in_order(spool: Spool) -> None:
-    """By number, each with its sidecar; what is no sidecar of ours is passed over."""
-    finish(spool, job(spool, "", "cat.txt"))
+    """Images come by number, each with its sidecar; other JSON files are passed over."""
+    finish(spool, claimed_job(spool, "cat.txt"))
     folder = spool.paths.outbox / "cat"
     for number in (10, 9):
         sidecar = {"schema": "promptdrop.image/1", "job": {"image": number}}
@@ -188,11 +187,11 @@ def test_pictures_come_in_order(spool: Spool) -> None:
 
 
 def test_what_is_no_job_in_hand(spool: Spool) -> None:
-    """What lies in failed/, a stranger's folder among ours, a record that is torn."""
-    refuse(spool, "", "a.txt", "is empty")
+    """Refused files, a stranger's folder and a torn record are not listed, and end no command."""
+    refuse(spool, "a.txt", "is empty")
     (spool.paths.state / "pending" / "stranger").mkdir()
     for text in ("{", '{"id": "x"}'):
-        torn = job(spool, "", "cat.txt")
+        torn = claimed_job(spool, "cat.txt")
         (torn.home / "request.json").write_text(text)
 
     assert list(client.jobs_in_hand(spool)) == []

@@ -6,12 +6,12 @@ from promptdrop.cli import find
 from promptdrop.errors import UsageError
 from promptdrop.spool import claim
 from promptdrop.spool.spool import Spool
-from spools import finish, job, put, refuse
+from spools import claimed, claimed_job, finish, put, refuse
 
 
 def test_jobs_in_hand_by_each_of_their_names(spool: Spool) -> None:
-    """An id, SUB/FILE, also as a terminal shows it, or SUB/JOB; pending and active ones."""
-    pending, active = job(spool, "", "a.txt"), job(spool, "s", "b\x1b.txt")
+    """An id, SUB/FILE, SUB/FILE as a terminal shows it, and SUB/JOB fit a pending or active job."""
+    pending, active = claimed_job(spool, "a.txt"), claimed_job(spool, "s/b\x1b.txt")
     claim.take(active)
 
     for name in ("a.txt", "a", pending.id):
@@ -22,20 +22,20 @@ def test_jobs_in_hand_by_each_of_their_names(spool: Spool) -> None:
 
 def test_jobs_that_are_not_in_hand(spool: Spool) -> None:
     """A file in the inbox, one that is claimed and not resolved, and a finished one fit no name."""
-    put(spool, "", "new.txt")
-    put(spool, "", "claimed.txt")
-    claim.claim(spool, "", "claimed.txt")
-    finish(spool, job(spool, "", "done.txt"))
+    put(spool, "new.txt")
+    put(spool, "claimed.txt")
+    claimed(spool, "claimed.txt")
+    finish(spool, claimed_job(spool, "done.txt"))
 
     for name in ("new.txt", "claimed.txt", "done.txt", "done", ""):
         assert find.unfinished(spool, name) == []
 
 
 def test_failed_files_by_each_of_their_names(spool: Spool) -> None:
-    """An id, SUB/FILE or SUB/JOB; a refused file has its path alone. None: all of them."""
-    partial = job(spool, "s", "a.txt", images=2)
+    """An id, SUB/FILE and SUB/JOB fit a failed job, its path alone a refused file; None fits all."""
+    partial = claimed_job(spool, "s/a.txt", images=2)
     finish(spool, partial, "no luck")
-    refuse(spool, "", "b.txt", "is empty")
+    refuse(spool, "b.txt", "is empty")
     (spool.paths.failed / "stranger.txt").touch()
 
     for name in ("s/a.txt", "s/a", partial.id):
@@ -50,7 +50,7 @@ def test_failed_files_by_each_of_their_names(spool: Spool) -> None:
 
 def test_a_reason_that_is_torn(spool: Spool) -> None:
     """A file in failed/ can be retried by its path whatever lies beside it as its reason."""
-    refuse(spool, "", "a.txt", "is empty")
+    refuse(spool, "a.txt", "is empty")
     for text in ("{", "[]", '{"error": 5, "id": ["x"]}'):
         (spool.paths.failed / "a.txt.error.json").write_text(text)
 
@@ -58,7 +58,7 @@ def test_a_reason_that_is_torn(spool: Spool) -> None:
 
 
 def test_the_only_one() -> None:
-    """None and several are wrong usage; several are listed."""
+    """No match and several matches are wrong usage; several are listed."""
     one, two = find.Match("x", "x  a.txt"), find.Match("y", "y  s/a.txt")
 
     assert find.only([one], "a", "in hand") is one

@@ -43,7 +43,7 @@ def picture(tmp_path: Path) -> Path:
 def test_wrong_usage(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    """2, before any engine is started, and nothing is written."""
+    """The exit status is 2, no engine is started and nothing is written."""
     status = main(["generate", *arguments])
 
     assert status == 2
@@ -52,7 +52,7 @@ def test_wrong_usage(
 
 
 def test_a_file_is_replaced(folder: Path, picture: Path) -> None:
-    """The one that was asked for, as often as it is asked for; its folder is made."""
+    """A named file is replaced in one step, and its folder is made."""
     targets = Targets(Path("new/fox.png"), are_several=False)
     put = [targets.put(picture), targets.put(picture)]
 
@@ -62,13 +62,13 @@ def test_a_file_is_replaced(folder: Path, picture: Path) -> None:
 
 
 def test_a_file_without_an_ending_gets_the_images(folder: Path, picture: Path) -> None:
-    """What it is decides, not what it was called."""
+    """The ending of the image is appended."""
     assert Targets(Path("fox"), are_several=False).put(picture) == Path("fox.png")
 
 
 @pytest.mark.parametrize("output", [None, Path("there"), Path("new")])
 def test_a_folder_takes_new_names(folder: Path, picture: Path, output: Path | None) -> None:
-    """Nothing in it is overwritten: FILE, FILE~2."""
+    """Nothing in a folder is overwritten: a second image is FILE~2."""
     (folder / "there").mkdir()
     targets = Targets(output, are_several=output == Path("new"))
     put = [targets.put(picture), targets.put(picture)]
@@ -78,7 +78,7 @@ def test_a_folder_takes_new_names(folder: Path, picture: Path, output: Path | No
 
 
 def test_several_images_are_no_file(folder: Path) -> None:
-    """Refused before a folder is made."""
+    """A file for several images is refused before its folder is made."""
     with pytest.raises(UsageError, match="expected a folder for several images"):
         Targets(Path("new/fox.png"), are_several=True)
 

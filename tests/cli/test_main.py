@@ -45,7 +45,7 @@ def test_an_error_is_a_line_and_a_status(
     status: int,
     words: str,
 ) -> None:
-    """1 failed, 2 wrong usage, 78 configuration; stderr says why, stdout stays empty."""
+    """1 is failure, 2 wrong usage, 78 a wrong configuration; stderr says why, stdout stays empty."""
     ended = main([config_file if word == "CONFIG" else word for word in line.split()])
     said = capsys.readouterr()
 
@@ -77,7 +77,7 @@ def test_nobody_reads_on(owned: Spool, config_file: str) -> None:
 
 
 def test_control_c_ends_a_command(owned: Spool, config_file: str) -> None:
-    """130, without a traceback."""
+    """SIGINT ends a command with 130 and without a traceback."""
     write_status(owned.paths.status)
     command = [sys.executable, "-m", "promptdrop", "status", "--watch", "--config", config_file]
     with subprocess.Popen(

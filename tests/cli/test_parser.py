@@ -20,7 +20,7 @@ for entry in COMMANDS:
 
 
 def parse(line: str) -> argparse.Namespace:
-    """What a command line without its `promptdrop` means."""
+    """Parse a command line without its first word, `promptdrop`."""
     return parser.build().parse_args(shlex.split(line))
 
 
@@ -35,7 +35,7 @@ def test_every_command_is_there() -> None:
 
 @pytest.mark.parametrize("words", LEAVES)
 def test_help_is_complete(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """--help ends well and shows usage, every argument, and an example."""
+    """--help exits 0 and shows usage, every argument and an example."""
     with pytest.raises(SystemExit) as ended:
         parse(f"{words} --help")
     said = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_every_example_works(words: str) -> None:
 
 @pytest.mark.parametrize("words", LEAVES)
 def test_unknown_options_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """2, naming the option."""
+    """The exit status is 2, and stderr names the option."""
     example = LEAVES[words].example.splitlines()[0].removeprefix("promptdrop ")
     with pytest.raises(SystemExit) as ended:
         parse(f"{example} --nosuch")
@@ -75,7 +75,7 @@ def test_unknown_options_are_refused(words: str, capsys: pytest.CaptureFixture[s
     "line", ["", "nosuch", "cluster", "model", "submit --wai a.txt", "status --js", "--vers"]
 )
 def test_what_is_no_command_is_refused(line: str) -> None:
-    """2: no command, one that is not there, an option cut short."""
+    """No command, an unknown one and an abbreviated option end with status 2."""
     with pytest.raises(SystemExit) as ended:
         parse(line)
 
@@ -85,7 +85,7 @@ def test_what_is_no_command_is_refused(line: str) -> None:
 @pytest.mark.parametrize("command", ["generate a", "submit --prompt a"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_both_spellings_of_a_field(command: str, name: str) -> None:
-    """A job file's field is an option, with hyphens or as it is written there."""
+    """An option is spelled with hyphens, or like the job file's field."""
     values = [
         options.fields(parse(f"{command} --{spelling} 1"))
         for spelling in (name, name.replace("_", "-"))
@@ -95,7 +95,7 @@ def test_both_spellings_of_a_field(command: str, name: str) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """What every command needs before it runs: no pydantic, YAML, rich or model."""
+    """Parsing a command line imports neither pydantic nor YAML, rich, structlog or torch."""
     code = (
         "import sys; from promptdrop.cli import main, parser; parser.build().format_help();"
         "print(sorted({'pydantic', 'yaml', 'rich', 'structlog', 'torch'} & set(sys.modules)))"

@@ -19,7 +19,7 @@ def shown() -> Progress:
 
 
 def task(progress: Progress) -> tuple[str, float, float | None]:
-    """What the bar says: text, images done, images in all."""
+    """Text, images done and images in all, as the bar shows them."""
     (only,) = progress.tasks
     return only.description, only.completed, only.total
 
@@ -37,7 +37,7 @@ def task(progress: Progress) -> tuple[str, float, float | None]:
 def test_why_nothing_happens(
     capsys: pytest.CaptureFixture[str], changes: dict[str, Any] | None, said: str
 ) -> None:
-    """A line on stderr, once for each change; that a file settles needs no words."""
+    """Each reason is one line on stderr when it comes up; a file that settles is no reason."""
     follower = Follower(None)
     look = None if changes is None else status(**changes)
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_why_nothing_happens(
 
 
 def test_the_bar_counts_the_images_of_our_jobs(shown: Progress) -> None:
-    """Those of other people's jobs are left out; before there are any it says where the file is."""
+    """Images of other jobs are not counted; before the job is known the bar says where the file is."""
     follower = Follower(Bar(shown))
     ours = {"id": "a", "file": "cat.txt", "inode": 5, "folder": "cat", "images": 4, "done": 1}
     follower(status(), DROPS)
@@ -61,7 +61,7 @@ def test_the_bar_counts_the_images_of_our_jobs(shown: Progress) -> None:
 
 
 def test_the_bar_of_a_drain(shown: Progress) -> None:
-    """Images done, with the part of the one in hand, of all; else the stage or the reason to wait."""
+    """It counts images and the steps of the one in hand; else it shows the stage or the reason to wait."""
     drawn = Bar(shown)
     queue = {"jobs": 1, "images": 3, "publishing": 1}
     drawn.show(status(current=image(), queue=queue, images_published=2))
@@ -76,6 +76,6 @@ def test_the_bar_of_a_drain(shown: Progress) -> None:
 
 
 def test_no_bar_where_nobody_sees_it() -> None:
-    """stderr is no terminal here."""
+    """There is no bar where stderr is no terminal."""
     with bar() as drawn:
         assert drawn is None

@@ -32,7 +32,7 @@ def arguments(spool: Spool, file: Path, **options: Any) -> argparse.Namespace:
 
 
 def test_rows_of_a_busy_daemon() -> None:
-    """State, engine, image in hand, queue, rates, time left; ten of those that wait, five bad ends."""
+    """At most ten waiting files and the last five jobs that did not end well are shown."""
     rows = list(command.rows(status(**BUSY)))
 
     assert rows[:7] == [
@@ -49,7 +49,7 @@ def test_rows_of_a_busy_daemon() -> None:
 
 
 def test_rows_of_an_idle_daemon() -> None:
-    """Nothing about rates, time or files where there is nothing to say."""
+    """An idle daemon has no rows about rates, time or files."""
     rows = dict(command.rows(status(state="waiting", reason="outbox is full")))
 
     assert rows["state"] == "waiting: outbox is full"
@@ -57,7 +57,7 @@ def test_rows_of_an_idle_daemon() -> None:
 
 
 def test_several_engines_have_names_and_hosts() -> None:
-    """One that cannot work says why."""
+    """With several engines each row has name and host; one that cannot work says why."""
     engines = [
         {**ENGINE, "host": "here"},
         {**ENGINE, "name": "engine-2", "host": "there", "device": None, "reason": "no GPU"},
@@ -73,7 +73,7 @@ def test_several_engines_have_names_and_hosts() -> None:
     [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5400, "1 h 30 min"), (7800, "2 h 10 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    """Seconds, then minutes, then hours and minutes."""
+    """Times are written in seconds, then minutes, then hours and minutes."""
     assert command.duration(seconds) == text
 
 
@@ -88,7 +88,7 @@ def test_a_terminal_of_80_columns(drawn: Callable[[Callable[[], None]], str]) ->
 
 
 def test_piped_lines_are_separated_by_tabs(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table has its header; pairs have none; nothing is folded."""
+    """When piped, a table has its header, pairs have none, and nothing is folded."""
     terminal.table(("image", "seed"), [("x" * 200, "7")])
     terminal.pairs([("state", "ready")])
 
@@ -98,7 +98,7 @@ def test_piped_lines_are_separated_by_tabs(capsys: pytest.CaptureFixture[str]) -
 def test_json_is_the_daemons_own(
     owned: Spool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also keys that this version does not know, and without those that it would miss."""
+    """status --json prints what the daemon wrote, whatever keys this version knows."""
     document = {"state": "dreaming", "of": "electric sheep"}
     owned.paths.status.write_text(json.dumps(document))
     code = command.status(arguments(owned, tmp_path / "config.yaml", as_json=True))
@@ -116,7 +116,7 @@ def test_json_is_the_daemons_own(
 def test_a_status_of_another_version_is_shown(
     owned: Spool, tmp_path: Path, capsys: pytest.CaptureFixture[str], document: Any
 ) -> None:
-    """What it says is shown; what it lacks is left blank."""
+    """What such a status has is shown; what it lacks is left blank."""
     owned.paths.status.write_text(json.dumps(document))
     code = command.status(arguments(owned, tmp_path / "config.yaml"))
 
@@ -125,7 +125,7 @@ def test_a_status_of_another_version_is_shown(
 
 
 def test_no_daemon_runs(spool: Spool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """1, and the command that starts one."""
+    """The exit status is 1, and stderr has the command that starts a daemon."""
     write_status(spool.paths.status)
     file = tmp_path / "config.yaml"
     code = command.status(arguments(spool, file))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from promptdrop import config
-from promptdrop.config import Config
 from promptdrop.errors import Problem
 from promptdrop.metrics import RollingWindow
 from promptdrop.nouns import EngineInfo, Latency, Rendering, Request
@@ -35,15 +34,54 @@ def make_spool(folder: Path, **keys: Any) -> Spool:
     return Spool(settings)
 
 
-def claimed_job(spool: Spool, path: str, priority: int = 0, images: int = 1) -> Job:
-    """Drop SUB/FILE, claim and resolve it."""
+def init_spool(folder: Path, **keys: Any) -> Spool:
+    """A spool in folder/spool with all its folders."""
+    spool = make_spool(folder, **keys)
+    spool.folders.init()
+    return spool
+
+
+def put(spool: Spool, path: str) -> None:
+    """Put SUB/FILE into the inbox."""
+    file = spool.paths.inbox / path
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text("a\n")
+
+
+def claimed(spool: Spool, path: str) -> Unresolved:
+    """Claim SUB/FILE, which lies in the inbox."""
     sub, _, file = path.rpartition("/")
-    (spool.paths.inbox / sub).mkdir(exist_ok=True, parents=True)
-    (spool.paths.inbox / path).write_text("a\n")
+    return claim.claim(spool, sub, file)
+
+
+def resolved(spool: Spool, claimed: Unresolved, priority: int = 0, images: int = 1) -> Job:
+    """Record that a claimed file asks for so many images."""
     specs = tuple(spec(image=n + 1) for n in range(images))
-    claimed = claim.claim(spool, sub, file)
     settled = Settled(0.0, spool.boot)
     return claim.resolve(spool, claimed, Request(specs, priority), settled, SETTINGS)
+
+
+def claimed_job(spool: Spool, path: str, priority: int = 0, images: int = 1) -> Job:
+    """Drop SUB/FILE, claim and resolve it."""
+    put(spool, path)
+    return resolved(spool, claimed(spool, path), priority, images)
+
+
+def finish(spool: Spool, job: Job, *errors: str) -> None:
+    """End a job: its first images fail with these errors, the others are rendered."""
+    claim.take(job)
+    for number in range(1, job.images + 1):
+        if number <= len(errors):
+            record.fail_image(job, number, errors[number - 1])
+        else:
+            job.states[number] = ImageState("rendered", f"{job.name}-{number:04d}.png")
+    ending.finish(spool, job)
+
+
+def refuse(spool: Spool, path: str, why: str) -> None:
+    """Drop SUB/FILE, claim and refuse it."""
+    put(spool, path)
+    ending.refuse(spool, claimed(spool, path), [Problem(why)])
 
 
 def publication(job: Job, number: int = 1, **changes: Any) -> Publication:
@@ -74,52 +112,3 @@ def sidecar_of(image: Path) -> dict[str, Any]:
     assert loaded["image"]["file"] == image.name
     assert loaded["image"]["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
     return loaded
-
-
-def settings(tmp_path: Path, **keys: Any) -> Config:
-    """A configuration with its spool in a temporary folder."""
-    limits = {"min_free_disk_mib": 0, **keys.pop("limits", {})}
-    model = {"id": "gradient", "device": "cpu"}
-    return config.parse({"root": str(tmp_path / "spool"), "model": model, "limits": limits, **keys})
-
-
-def init_spool(tmp_path: Path, **keys: Any) -> Spool:
-    """A spool with its folders."""
-    spool = Spool(settings(tmp_path, **keys))
-    spool.folders.init()
-    return spool
-
-
-def put(spool: Spool, sub: str, file: str) -> None:
-    """Put a file into the inbox."""
-    (spool.paths.inbox / sub).mkdir(exist_ok=True, parents=True)
-    (spool.paths.inbox / sub / file).write_text("a cat\n")
-
-
-def resolve(spool: Spool, claimed: Unresolved, images: int = 1) -> Job:
-    """Record that a claimed file asks for so many images."""
-    specs = tuple(spec(image=n + 1) for n in range(images))
-    return claim.resolve(spool, claimed, Request(specs), Settled(0.0, spool.boot), SETTINGS)
-
-
-def job(spool: Spool, sub: str, file: str, images: int = 1) -> Job:
-    """Drop a file, claim and resolve it."""
-    put(spool, sub, file)
-    return resolve(spool, claim.claim(spool, sub, file), images)
-
-
-def finish(spool: Spool, job: Job, *errors: str) -> None:
-    """End a job: its first images fail with these errors, the rest is rendered."""
-    claim.take(job)
-    for number in range(1, job.images + 1):
-        if number <= len(errors):
-            record.fail_image(job, number, errors[number - 1])
-        else:
-            job.states[number] = ImageState("rendered", f"{job.name}-{number:04d}.png")
-    ending.finish(spool, job)
-
-
-def refuse(spool: Spool, sub: str, file: str, why: str) -> None:
-    """Drop a file, claim and refuse it."""
-    put(spool, sub, file)
-    ending.refuse(spool, claim.claim(spool, sub, file), [Problem(why)])
