@@ -17,7 +17,8 @@ from demo_model.captions import describe, forget
 from demo_model.data import CHUNK, CaptionedChunks, Course, Prompts, sample_training_scene
 from demo_model.evaluate import held_out_cases
 from demo_model.judge import compare, is_right, look
-from demo_model.train import Plan, train
+from demo_model.plan import Plan
+from demo_model.train import train
 from demo_model.world import (
     COLOURS,
     INVERSE,

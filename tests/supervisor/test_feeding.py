@@ -63,7 +63,7 @@ def test_only_what_may_not_be_poison_is_rendered_together(rooms: Rooms) -> None:
         rooms.feed()
         kinds += [render.kind for render in engine.renders()]
         rooms.work.tickets.clear()
-        rooms.pool.slots[0].engine.in_hand.clear()  # as if they had come back
+        rooms.pool.slots[0].link.in_hand.clear()  # as if they had come back
 
     assert kinds[:2] == [None, None]
     assert kinds[2] == kinds[3] is not None

@@ -120,7 +120,7 @@ class ScriptedBackend:
         return EngineLink(life, now, now, self.begun)
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
-        return all(slot.engine is None or slot.trouble for slot in slots)
+        return all(slot.link is None or slot.trouble for slot in slots)
 
     def readers(self) -> list[int]:
         return []

@@ -30,15 +30,15 @@ def require_ray() -> None:
 
 
 def knock(address: str) -> None:
-    """Whether somebody listens at HOST:PORT. Raises OSError: nobody does."""
+    """Connect to HOST:PORT and close again. Raises OSError: nobody listens there."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def actor_prefix(own: Path) -> str:
-    """What the names of a spool's actors begin with: the daemon's next life finds them by that.
+    """The prefix of the names of a spool's actors, by which the daemon's next life finds them.
 
-    Kept in the spool, for machines may have one name, and a machine another one tomorrow.
+    It is random and kept in the spool, because the names of machines are not unique and may change.
 
     Raises OSError: it can be neither read nor written.
     """
@@ -49,9 +49,9 @@ def actor_prefix(own: Path) -> str:
 
 
 class RemoteLife:
-    """A Life: an engine on another host. Its end is the end of the socket, whoever ends it."""
+    """A Life on another host. It has ended when the socket has, whoever closed it."""
 
-    is_lost = True  # unless the relay says that the engine alone has ended
+    is_lost = True  # unless the relay reports that the engine alone has ended
 
     def __init__(self, link: socket.socket, cluster: "RayCluster", actor: str) -> None:
         self.socket = link
@@ -76,19 +76,22 @@ class RemoteLife:
         try:
             self._cluster.tell(Kill(self._actor))
         except OSError:
-            pass  # a gateway that is full or gone; losing it ends this too
+            pass  # the gateway is full or gone; losing it ends this life too
 
     def reap(self, seconds: float) -> bool:
-        """Only let go of it: the engine stays warm for the daemon's next life."""
+        """Close the socket only: the engine stays warm for the daemon's next life."""
         self.socket.close()
         return True
 
 
 class RayCluster:
-    """A Backend. Owns the gateway process, and begins it anew when the cluster was lost."""
+    """A Backend that owns the gateway process, and begins it anew when the cluster was lost."""
 
     def __init__(self, settings: Config, outlives: bool = True) -> None:
-        """`outlives`: engines stay warm for the daemon's next life. Raises ConfigError: no ray."""
+        """outlives: engines stay warm for the daemon's next life.
+
+        Raises ConfigError: ray is not installed.
+        """
         require_ray()
         self._workers = settings.engine.workers
         self._address = settings.ray.address
@@ -96,23 +99,26 @@ class RayCluster:
         self._gpus = 0.0 if settings.model.device == "cpu" else 1.0
         self._outlives = outlives
         self._own = settings.state
-        self._prefix = ""  # known once there is a gateway
-        self._found: set[str] = set()  # actors that earlier lives have left
-        self._links: dict[str, EngineLink] = {}  # by actor, the last one of each
-        self._left = 0  # the highest number of one that an earlier life left
+        self._prefix = ""  # of the actors' names; known once there is a gateway
+        self._found: set[str] = set()  # actors that the daemon's earlier lives have left
+        self._links: dict[str, EngineLink] = {}  # the last link to each actor
+        self._left = 0  # the highest number of an actor that was left
         self.may_begin = False  # not before the gateway is connected
         self.trouble: str | None = None
-        self._reason: str | None = None  # what the gateway last said
+        self._reason: str | None = None  # why the cluster is lost, by the gateway
         self._gateway: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._begin_at = 0.0
         self._silent_at = 0.0  # when the gateway is given up unless it says something
 
     def wanted(self, slots: list[Slot]) -> int:
-        """`auto`: one more than have found a host, to wait for the next one; and all there were."""
+        """With `auto`, one more than have found a host: it waits for the next one.
+
+        Never fewer than the actors that were left, so that all of them are found again.
+        """
         if self._workers != "auto":
             return self._workers
-        return max(self._left, sum(1 for slot in slots if slot.engine and slot.engine.host) + 1)
+        return max(self._left, sum(1 for slot in slots if slot.link and slot.link.host) + 1)
 
     def begin(self, slot: Slot, settings: Config) -> EngineLink:
         settings = settings.model_copy(update={"folders": {}})  # of any length, and not for engines
@@ -132,7 +138,7 @@ class RayCluster:
         return link
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
-        """Hosts come and go: never."""
+        """Never: a host may come at any time."""
         return False
 
     def readers(self) -> list[int]:
@@ -179,13 +185,13 @@ class RayCluster:
             self._control.close()
 
     def _leaving(self) -> tuple[str, ...]:
-        """The actors that end with us: one that waits for a host would take it from others."""
+        """The actors to end with the daemon: one that waits for a host would take it from others."""
         if not self._outlives:
             return tuple(self._found | self._links.keys())
         return tuple(actor for actor, link in self._links.items() if link.host is None)
 
     def _begin(self, now: float) -> None:
-        """Called in the daemon's main thread: PR_SET_PDEATHSIG follows the thread that forks."""
+        """Start a gateway. Called in the daemon's main thread, which PR_SET_PDEATHSIG follows."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._prefix = actor_prefix(self._own)
@@ -214,6 +220,7 @@ class RayCluster:
         self._silent_at = now + CONNECT_SECONDS
 
     def _heed(self, message: object) -> None:
+        """Act on a message of the gateway."""
         if isinstance(message, Connected):
             self.may_begin, self.trouble, self._reason = True, None, None
             log.get().info("cluster.connected", address=self._address)
@@ -222,7 +229,7 @@ class RayCluster:
             self._reason = message.reason
 
     def _find(self, actors: tuple[str, ...]) -> None:
-        """What earlier lives have left is used again, or given back."""
+        """Remember which actors earlier lives have left, and end those that are too many."""
         numbers = {actor: int(actor.rpartition("-")[2]) for actor in actors}
         self._found |= numbers.keys()
         self._left = max(numbers.values(), default=0)
@@ -231,6 +238,7 @@ class RayCluster:
             self.tell(Release(tuple(actor for actor, n in numbers.items() if n > workers)))
 
     def _lose(self, now: float) -> None:
+        """Give the gateway up, and begin another one later."""
         assert self._gateway
         assert self._control
         self._gateway.kill()

@@ -1,8 +1,9 @@
 """The daemon's way into a Ray cluster: a process of its own.
 
-Ray ends a driver whose cluster is lost; here that costs nothing but this process. Started by the
-daemon as `python -m promptdrop.cluster.gateway FD ADDRESS PREFIX`; FD is a socket of packets: what to open
-and what to kill. Each engine's link is a socket on which this end speaks as an engine process does.
+Ray ends a driver whose cluster is lost; here it ends only this process. The daemon starts it as
+`python -m promptdrop.cluster.gateway FD ADDRESS PREFIX`. FD is a socket of packets, on which the daemon
+says which engines to open and to kill. Each engine has a socket of its own, on which this process speaks
+as an engine process does.
 """
 
 import logging
@@ -57,15 +58,15 @@ ray.cloudpickle.register_pickle_by_value(actor_module)  # type: ignore[no-untype
 sys.modules["promptdrop.ray_host"] = host_module
 
 NAMESPACE = "promptdrop"
-LISTEN_SECONDS = 5.0  # of one question; no answer at all after twice that: the host is lost
+LISTEN_SECONDS = 5.0  # an actor waits so long for something to report; after twice that it is lost
 PLACE_SECONDS = 2.0  # between two looks whether a host was found
 HELLO_SECONDS = 10.0  # an actor that has a host and does not answer for so long hangs
-KNOCKS = 5  # in vain, after which it is given up
+KNOCKS = 5  # the head is given up after so many failures in a row
 KILL_SECONDS = 5.0  # until a host that does not kill its engine is killed itself
 
 
 def main(fd: int, address: str, prefix: str) -> None:
-    """Entry point of the gateway process. Any escaping exception ends it, of whatever thread."""
+    """Entry point of the gateway process. An exception that escapes in any thread ends it."""
     die_with_parent()
     threading.excepthook = _end
     control = socket.socket(fileno=fd)
@@ -95,7 +96,7 @@ def main(fd: int, address: str, prefix: str) -> None:
 
 
 def _end(unknown: threading.ExceptHookArgs) -> None:
-    """An engine whose thread is gone would be waited for in vain."""
+    """Thread excepthook: end the process. The daemon restarts the gateway."""
     sys.__excepthook__(unknown.exc_type, unknown.exc_value or Exception(), unknown.exc_traceback)
     os._exit(1)
 
@@ -116,12 +117,12 @@ def connect(address: str) -> None:
 
 
 def actors(prefix: str) -> tuple[str, ...]:
-    """The names of all actors that begin so, with a host or without. Raises RayError."""
+    """The names of all actors with this prefix, with a host or without. Raises RayError."""
     return tuple(sorted(name for name in list_named_actors() if name.startswith(prefix)))
 
 
 def release(names: Iterable[str]) -> None:
-    """End the actors of these names, if they are there."""
+    """End the actors with these names; a name that is not there is ignored."""
     found = []
     for name in names:
         try:
@@ -132,15 +133,15 @@ def release(names: Iterable[str]) -> None:
 
 
 def end(actors: list[Any]) -> None:
-    """Kill actors and wait until they are dead: ray.kill only asks for it."""
+    """Kill actors and wait until they are dead: ray.kill does not wait."""
     for actor in actors:
         ray.kill(actor)
-    if asked := [actor.hello.remote() for actor in actors]:  # nobody answers any more
+    if asked := [actor.hello.remote() for actor in actors]:  # an error once the actor is dead
         ray.wait(asked, num_returns=len(asked), timeout=KILL_SECONDS, fetch_local=False)
 
 
 def _watch_head(control: socket.socket) -> None:
-    """A thread: Ray itself gives a head up after a minute, and ends the process without a word."""
+    """Watch the head, in a thread. Ray itself takes a minute, and then ends the process silently."""
     address, failures = ray.get_runtime_context().gcs_address, 0
     while failures < KNOCKS:
         time.sleep(KNOCK_SECONDS)
@@ -155,24 +156,24 @@ def _watch_head(control: socket.socket) -> None:
 
 
 class Relay:
-    """One engine's link, carried over the cluster. Ends when either end does."""
+    """Carries one engine's link over the cluster. It ends when either end does."""
 
     def __init__(self, opened: Open, link: socket.socket, actor: Any) -> None:
-        """`actor`: the one that an earlier engine left, or None."""
-        # Of the next engine. Without a handle Ray ends an actor that is not detached.
+        """actor: the one that an earlier engine has left, or None."""
+        # The actor, for the next engine. Ray ends an actor that is not detached and has no handle.
         self.left: Any = None
         self._opened = opened
         self._link = link
         self._connection = Connection(link.fileno())
         self._sending = threading.Lock()
-        self._is_closed = False  # the daemon wants to hear no more
+        self._is_closed = False  # the daemon has closed its end
         self._memories: dict[int, tuple[int, int]] = {}  # by ticket: descriptor, bytes
         self._actor: Any = actor
         self._listener: int | None = None
         threading.Thread(target=self._run, name=opened.actor, daemon=True).start()
 
     def kill(self) -> None:
-        """SIGKILL the engine, and its host's actor if that does not."""
+        """Have the actor kill its engine; if it does not, kill the actor. Returns at once."""
         threading.Thread(target=self._kill, daemon=True).start()
 
     def _kill(self) -> None:
@@ -183,10 +184,11 @@ class Relay:
         except RayError:
             pass
         self._is_closed = True
-        if self._actor:  # else `_place` ends it, which comes to that
+        if self._actor:  # else `_place` ends it
             end([self._actor])
 
     def _run(self) -> None:
+        """The relay's thread: place the actor, relay until an end, clean up."""
         inbound = threading.Thread(target=self._pass_on, name="inbound", daemon=True)
         try:
             if host := self._place():
@@ -203,7 +205,7 @@ class Relay:
         self._link.detach()
 
     def _place(self) -> Host | None:
-        """Wait until the cluster has found a host for the actor, or found the actor itself."""
+        """Find the actor, or make it and wait until it has a host. None: the link is closed."""
         gpus = self._opened.gpus
         if not self._actor:
             actor: Any = ray.remote(actor_module.HostActor)
@@ -236,6 +238,7 @@ class Relay:
         return None
 
     def _relay(self, host: Host, inbound: threading.Thread) -> None:
+        """Attach to the actor, and pass its answers on until it or the daemon ends."""
         self._send(Placed(host.name, host.pid))
         if host.version != __version__:
             # Its code is loaded: a new installation needs a new process.
@@ -260,6 +263,7 @@ class Relay:
                     return
 
     def _listen(self, host: Host) -> list[Said]:
+        """What the engine has said. A host that does not answer is reported as lost."""
         heard = self._actor.listen.remote(self._listener, LISTEN_SECONDS)
         try:
             said: list[Said] = ray.get(heard, timeout=2 * LISTEN_SECONDS)
@@ -269,7 +273,7 @@ class Relay:
             return [(Gone(silence, is_lost=True), None)]
 
     def _pass_on(self) -> None:
-        """The daemon's requests, as many at once as there are; then the next: their order is kept."""
+        """Pass the daemon's requests on, in order, as many at once as have come."""
         try:
             while True:
                 requests = self._requests()
@@ -277,10 +281,10 @@ class Relay:
         except (EOFError, OSError):
             self._is_closed = True
         except RayError:
-            pass  # the other thread learns it too, and says so
+            pass  # the other thread has the same error, and reports it
 
     def _requests(self) -> list[Request]:
-        """Wait for requests; at least one."""
+        """Wait for at least one request, and return all that have come."""
         requests: list[Request] = []
         while not requests or self._connection.poll():
             request: Request = self._connection.recv()
@@ -294,7 +298,7 @@ class Relay:
         return requests
 
     def _forget(self, ticket: int, pixels: bytes | None = None) -> None:
-        """An image has ended: what was rendered goes into its memory."""
+        """Close the memory of an image that has ended; its pixels, if any, are written there first."""
         memory, size = self._memories.pop(ticket)
         if pixels is not None:
             with mmap.mmap(memory, size) as ours:
@@ -310,7 +314,7 @@ class Relay:
 
 
 def reason_of(error: Exception) -> str:
-    """The one line of Ray's many that says what happened."""
+    """The one line of an error of Ray's that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and "Error: " in lines[-1]:  # a traceback's end
         return lines[-1]

@@ -1,8 +1,8 @@
-"""What runs on a host of the cluster: one engine process, and what it says until it is asked.
+"""Keeps one engine process on a host of the cluster, and its answers until the gateway asks for them.
 
-A Ray actor, of Ray's Python process on that host. It imports no torch and never hangs: the engine is
-the same child process as on a single machine, killed from here as it is there. It outlives the
-daemon, so that a new one finds the engine warm.
+Runs in the process of a Ray actor (`actor.py`). It imports no torch and never hangs: the engine is the
+same child process as on a single machine, and is killed in the same way. It outlives the daemon, so that
+the daemon's next life finds the engine warm.
 """
 
 import os
@@ -34,9 +34,13 @@ from promptdrop.pool.messages import (
     Step,
 )
 
-STEP_SECONDS = 0.5  # steps wait so long for company: each journey costs the daemon a millisecond
+STEP_SECONDS = (
+    0.5  # steps are held back so long, to be sent together: each call costs a millisecond
+)
 
-Said = tuple[Answer, bytes | None]  # of Rendered, the pixels: uint8 [height, width, 3]
+Said = tuple[
+    Answer, bytes | None
+]  # an answer, and with Rendered its pixels: uint8 [height, width, 3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +53,28 @@ class Host:
 
 
 class EngineHost:
-    """One engine at a time. Its methods are called from the cluster, several at once."""
+    """Keeps one engine at a time. Its methods are called from the cluster, several at once."""
 
     def __init__(self) -> None:
         self._said: deque[Said] = deque()
-        self._wanted: deque[Request] = deque()  # for the keeper
-        # Whoever attached last; others are told that they are not heard any more.
+        self._wanted: deque[Request] = deque()  # requests that the keeper is to pass on
+        # The number of the caller that attached last; calls of earlier ones are refused.
         self._listener = 0
         self._link: EngineLink | None = None
         self._settings: Config | None = None  # of the engine that runs
-        self._next: Config | None = None  # of the one that begins once there is none
-        self._stale: set[int] = set()  # tickets of a daemon that is gone
+        self._next: Config | None = None  # of the engine to begin once none runs
+        self._stale: set[int] = set()  # tickets of an earlier listener, whose answers nobody wants
         self._changed = threading.Condition()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Children die with the thread that forked them (PR_SET_PDEATHSIG): one that lasts.
+        # Children die with the thread that forked them (PR_SET_PDEATHSIG): the keeper forks them.
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
     def attach(self, settings: Config) -> int:
-        """Make this caller the one that is heard; returns its number. The engine is started, or,
-        where one runs that is made of the same, found as it is: nothing of its work is anybody's."""
+        """Make this caller the one that is heard. Returns its number.
+
+        An engine of the same settings that runs is kept, warm as it is: its running images are
+        cancelled and not reported. Otherwise a new engine is started.
+        """
         with self._changed:
             self._listener += 1
             self._said.clear()
@@ -93,7 +100,7 @@ class EngineHost:
                 self._wake()
 
     def listen(self, listener: int, seconds: float) -> list[Said]:
-        """What the engine said since the last call; waits so long for something."""
+        """What the engine has said since the last call; waits at most so long for something."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while (left := deadline - time.monotonic()) > 0:
@@ -107,7 +114,7 @@ class EngineHost:
             return said
 
     def kill(self, listener: int) -> None:
-        """SIGKILL the engine process, or begin none. What it said and its end are heard as ever."""
+        """Kill the engine process, or begin none. Its answers and its end are still reported."""
         with self._changed:
             if listener != self._listener:
                 return
@@ -122,7 +129,7 @@ class EngineHost:
         return not is_heard or any(not isinstance(said, (Step, Stage)) for said, _ in self._said)
 
     def _say(self, answer: Answer, pixels: bytes | None = None) -> None:
-        """With the lock."""
+        """Keep an answer for the listener. The caller holds the lock."""
         self._said.append((answer, pixels))
         self._changed.notify_all()
 
@@ -133,8 +140,10 @@ class EngineHost:
             pass  # it is awake
 
     def _keep(self) -> None:
-        """The keeper's thread. Any exception ends the actor, and so the engine: an engine that
-        nobody keeps would be waited for in vain."""
+        """The keeper's thread. An exception ends the actor, and with it the engine.
+
+        Otherwise the daemon would wait for an engine that nobody keeps.
+        """
         try:
             while True:
                 self._turn()
@@ -143,7 +152,7 @@ class EngineHost:
             os._exit(1)
 
     def _turn(self) -> None:
-        """Wait; then hear what the engine says, pass on what is wanted, start the next one."""
+        """Wait; then take in the engine's answers, start the next engine, and pass requests on."""
         waiting = select.poll()
         waiting.register(self._wake_read, select.POLLIN)
         if link := self._link:
@@ -182,7 +191,7 @@ class EngineHost:
                 image.pixels.close()
             self._link, self._settings = None, None
             self._stale.clear()
-            if not self._next:  # else it was another listener's
+            if not self._next:  # else the engine was an earlier listener's
                 self._say(Gone(link.how_it_ended(), is_lost=False))
 
     def _begin(self, settings: Config) -> None:
@@ -198,7 +207,7 @@ class EngineHost:
         while self._wanted:
             wanted = self._wanted.popleft()
             if self._link is None:
-                pass  # it died; its Gone says so
+                pass  # it died; its Gone is reported
             elif isinstance(wanted, Render):
                 self._link.render(wanted.ticket, wanted, now)
             elif isinstance(wanted, Begin):
@@ -210,7 +219,7 @@ class EngineHost:
 
 
 def _makings(settings: Config | None) -> tuple[Any, ...] | None:
-    """All that an engine is made of; where other settings differ, it may stay."""
+    """The settings that an engine is made of. It may stay if only others have changed."""
     if settings is None:
         return None
     engine = settings.engine
@@ -220,6 +229,6 @@ def _makings(settings: Config | None) -> tuple[Any, ...] | None:
 
 
 def _cache_folder() -> Path:
-    """Where compiled code is kept on this host, in place of the spool, which is elsewhere."""
+    """The folder for compiled code on this host, where there is no spool."""
     ours = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]  # systemd's CacheDirectory=
     return Path(ours or Path.home() / ".cache" / "promptdrop")

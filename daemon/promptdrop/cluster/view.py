@@ -1,4 +1,4 @@
-"""What `promptdrop cluster` asks a Ray cluster itself. In the command's own process; imports ray."""
+"""The questions of `promptdrop cluster` to a Ray cluster, asked in the command's own process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class Node:
 
 
 def nodes(address: str) -> list[Node]:
-    """Every host the cluster knows, living ones first; of one that came back, no earlier life.
+    """Every host that the cluster knows, living ones first; earlier lives of a host are left out.
 
     Raises PromptdropError: it cannot be reached.
     """

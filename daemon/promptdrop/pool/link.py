@@ -1,7 +1,7 @@
 """The daemon's handle on one life of an engine, wherever it runs: speak, notice silence, kill.
 
-Nothing here waits for the engine: it may stop in the middle of a message, or read none. The other
-end of the pipe is a multiprocessing.connection.Connection, whose frames are a length and a pickle.
+Nothing here waits for the engine, which may stop in the middle of a message or read none. At the other
+end is a multiprocessing.connection.Connection, whose frames are a length and a pickle.
 """
 
 import mmap
@@ -42,76 +42,76 @@ _ANSWER_LIMIT = 1 << 20  # bytes: the longest prompt and 10,000 counts fit ten t
 
 
 @dataclass(slots=True)
-class InHand:
-    """One image that the engine has been sent."""
+class Held:
+    """An image that the engine has been sent."""
 
     spec: ImageSpec
     pixels: mmap.mmap
-    began: float | None = None  # the daemon's monotonic clock
-    batch: int = 1  # images that were begun together
-    last_sign: float = 0.0
+    began: float | None = None  # seconds of the daemon's monotonic clock; None: it waits
+    batch: int = 1  # how many images were begun together
+    last_sign: float = 0.0  # when it began or did its last step
     step: int = 0
-    is_shared: bool = False  # since that step the text of another is encoded, too
-    recalled: bool = False  # another engine shall have it
+    is_shared: bool = False  # since its last step the text of another image is encoded, too
+    recalled: bool = False  # it was asked back, for another engine
 
     @property
     def timeout_seconds(self) -> float:
-        """Of all that were begun together."""
+        """Seconds for the whole batch: the image's timeout times the images begun together."""
         return self.spec.timeout_seconds * self.batch
 
 
 @dataclass(slots=True)
 class Limits:
-    """How long the engine may be silent, seconds. Read anew each time, so SIGHUP can change them."""
+    """How long the engine may be silent, in seconds. Made anew each time, so SIGHUP can change them."""
 
-    load: float
-    grace: float
-    stall: float | None  # between the steps of an image
-    begin: float  # with images or questions in hand, before one is begun
+    load: float  # until it is warm
+    grace: float  # after an image's timeout
+    stall: float | None  # between two steps of an image; None: no limit
+    begin: float  # until it begins one of the images or questions in hand
 
 
 class Life(Protocol):
-    """What is at the other end of a link: a process of this machine, or a relay to another's."""
+    """The other end of a link: a process of this machine, or a relay to another machine's."""
 
     socket: socket.socket  # not blocking
-    is_lost: bool  # its end without a word of its own is no image's fault
+    is_lost: bool  # whether an end that it does not explain means a lost host: no image's fault
 
     def ends(self) -> list[int]:
-        """Descriptors that can be read once it has ended; none: the socket's end is its end."""
+        """Descriptors that become readable when it ends. Empty: it has ended when the socket has."""
 
     def has_ended(self) -> bool:
-        """Whether it is dead; what it said before may still be read."""
+        """Whether it is dead. Answers that it sent before may still be read."""
 
     def how_it_ended(self) -> str:
-        """`killed by SIGSEGV`, `exit status 3`."""
+        """The end in words, for log and job: `killed by SIGSEGV`, `exit status 3`."""
 
     def kill(self) -> None:
         """End it at once; returns at once."""
 
     def reap(self, seconds: float) -> bool:
-        """Kill, wait at most so long for its end, and close. False: nobody ends it."""
+        """Kill it, wait at most so long for its end, and close. False: it does not end."""
 
 
 @dataclass(slots=True)
 class EngineLink:
-    """One engine, from start to reaped. Not started again: a new life is a new object."""
+    """One engine, from its start until it is reaped. The engine's next life is another object."""
 
     life: Life
-    started: float  # the daemon's monotonic clock
-    loads_since: float | None  # when its loading began; None: it waits for a host with a free GPU
-    pid: int | None = None  # where it runs
+    started: float  # seconds of the daemon's monotonic clock
+    loads_since: float | None  # when it began to load; None: it waits for a host with a free GPU
+    pid: int | None = None  # on its host
     host: str | None = None
     info: EngineInfo | None = None  # set once it is warm
     stage: str = "starting"
-    killed: str | None = None  # why we killed it
+    killed: str | None = None  # why the daemon killed it
     timed_out: bool = False  # it was killed because it was overdue
-    gone: Gone | None = None  # what a relay said of its end
-    in_hand: dict[int, InHand] = field(default_factory=dict)  # by ticket, in the order sent
-    questions: dict[int, int] = field(default_factory=dict)  # CountTokens by ticket: how many
-    _last_sign: float = 0.0  # when it last answered, or was asked after having nothing to do
+    gone: Gone | None = None  # its end, as a relay has reported it
+    in_hand: dict[int, Held] = field(default_factory=dict)  # by ticket, in the order sent
+    questions: dict[int, int] = field(default_factory=dict)  # by ticket: prompts to be counted
+    _last_sign: float = 0.0  # when it last answered, or was asked while it had nothing to do
     _killed_at: float = float("inf")
     _closed_at: float = float("inf")  # when its end of the pipe was found closed
-    _heard: bytearray = field(default_factory=bytearray)  # the beginning of an answer
+    _heard: bytearray = field(default_factory=bytearray)  # answers, the last one not whole yet
     _unsent: deque[memoryview | int] = field(default_factory=deque)  # messages and descriptors
 
     @property
@@ -120,14 +120,14 @@ class EngineLink:
         return self.info is not None
 
     def readers(self) -> list[int]:
-        """What to wait on: its answers and its death."""
+        """Descriptors that become readable when it answers or dies."""
         ends = self.life.ends()
         if ends and self._closed_at < float("inf"):
-            return ends  # a closed pipe is readable for ever
+            return ends  # a closed pipe is always readable
         return [self.life.socket.fileno(), *ends]
 
     def writers(self) -> list[int]:
-        """What to wait on until it takes more; then `flush`."""
+        """Descriptors that become writable when it takes more of what is unsent; then `flush`."""
         return [self.life.socket.fileno()] if self._unsent else []
 
     def has_ended(self) -> bool:
@@ -135,20 +135,23 @@ class EngineLink:
         return self.life.has_ended()
 
     def how_it_ended(self) -> str:
-        """`killed by SIGSEGV`, `the host gpu7 is gone`."""
+        """The end in words: `killed by SIGSEGV`, `the host gpu7 is gone`."""
         return self.gone.how if self.gone else self.life.how_it_ended()
 
     @property
     def is_lost(self) -> bool:
-        """Whether its host or the way there ended, which is no image's fault; we did not kill it."""
+        """Whether its host or the way there was lost, which is no image's fault.
+
+        False for an engine that the daemon killed.
+        """
         if self.killed:
             return False
         return self.gone.is_lost if self.gone else self.life.is_lost
 
     def render(self, ticket: int, render: Render, now: float) -> None:
-        """Send one image with fresh memory for its pixels; `begin` follows.
+        """Send one image, with new memory for its pixels. `begin` has to follow.
 
-        A dead engine is noticed by `has_ended`.
+        Sending to a dead engine is no error: `has_ended` tells.
 
         Raises OSError: out of descriptors or memory; nothing was sent.
         """
@@ -162,29 +165,29 @@ class EngineLink:
             os.close(memory)
             raise
         self._expect(now)
-        self.in_hand[ticket] = InHand(spec, pixels, last_sign=now)
+        self.in_hand[ticket] = Held(spec, pixels, last_sign=now)
         self.send(render, memory)
 
     def begin(self) -> None:
-        """Nothing more is sent now: what waits may be rendered."""
+        """Say that nothing more is sent now: the images that wait may be rendered."""
         self.send(Begin())
 
     def cancel(self, ticket: int) -> None:
-        """Ask to stop an image at its next step."""
+        """Ask to stop an image at its next step, or to skip it."""
         self.send(Cancel(ticket))
 
     def count_tokens(self, ticket: int, prompts: tuple[str, ...], now: float) -> None:
-        """Ask how long prompts are."""
+        """Ask how many tokens prompts have."""
         self._expect(now)
         self.questions[ticket] = len(prompts)
         self.send(CountTokens(ticket, prompts))
 
     def stop(self) -> None:
-        """Ask to end after what was sent before."""
+        """Ask to end once all that was sent before is done."""
         self.send(Stop())
 
     def flush(self) -> None:
-        """Send what the pipe takes now."""
+        """Send as much of the unsent as the pipe takes now."""
         try:
             while self._unsent:
                 first = self._unsent[0]
@@ -197,20 +200,20 @@ class EngineLink:
                 else:
                     self._unsent.popleft()
         except BlockingIOError:
-            pass  # it reads slowly, or not at all: `writers` says when to go on
+            pass  # it reads slowly, or not at all; `writers` says when to go on
         except OSError:
-            self._forget_unsent()  # it is dead; the loop notices by its pidfd
+            self._forget_unsent()  # it is dead; the loop notices it by its pidfd
 
     def answers(self, now: float) -> Iterator[Answer]:
-        """What the engine has said since the last call; each sign of life moves its deadline.
+        """The answers since the last call. Each of them moves the engine's deadline.
 
-        An engine that says what no engine says is broken: it is killed.
+        An engine that sends anything else is broken, and is killed.
         """
         self._listen(now)
         while not self.killed and (frame := self._next_frame(now)) is not None:
             try:
                 answer = pickle.loads(frame)
-            except Exception as e:  # unpickling nonsense may raise anything at all
+            except Exception as e:  # unpickling nonsense may raise any error
                 self.kill(f"the engine said what cannot be read: {e}", now)
                 return
             if not self._is_sound(answer):
@@ -221,24 +224,25 @@ class EngineLink:
                 yield answer
 
     def overdue(self, now: float, limits: Limits) -> str | None:
-        """Why the engine must be killed now, or None."""
+        """The reason to kill the engine now; None if there is none."""
         if now > self._closed_at + REAP_SECONDS:
             return "closed its end of the pipe and did not end"
         if not self.is_ready:
             if self.loads_since is not None and now > self.loads_since + limits.load:
                 return f"not loaded and warm within {limits.load:g} s (engine.load_timeout_seconds)"
             return None
-        for image, began in self._begun():
-            if now > began + image.timeout_seconds + limits.grace:
-                return f"no answer {limits.grace:g} s after the image's {image.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
-            if limits.stall is not None and now > image.last_sign + limits.stall:
+        for held, began in self._begun():
+            if now > began + held.timeout_seconds + limits.grace:
+                return f"no answer {limits.grace:g} s after the image's {held.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
+            if limits.stall is not None and now > held.last_sign + limits.stall:
                 return f"silent for {limits.stall:g} s between steps (engine.stall_seconds)"
         if self._must_begin() and now > self._last_sign + limits.begin:
             return f"silent for {limits.begin:g} s and did not begin what it was asked (engine.stall_seconds, engine.image_timeout_seconds)"
         return None
 
     def next_deadline(self, limits: Limits) -> float:
-        """When `overdue` or `outlives_kill` may first have something to say, on the daemon's monotonic clock."""
+        """The time, on the daemon's monotonic clock, before which `overdue` and `outlives_kill` stay as
+        they are if nothing happens."""
         if self.killed:
             return self._killed_at + REAP_SECONDS
         deadlines = [self._closed_at + REAP_SECONDS]
@@ -247,41 +251,43 @@ class EngineLink:
             return min(since + limits.load, deadlines[0])
         if self._must_begin():
             deadlines.append(self._last_sign + limits.begin)
-        for image, began in self._begun():
-            deadlines.append(began + image.timeout_seconds + limits.grace)
+        for held, began in self._begun():
+            deadlines.append(began + held.timeout_seconds + limits.grace)
             if limits.stall is not None:
-                deadlines.append(image.last_sign + limits.stall)
+                deadlines.append(held.last_sign + limits.stall)
         return min(deadlines)
 
     def kill(self, reason: str, now: float, timed_out: bool = False) -> None:
-        """End it at once; returns at once. The first reason stands."""
+        """Kill it, without waiting for its end. If it was killed before, the first reason stands."""
         if not self.killed:
             self.killed, self._killed_at, self.timed_out = reason, now, timed_out
         self.life.kill()
 
     def outlives_kill(self, now: float) -> bool:
-        """Whether it was killed and is still there: in uninterruptible sleep, which nobody ends."""
+        """Whether it was killed REAP_SECONDS ago and is still there: in uninterruptible sleep."""
         return now >= self._killed_at + REAP_SECONDS
 
     def reap(self) -> bool:
-        """Kill, wait a bounded time, and close. False: it is in uninterruptible sleep."""
+        """Kill it, wait at most REAP_SECONDS, and close. False: it is in uninterruptible sleep."""
         self._forget_unsent()
         return self.life.reap(REAP_SECONDS)
 
-    def _begun(self) -> list[tuple[InHand, float]]:
+    def _begun(self) -> list[tuple[Held, float]]:
+        """The images being rendered, and when they began."""
         images = self.in_hand.values()
-        return [(image, image.began) for image in images if image.began is not None]
+        return [(held, held.began) for held in images if held.began is not None]
 
     def _must_begin(self) -> bool:
+        """Whether it has work and has begun no image yet."""
         return bool(self.in_hand or self.questions) and not self._begun()
 
     def _expect(self, now: float) -> None:
-        """The silence before it had anything to do does not count."""
+        """Start the clock of its silence, if it had nothing to do before."""
         if not (self.in_hand or self.questions):
             self._last_sign = now
 
     def _listen(self, now: float) -> None:
-        """Read what is there, at most as much as one answer may be long."""
+        """Read what has come, at most the length of the longest answer."""
         try:
             while len(self._heard) <= _ANSWER_LIMIT:
                 chunk = self.life.socket.recv(_CHUNK)
@@ -295,7 +301,7 @@ class EngineLink:
             return  # reset by its death; `has_ended` will say how
 
     def _next_frame(self, now: float) -> bytes | None:
-        """One whole answer, or None: the rest has not come yet."""
+        """The bytes of the next answer; None if it is not whole yet."""
         if len(self._heard) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._heard)
@@ -310,20 +316,20 @@ class EngineLink:
         return frame
 
     def _is_sound(self, answer: object) -> bool:
-        """Whether it is an answer that this engine can give now."""
+        """Whether this engine can give this answer now."""
         if isinstance(answer, Tokens):
             asked = self.questions.get(answer.ticket)
             return asked is None or asked == len(answer.counts)
         if isinstance(answer, Ready):
             return isinstance(answer.info, EngineInfo) and not self.is_ready
         if isinstance(answer, Rendered):
-            image = self.in_hand.get(answer.ticket)
-            began = image is None or image.began is not None
+            held = self.in_hand.get(answer.ticket)
+            began = held is None or held.began is not None
             return began and isinstance(answer.rendering, Rendering)
         return isinstance(answer, Answer)
 
     def _note(self, answer: Answer, now: float) -> bool:
-        """Keep the books. False: the answer is about an image nobody sent."""
+        """Keep what an answer says. Returns False if it is about an image that is not in hand."""
         if isinstance(answer, Stage):
             self.stage = answer.text
         elif isinstance(answer, Placed):
@@ -339,21 +345,21 @@ class EngineLink:
         elif answer.ticket not in self.in_hand:
             return False
         elif isinstance(answer, Began):
-            image = self.in_hand[answer.ticket]
-            image.began = image.last_sign = now
-            image.batch = answer.images
+            held = self.in_hand[answer.ticket]
+            held.began = held.last_sign = now
+            held.batch = answer.images
         elif isinstance(answer, Step):
-            for image, _ in self._begun():
-                image.last_sign, image.step = now, answer.step
-                image.is_shared = answer.prepares
+            for held, _ in self._begun():
+                held.last_sign, held.step = now, answer.step
+                held.is_shared = answer.prepares
         return True
 
-    def take(self, answer: Rendered | Failed | Cancelled) -> InHand:
-        """The image an answer ends; it is in the engine's hand no more."""
+    def take(self, answer: Rendered | Failed | Cancelled) -> Held:
+        """Remove the image that an answer ends from the engine's hand, and return it."""
         return self.in_hand.pop(answer.ticket)
 
     def send(self, message: object, descriptor: int | None = None) -> None:
-        """Send a message; the descriptor that goes with it is closed once it is sent."""
+        """Send a message, and a descriptor with it, which is closed once it is sent."""
         data = pickle.dumps(message)
         self._unsent.append(memoryview(_LENGTH.pack(len(data)) + data))
         if descriptor is not None:
@@ -361,6 +367,7 @@ class EngineLink:
         self.flush()
 
     def _forget_unsent(self) -> None:
+        """Drop what is unsent, and close its descriptors."""
         for unsent in self._unsent:
             if isinstance(unsent, int):
                 os.close(unsent)

@@ -1,7 +1,7 @@
-"""The whole protocol of the pipe between the daemon and its engine process.
+"""The protocols: of the pipe between daemon and engine process, and of the socket to the gateway.
 
-A ticket is the daemon's number for one request; every answer carries it. Render is followed by a
-file descriptor: the memory the pixels are written to, uint8 [height, width, 3].
+A ticket is the daemon's number for one request; every answer to it carries the ticket. After a Render
+comes a file descriptor: the memory for the pixels, uint8 [height, width, 3].
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from promptdrop.nouns import EngineInfo, ImageSpec, Rendering
 
 @dataclass(frozen=True, slots=True)
 class Render:
-    """Render one image, once a Begin has followed; requests are worked off in order.
+    """Render one image, once a Begin has followed.
 
-    An engine takes the first, and with it, up to `engine.batch`, what else waits with the same `kind`.
-    Meanwhile it encodes the texts of those it takes next.
+    An engine takes the first image that waits and renders others of its `kind` with it, at most
+    `engine.batch` together. Meanwhile it encodes the texts of the next ones.
     """
 
     ticket: int
     spec: ImageSpec
     prompt: Prompt
-    kind: tuple[Any, ...] | None  # None: alone, and no text encoded beside it
-    empty_cache: bool  # afterwards
+    kind: tuple[Any, ...] | None  # None: render it alone, and encode no other text meanwhile
+    empty_cache: bool  # give cached memory back afterwards
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """All that was to be sent now has been: the engine need not wait for more."""
+    """Begin: no more is sent now that an image could be rendered together with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class CountTokens:
-    """How long are these prompts, templated?"""
+    """Count the tokens of these prompts, the template included."""
 
     ticket: int
     prompts: tuple[str, ...]
@@ -50,7 +50,7 @@ class CountTokens:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End after the requests sent before."""
+    """End after the requests that were sent before."""
 
 
 # engine -> daemon
@@ -58,21 +58,21 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Loading goes on: what is being done now."""
+    """A sign of life while loading: what is being done now."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Loaded and warm."""
+    """The engine is loaded and warm."""
 
     info: EngineInfo
 
 
 @dataclass(frozen=True, slots=True)
 class CannotStart:
-    """The engine process ends: it can neither load nor warm up."""
+    """The engine cannot load or warm up, and ends."""
 
     error: str
     exit_status: int
@@ -80,7 +80,7 @@ class CannotStart:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A relay has found the engine a host; its loading begins now."""
+    """A relay has found a host for the engine, which begins to load now."""
 
     host: str
     pid: int
@@ -88,33 +88,33 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The last thing a relay says: the engine has ended, or its host is lost to us."""
+    """The last answer of a relay: the engine has ended, or its host is lost."""
 
     how: str
-    is_lost: bool  # the host or the way there: no image's fault
+    is_lost: bool  # the host or the way there was lost: no image's fault
 
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """The engine works on this image now; its time runs."""
+    """The engine begins this image now; its timeout runs from here."""
 
     ticket: int
-    images: int  # that are rendered together, this one included
+    images: int  # how many are rendered together, this one included
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One transformer evaluation is done of this image, and of all that were begun with it."""
+    """One transformer evaluation is done, of this image and of all in its batch."""
 
     ticket: int
     step: int
     steps: int
-    prepares: bool = False  # before the next one, the text of an image that waits is encoded
+    prepares: bool = False  # the text of an image that waits is encoded before the next step
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The pixels stand in the memory that came with Render."""
+    """The image is rendered; its pixels are in the memory that came with Render."""
 
     ticket: int
     rendering: Rendering
@@ -127,19 +127,19 @@ class Failed:
     ticket: int
     error: str
     timed_out: bool = False
-    images: int = 1  # that were worked on; of several nobody knows whose fault it was
+    images: int = 1  # how many were worked on; of several, nobody knows which one is at fault
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The image was stopped or skipped as asked."""
+    """The image was stopped or skipped, as asked."""
 
     ticket: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Answer to CountTokens."""
+    """The answer to CountTokens."""
 
     ticket: int
     counts: tuple[int, ...]
@@ -163,29 +163,29 @@ Answer = (
 
 # daemon -> gateway to a Ray cluster, one packet each
 
-PACKET = 1 << 17  # bytes, the longest
+PACKET = 1 << 17  # bytes of the longest packet
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Bring up an engine at the other end of the descriptor that comes with this."""
+    """Start an engine, and relay it over the socket that comes with this."""
 
-    actor: str  # its name in the cluster: another daemon life finds it there
+    actor: str  # the name in the cluster by which the daemon's next life finds it
     settings: Config
     gpus: float
-    outlives: bool  # the daemon and its gateway
+    outlives: bool  # it stays when the daemon and its gateway end
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """SIGKILL an engine."""
+    """Send SIGKILL to an engine."""
 
     actor: str
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give devices back: end these actors and their engines."""
+    """End these actors and their engines, so that others can have their devices."""
 
     actors: tuple[str, ...]
 
@@ -195,18 +195,18 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The cluster is there."""
+    """The gateway is connected to the cluster."""
 
-    actors: tuple[str, ...]  # of this daemon, that it or its earlier lives have left there
+    actors: tuple[str, ...]  # the actors there that belong to this daemon, of earlier lives too
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """The gateway does not hang: once a second."""
+    """A sign of life of the gateway, once a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why it is not there, or why it is lost."""
+    """Why the cluster cannot be reached, or was lost. The gateway ends."""
 
     reason: str

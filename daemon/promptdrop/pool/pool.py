@@ -1,6 +1,6 @@
-"""The daemon's engines: how many, on what device, one life after another.
+"""The daemon's engines: how many there are, and one life of each after another.
 
-Where they run is a Backend's business; what to do about their answers and deaths is the supervisor's.
+A Backend decides where they run; the supervisor decides what follows from their answers and deaths.
 """
 
 from collections.abc import Iterator
@@ -14,87 +14,90 @@ from promptdrop.loop import reason_of
 from promptdrop.metrics import gpu_count
 from promptdrop.nouns import EngineInfo
 from promptdrop.pool import process
-from promptdrop.pool.link import EngineLink, InHand, Limits
+from promptdrop.pool.link import EngineLink, Held, Limits
 from promptdrop.pool.messages import Answer
 
-UNLOADED = "unloaded, idle"  # what the status says
-FULL_SECONDS = 0.1  # until an engine is begun that its backend could not take in now
+UNLOADED = "unloaded, idle"  # in status and log
+FULL_SECONDS = 0.1  # until another try where the backend's queue was full
 DEPTH = 2  # batches in an engine: the one being rendered and the next, so the device never waits
 
 
 @dataclass(slots=True)
 class Slot:
-    """The place of one engine."""
+    """The place of one engine, which has one life after another there."""
 
     number: int  # from 1
-    engine: EngineLink | None = None
+    link: EngineLink | None = None  # to this life of its engine; None between two lives
     info: EngineInfo | None = None  # of the last life that was warm
     lives: int = 0
     idle_deaths: int = 0  # deaths in a row without an image in hand
-    sent: int = 0  # images, for empty_cache_every
+    sent: int = 0  # images sent, for empty_cache_every
     is_unloading: bool = False  # this life was ended to give its device back
-    has_news: bool = False  # images were sent that may not be begun yet
+    has_news: bool = False  # images were sent and no Begin yet
     due: float = 0.0  # when its next life begins, on the daemon's monotonic clock
     trouble: str | None = None  # why it has no engine, or one that cannot work
 
     @property
     def name(self) -> str:
-        """What sidecars, status and log call it."""
+        """Its name in sidecars, status and log."""
         return f"engine-{self.number}"
 
     @property
     def warm(self) -> EngineLink | None:
-        """Its engine, if that takes images."""
-        alive = self.engine
-        return alive if alive and alive.is_ready and not alive.killed else None
+        """The link to its engine, if that takes images."""
+        link = self.link
+        return link if link and link.is_ready and not link.killed else None
 
     def rest(self, reason: str, until: float) -> None:
-        """No life before `until`, for this reason."""
+        """Begin no life before `until`, for this reason."""
         self.trouble, self.due = reason, until
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """News of an engine: it is dead, and all it said was heard."""
+    """News of an engine: it is dead, and all its answers have been heard."""
 
 
 class Backend(Protocol):
     """Where engines run."""
 
-    may_begin: bool  # an engine, now
-    trouble: str | None  # why not, if it should be so
+    may_begin: bool  # whether an engine may begin now
+    trouble: str | None  # why none may begin, if that is not as it should be
 
     def wanted(self, slots: list[Slot]) -> int:
-        """How many slots there shall be; never fewer than there are."""
+        """How many slots there shall be; never fewer than there are now."""
 
     def begin(self, slot: Slot, settings: Config) -> EngineLink:
-        """A new life. Raises OSError: out of descriptors, processes or memory; BlockingIOError: not
-        all at once."""
+        """Begin a new life of a slot's engine.
+
+        Raises OSError: out of descriptors, processes or memory. BlockingIOError: the backend's queue is
+        full; retried after FULL_SECONDS.
+        """
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
-        """Whether nobody will render, now that no engine of these is warm or on its way there."""
+        """Whether no engine of these slots is warm, on its way, or can be expected."""
 
     def readers(self) -> list[int]:
-        """What to wait on; then `hear`."""
+        """Descriptors that become readable when something has happened; then `hear`."""
 
     def hear(self, now: float) -> None:
-        """Take in what happened; begin again what has ended."""
+        """Take in what has happened, and begin again what has ended."""
 
     def next_deadline(self) -> float:
-        """When `hear` has something to do unasked, on the daemon's monotonic clock."""
+        """The time, on the daemon's monotonic clock, at which `hear` is to be called at the latest."""
 
     def close(self) -> None:
-        """The daemon ends."""
+        """Let go of everything, because the daemon ends."""
 
 
 class ChildProcesses:
-    """A Backend: child processes of the daemon, one for each device."""
+    """A Backend whose engines are child processes of the daemon, one for each device."""
 
     may_begin = True
     trouble: str | None = None
 
     def __init__(self, settings: Config) -> None:
-        """Raises ConfigError: more workers than GPUs."""
+        """Count the workers. Raises ConfigError: there are more workers than devices."""
         model, workers, gpus = settings.model, settings.engine.workers, gpu_count()
         if model.device == "cpu":
             gpus = 0
@@ -124,7 +127,7 @@ class ChildProcesses:
         return process.start(settings)
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
-        return all(slot.engine is None or slot.trouble for slot in slots)
+        return all(slot.link is None or slot.trouble for slot in slots)
 
     def readers(self) -> list[int]:
         return []
@@ -140,43 +143,43 @@ class ChildProcesses:
 
 
 class Pool:
-    """All slots. Never waits; the supervisor's loop does."""
+    """All engines of the daemon. It never waits; the supervisor's loop does."""
 
     def __init__(self, settings: Config, backend: Backend) -> None:
-        self.settings = settings  # replaced by SIGHUP's
+        self.settings = settings  # replaced at SIGHUP
         self.slots: list[Slot] = []
-        self.is_unloaded = False  # until there is something to do
+        self.is_unloaded = False  # engines were ended because there was nothing to do
         self._backend = backend
-        self._may_begin = False  # an engine, at the last look
+        self._may_begin = False  # whether an engine might begin at the last `hear`
 
     @property
     def trouble(self) -> str | None:
-        """Why no engine works and none is on its way; one that works is enough."""
-        if any(slot.engine and not slot.trouble for slot in self.slots):
+        """Why no engine works and none is on its way; None if one does."""
+        if any(slot.link and not slot.trouble for slot in self.slots):
             return None
         return self._backend.trouble or next((s.trouble for s in self.slots if s.trouble), None)
 
     @property
     def outlive_kill(self) -> bool:
-        """Whether all there are were killed and do not end."""
-        return bool(self.slots) and all(s.engine and s.trouble for s in self.slots)
+        """Whether every engine was killed and does not end."""
+        return bool(self.slots) and all(s.link and s.trouble for s in self.slots)
 
     def is_hopeless(self) -> bool:
         """Whether no engine is warm, on its way, or can be expected."""
         return self._backend.is_hopeless(self.slots)
 
     def readers(self) -> list[int]:
-        """What to wait on."""
-        links = [d for slot in self.slots if slot.engine for d in slot.engine.readers()]
+        """Descriptors that become readable when there is something to `hear`."""
+        links = [d for slot in self.slots if slot.link for d in slot.link.readers()]
         return [*links, *self._backend.readers()]
 
     def writers(self) -> list[int]:
-        """What to wait on until it takes more."""
-        return [d for slot in self.slots if slot.engine for d in slot.engine.writers()]
+        """Descriptors that become writable when an engine takes more of what was sent to it."""
+        return [d for slot in self.slots if slot.link for d in slot.link.writers()]
 
     @property
     def limits(self) -> Limits:
-        """How long an engine may be silent."""
+        """How long an engine may be silent, by the configuration of now."""
         section = self.settings.engine
         return Limits(
             section.load_timeout_seconds,
@@ -186,57 +189,58 @@ class Pool:
         )
 
     def next_deadline(self) -> float:
-        """When `hear` may have something to do unasked, on the daemon's monotonic clock."""
+        """The time, on the daemon's monotonic clock, at which `hear` is to be called at the latest."""
         due, limits = [self._backend.next_deadline()], self.limits
         for slot in self.slots:
-            if slot.engine is None:
+            if slot.link is None:
                 due.append(slot.due if self._may_begin else float("inf"))
             elif not slot.trouble:
-                due.append(slot.engine.next_deadline(limits))
+                due.append(slot.link.next_deadline(limits))
         return min(due)
 
     def hear(
         self, now: float, may_start: bool
     ) -> Iterator[tuple[Slot, EngineLink, Answer | Ended]]:
-        """What engines have said, and which have ended; starts those that are due."""
+        """Yield what engines have said, and which have ended; start those that are due."""
         self._backend.hear(now)
         may_start = may_start and not self.is_unloaded
         self._may_begin = may_start and self._backend.may_begin
         while may_start and len(self.slots) < self._backend.wanted(self.slots):
             self.slots.append(Slot(len(self.slots) + 1))
         for slot in self.slots:
-            if slot.engine:
-                yield from self._hear(slot, slot.engine, now)
+            if slot.link:
+                yield from self._hear(slot, slot.link, now)
             elif self._may_begin and now >= slot.due:
                 self._start(slot, now)
 
     def _hear(
-        self, slot: Slot, alive: EngineLink, now: float
+        self, slot: Slot, link: EngineLink, now: float
     ) -> Iterator[tuple[Slot, EngineLink, Answer | Ended]]:
-        alive.flush()
-        ended = alive.has_ended()  # before reading: what it said last is heard first
-        was_killed = alive.killed
-        for answer in alive.answers(now):
-            yield slot, alive, answer
+        """Yield what one engine has said, and whether it has ended; kill it if it is overdue."""
+        link.flush()
+        ended = link.has_ended()  # before reading: what it said last is heard first
+        was_killed = link.killed
+        for answer in link.answers(now):
+            yield slot, link, answer
         if ended:
-            alive.reap()
-            slot.engine = None
+            link.reap()
+            slot.link = None
             if slot.due <= now:  # else it rests
                 slot.trouble, slot.due = None, now
-            yield slot, alive, Ended()
+            yield slot, link, Ended()
             return
-        if reason := None if alive.killed else alive.overdue(now, self.limits):
-            alive.kill(reason, now, timed_out=True)
-        if alive.killed and not was_killed:
-            log.get().error("engine.killed", engine=slot.name, pid=alive.pid, reason=alive.killed)
-        if alive.outlives_kill(now) and not slot.trouble:
-            slot.trouble = f"the engine process {alive.pid} was killed and does not end: a driver or disk holds it"
-            log.get().error("engine.unkillable", pid=alive.pid, reason=slot.trouble)
+        if reason := None if link.killed else link.overdue(now, self.limits):
+            link.kill(reason, now, timed_out=True)
+        if link.killed and not was_killed:
+            log.get().error("engine.killed", engine=slot.name, pid=link.pid, reason=link.killed)
+        if link.outlives_kill(now) and not slot.trouble:
+            slot.trouble = f"the engine process {link.pid} was killed and does not end: a driver or disk holds it"
+            log.get().error("engine.unkillable", pid=link.pid, reason=slot.trouble)
 
     def _start(self, slot: Slot, now: float) -> None:
-        """Out of descriptors, processes or memory: tried again, like trouble with a disk."""
+        """Begin a slot's next life. What cannot begin now is tried again later."""
         try:
-            slot.engine = self._backend.begin(slot, self.settings)
+            slot.link = self._backend.begin(slot, self.settings)
         except BlockingIOError:
             slot.due = now + FULL_SECONDS
             return
@@ -247,64 +251,66 @@ class Pool:
             return
         slot.trouble, slot.is_unloading = None, False
         slot.lives += 1
-        log.get().info("engine.starting", engine=slot.name, pid=slot.engine.pid, life=slot.lives)
+        log.get().info("engine.starting", engine=slot.name, pid=slot.link.pid, life=slot.lives)
 
     def has_room(self) -> Slot | None:
-        """The warm slot with the least in hand, if it takes one more."""
+        """The warm slot with the fewest images in hand, if it takes one more."""
         warm = [(len(slot.warm.in_hand), slot) for slot in self.slots if slot.warm]
         most = DEPTH * self.settings.engine.batch
         least, slot = min(warm, key=lambda pair: pair[0], default=(most, None))
         return slot if least < most else None
 
     def share(self) -> None:
-        """Nothing waits: an engine without work takes what another has not begun yet."""
+        """Give engines without work what others have not begun yet; called when no image waits.
+
+        The images are asked back here; the supervisor sends them again once they have come.
+        """
         idle = sum(1 for slot in self.slots if slot.warm and not slot.warm.in_hand)
         wanted = idle * self.settings.engine.batch
-        for _, link, ticket, image in self.in_hand() if idle else ():
-            if image.began is None and len(link.in_hand) > 1 and not image.recalled and wanted:
-                image.recalled = True
+        for _, link, ticket, held in self.in_hand() if idle else ():
+            if held.began is None and len(link.in_hand) > 1 and not held.recalled and wanted:
+                held.recalled = True
                 link.cancel(ticket)
                 wanted -= 1
 
     def begin(self) -> None:
-        """All images that were taken now have been sent: they may be rendered together."""
+        """Let engines begin the images that were sent to them since the last call."""
         for slot in self.slots:
-            if slot.engine and slot.has_news:
-                slot.engine.begin()
+            if slot.link and slot.has_news:
+                slot.link.begin()
                 slot.has_news = False
 
     def unload(self, now: float) -> None:
-        """End engines without work, and begin none until told otherwise: others may use the devices."""
+        """End all engines, and begin none until `is_unloaded` is reset: others may use the devices."""
         self.is_unloaded = True
         for slot in self.slots:
-            if slot.engine:
+            if slot.link:
                 slot.is_unloading, slot.lives = True, 0  # the next life replaces none
-                slot.engine.kill(UNLOADED, now)
+                slot.link.kill(UNLOADED, now)
 
     @property
     def are_loaded(self) -> bool:
-        """Whether all there are have been loaded: none is on its way; who waits for a host is not."""
+        """Whether an engine is warm and none is loading; one that waits for a host is not loading."""
         return any(slot.warm for slot in self.slots) and all(
-            slot.warm or slot.engine is None or slot.engine.loads_since is None
-            for slot in self.slots
+            slot.warm or slot.link is None or slot.link.loads_since is None for slot in self.slots
         )
 
     def first_warm(self) -> EngineLink | None:
-        """An engine to ask."""
+        """A warm engine, to ask it something; None if there is none."""
         return next((slot.warm for slot in self.slots if slot.warm), None)
 
-    def in_hand(self) -> Iterator[tuple[Slot, EngineLink, int, InHand]]:
-        """Every image that an engine has been sent: (slot, engine, ticket, image)."""
+    def in_hand(self) -> Iterator[tuple[Slot, EngineLink, int, Held]]:
+        """Every image that an engine has been sent: (slot, link, ticket, held)."""
         for slot in self.slots:
-            for ticket, image in list(slot.engine.in_hand.items()) if slot.engine else ():
-                if slot.engine:
-                    yield slot, slot.engine, ticket, image
+            for ticket, held in list(slot.link.in_hand.items()) if slot.link else ():
+                if slot.link:
+                    yield slot, slot.link, ticket, held
 
     def close(self) -> None:
-        """Kill, wait a bounded time, and close everything."""
-        for slot, link in [(slot, slot.engine) for slot in self.slots if slot.engine]:
-            for image in link.in_hand.values():
-                image.pixels.close()
+        """Kill all engines, wait a bounded time for their end, and close everything."""
+        for slot, link in [(slot, slot.link) for slot in self.slots if slot.link]:
+            for held in link.in_hand.values():
+                held.pixels.close()
             if not link.reap():
                 log.get().error("engine.unkillable", engine=slot.name, pid=link.pid)
         self._backend.close()

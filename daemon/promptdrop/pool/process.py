@@ -1,4 +1,4 @@
-"""An engine as a child process of this one: `promptdrop.engines.worker` at the other end of a socket."""
+"""An engine in a child process of this one, which runs `promptdrop.engines.worker`."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ from promptdrop.pool.link import EngineLink
 
 
 class ChildProcess:
-    """A Life: a child in a process group of its own, to be killed as one."""
+    """A Life in a child process, which leads a process group of its own, to be killed as one."""
 
     is_lost = False
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
-        """Called in a thread that lasts as long as the child may: PR_SET_PDEATHSIG follows it.
+        """Start the child. The calling thread must outlive it: PR_SET_PDEATHSIG follows that thread.
 
         Raises OSError: out of descriptors, processes or memory.
         """
@@ -72,7 +72,7 @@ class ChildProcess:
 
 
 def start(config: Config, environment: dict[str, str] | None = None) -> EngineLink:
-    """A new engine process, loading `config`. Raises OSError: as ChildProcess."""
+    """Start an engine process that loads `config`. Raises OSError: as ChildProcess."""
     child, now = ChildProcess(environment), time.monotonic()
     link = EngineLink(child, started=now, loads_since=now, pid=child.pid, host=socket.gethostname())
     link.send(config)

@@ -5,7 +5,7 @@ import time
 from promptdrop import log
 from promptdrop.loop import Loop
 from promptdrop.nouns import EngineInfo
-from promptdrop.pool.link import EngineLink, InHand
+from promptdrop.pool.link import EngineLink, Held
 from promptdrop.pool.messages import (
     Answer,
     Began,
@@ -76,7 +76,7 @@ class Engines:
             held = link.take(answer)
             self._not_rendered(self._take_back(answer.ticket, held), held, answer)
 
-    def _not_rendered(self, running: Running, held: InHand, answer: Failed | Cancelled) -> None:
+    def _not_rendered(self, running: Running, held: Held, answer: Failed | Cancelled) -> None:
         if isinstance(answer, Cancelled):
             self._images.put_back(running, held.spec)
         elif answer.images > 1:
@@ -84,7 +84,7 @@ class Engines:
         else:
             self._images.failed(running, held.spec, answer.error, answer.timed_out)
 
-    def _take_back(self, ticket: int, held: InHand) -> Running:
+    def _take_back(self, ticket: int, held: Held) -> Running:
         """The job of an image that its engine holds no more, without a picture."""
         running = self._work.tickets.pop(ticket)
         held.pixels.close()
@@ -142,7 +142,7 @@ class Engines:
             slot.due = time.monotonic() + self._work.config.watch.rescan_seconds
         self._count_idle_death(slot, link, how)
 
-    def _charge(self, link: EngineLink, running: Running, held: InHand, error: str) -> None:
+    def _charge(self, link: EngineLink, running: Running, held: Held, error: str) -> None:
         """Decide about an image that a dead engine held."""
         if held.began is None:
             self._images.put_back(running, held.spec)

@@ -42,12 +42,12 @@ class Feeder:
 
     def _send(self, slot: Slot, running: Running, number: int, now: float) -> None:
         """Raises OSError: out of descriptors or memory."""
-        assert slot.engine
+        assert slot.link
         job, ticket = running.job, self._work.next_ticket()
         empty_cache = (slot.sent + 1) % self._work.config.engine.empty_cache_every == 0
         kind = _kind(running, number)
         render = Render(ticket, job.specs[number - 1], job.settings.prompt, kind, empty_cache)
-        slot.engine.render(ticket, render, now)
+        slot.link.render(ticket, render, now)
         running.busy += 1
         slot.sent += 1
         slot.has_news = True

@@ -8,7 +8,7 @@ from promptdrop.loop import Loop, reason_of
 from promptdrop.metrics import RollingWindow
 from promptdrop.nouns import EngineInfo, ImageSpec
 from promptdrop.outbox.publish import Publication
-from promptdrop.pool.link import InHand
+from promptdrop.pool.link import Held
 from promptdrop.pool.messages import Rendered
 from promptdrop.pool.pool import Slot
 from promptdrop.spool import record
@@ -54,7 +54,7 @@ class Images:
         self._jobs.maybe_finish(running)
 
     def rendered(
-        self, slot: Slot, running: Running, held: InHand, answer: Rendered, now: float
+        self, slot: Slot, running: Running, held: Held, answer: Rendered, now: float
     ) -> None:
         """Publish an image."""
         assert slot.info

@@ -68,7 +68,7 @@ class Composer:
         """A value that differs when there is news, but for the steps of images in the engines."""
         last = self.last_end()
         stages = [
-            (slot.trouble, self._pool.is_unloaded, slot.engine and slot.engine.stage)
+            (slot.trouble, self._pool.is_unloaded, slot.link and slot.link.stage)
             for slot in self._pool.slots
         ]
         return (
@@ -120,7 +120,7 @@ class Composer:
         return round(left / rate, 1) if rate else None
 
     def _engine(self, slot: Slot, now: float) -> StatusEngine:
-        link, info = slot.engine, slot.info
+        link, info = slot.link, slot.info
         state: Literal["starting", "ready", "replacing", "stopped"]
         if link is None or self._pool.is_unloaded:
             state = "stopped"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from promptdrop.config import Config
-from promptdrop.pool.link import InHand
+from promptdrop.pool.link import Held
 from promptdrop.pool.pool import Pool
 from promptdrop.spool.job import Job
 from promptdrop.supervisor.queue import Queue
@@ -54,7 +54,7 @@ class Work:
         """Ask the engines to stop a job's images, also those being rendered, at their next step."""
         self._cancel(lambda running, held: running is job)
 
-    def _cancel(self, is_meant: Callable[[Running, InHand], bool]) -> None:
+    def _cancel(self, is_meant: Callable[[Running, Held], bool]) -> None:
         for _, link, ticket, held in self.pool.in_hand():
             if is_meant(self.tickets[ticket], held):
                 link.cancel(ticket)
