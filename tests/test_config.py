@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def load(tmp_path: Path, text: str) -> config.Config:
-    """A configuration of this text."""
+    """Read a configuration of this text."""
     file = tmp_path / "config.yaml"
     file.write_text(text)
     return config_file.load(file)
@@ -34,7 +34,7 @@ def test_the_shipped_file_holds_every_key_with_its_default() -> None:
 
 
 def test_init_writes_the_models_own_size(tmp_path: Path) -> None:
-    """`init --model DIR` warms up and renders what the model's VAE was made for, 1024 else."""
+    """`init --model DIR` writes the size that the model's VAE was made for, 1024 if it has none."""
     vae = {"sides": {"sample_size": 256}, "none": {}, "odd": {"sample_size": 100}}
     for name, values in vae.items():
         (tmp_path / "of" / name / "vae").mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_init_writes_the_models_own_size(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_file_names_line_key_and_value(tmp_path: Path, text: str, words: str) -> None:
-    """78, and words that name the thing, the value and what was expected."""
+    """The exit status is 78; the words name the key, the value and what was expected."""
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, text)
 
@@ -90,7 +90,7 @@ def test_a_wrong_file_names_line_key_and_value(tmp_path: Path, text: str, words:
 
 
 def test_yaml_means_what_it_looks_like(tmp_path: Path) -> None:
-    """`compile: off` is a word, `mode: 0644` keeps its zero, null is the default where it says nothing."""
+    """`compile: off` is a word, `mode: 0644` keeps its zero, null stands for the default."""
     loaded = load(
         tmp_path, "model: {id: x}\nengine: {compile: off}\noutput: {mode: 0644}\nlimits: null\n"
     )
@@ -101,7 +101,7 @@ def test_yaml_means_what_it_looks_like(tmp_path: Path) -> None:
 
 
 def test_a_sub_folder_is_a_preset(tmp_path: Path) -> None:
-    """Its keys win over `defaults`, an inner folder's over an outer one's; case and NFD are no matter."""
+    """Its keys win over `defaults`, an inner folder's over an outer one's, in any case and in NFD."""
     text = """
         model: {id: x}
         defaults: {steps: 5}
@@ -121,7 +121,7 @@ def test_a_sub_folder_is_a_preset(tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
-    """Wherever the daemon was started."""
+    """Paths do not depend on the folder in which the daemon is started."""
     loaded = load(tmp_path, "root: a\npaths: {outbox: ../b}\nmodel: {path: m}\n")
 
     assert loaded.spool == tmp_path / "a"

@@ -1,4 +1,4 @@
-"""Which files are jobs, and what their names become."""
+"""Which file names are jobs, and which folder names are made of them."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from promptdrop import names
     ["a.txt", "A.TXT", "b.prompt", "c.yaml", "d.yml", "e.json", "f.jsonl", "g.csv", "ä b.Txt"],
 )
 def test_job_names(name: str) -> None:
-    """The endings of the contract, in any case."""
+    """A name with one of the endings, in any case, is a job."""
     assert names.is_job_name(name)
 
 
@@ -49,13 +49,13 @@ def test_names_that_are_no_jobs(name: str) -> None:
     ],
 )
 def test_safe_names(stem: str, expected: str) -> None:
-    """Legal on Linux, Windows and macOS, NFC, at most 80 bytes, else `job`."""
+    """A safe name is legal on Linux, Windows and macOS, in NFC and has at most 80 bytes."""
     assert names.safe(stem) == expected
     assert names.safe(expected) == expected
 
 
 def test_numbered_names_fit() -> None:
-    """A suffix cuts the stem rather than exceed what a file system takes."""
+    """The stem is cut, so that name and suffix fit into what a file system takes."""
     name = names.numbered("x" * 250, ".txt", 12)
 
     assert name == "x" * 248 + "~12.txt"

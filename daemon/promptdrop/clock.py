@@ -1,4 +1,4 @@
-"""Time as the daemon tells it: an argument where decisions are made, so that tests need not sleep."""
+"""The time as text, and the boot in which a monotonic time was taken."""
 
 import time
 from datetime import UTC, datetime
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def timestamp(moment: float | None = None) -> str:
-    """`2026-11-23T21:04:05.123Z`, of seconds since the epoch; None is now."""
+    """Return `2026-11-23T21:04:05.123Z` for seconds since the epoch; None: for now."""
     moment = time.time() if moment is None else moment
     return (
         datetime.fromtimestamp(moment, UTC)
@@ -16,7 +16,7 @@ def timestamp(moment: float | None = None) -> str:
 
 
 def boot_id() -> str:
-    """Names this boot of the machine: monotonic times compare only within one (random(4))."""
+    """Return the id of this boot. Only within one boot do monotonic times compare (random(4))."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,6 +1,6 @@
-"""The configuration: its sections, their keys, ranges and defaults, frozen. config_file.py reads it.
+"""The configuration, frozen: its sections, their keys, ranges and defaults.
 
-The keys of `defaults` and `folders` are fields of job files: fields.py has them.
+config_file.py reads it. The keys of `defaults` and `folders` are fields of job files, see fields.py.
 """
 
 import math
@@ -21,7 +21,7 @@ Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
 
 
 class Section(BaseModel):
-    """A mapping of config.yaml: unknown keys are refused, values are frozen."""
+    """A section of config.yaml. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -117,7 +117,7 @@ class Prompt(Section):
 
 
 def _configured(optional: bool) -> dict[str, Any]:
-    """The keys of `defaults`, or of a folder's preset where each of them is optional."""
+    """The keys of `defaults` and their types; all of them optional for the preset of a folder."""
     keys: dict[str, Any] = {}
     for name, field in FIELDS.items():
         if field.configured:
@@ -128,11 +128,11 @@ def _configured(optional: bool) -> dict[str, Any]:
 
 
 class Defaults(create_model("Defaults", __base__=Section, **_configured(optional=False))):  # type: ignore[misc]  # of the table
-    """The values of fields that a job file does not give."""
+    """`defaults`: the values of fields that a job file does not give."""
 
 
 class Folder(create_model("Folder", __base__=Section, **_configured(optional=True))):  # type: ignore[misc]  # of the table
-    """The defaults of one sub-folder of the inbox, and of those below it: a preset. None: not given."""
+    """A preset: the defaults for one sub-folder of the inbox and those below it. None: not given."""
 
     size: Annotated[str, Field(pattern=SIZE)] | None = None
     format: Literal[FORMATS] | None = None  # type: ignore[valid-type]  # one list, in nouns.py
@@ -186,7 +186,7 @@ class Metrics(Section):
 
 
 class Ray(Section):
-    """Of `engine.backend: ray` alone."""
+    """`ray`: settings that only `engine.backend: ray` uses."""
 
     address: Annotated[str, Field(pattern=r"^(auto|[^\s:]+:\d{1,5})$")] = "auto"
 
@@ -197,7 +197,7 @@ class Log(Section):
 
 
 class Config(Section):
-    """The whole configuration; `file` is where it came from, relative paths are relative to it."""
+    """The whole configuration. Relative paths are relative to the folder of `file`."""
 
     root: Path = Path("spool")
     paths: Paths = Paths()
@@ -223,12 +223,12 @@ class Config(Section):
 
     @property
     def outbox(self) -> Path:
-        """Where images are published."""
+        """The absolute path of the folder in which images are published."""
         return self._absolute(self.paths.outbox) if self.paths.outbox else self.spool / "outbox"
 
     @property
     def failed(self) -> Path:
-        """Where refused and failed job files go."""
+        """The absolute path of the folder for refused and failed job files."""
         return self._absolute(self.paths.failed) if self.paths.failed else self.spool / "failed"
 
     @property
@@ -238,12 +238,12 @@ class Config(Section):
 
     @property
     def cache(self) -> Path:
-        """What is made again when it is gone."""
+        """The folder for what can be deleted at any time, since it is made again."""
         return self.state / "cache"
 
     @property
     def model_path(self) -> Path | None:
-        """`model.path` made absolute, if given."""
+        """`model.path` as an absolute path; None if it is not given."""
         return self._absolute(self.model.path) if self.model.path else None
 
     @field_validator("folders")
@@ -287,9 +287,9 @@ class Config(Section):
         return self
 
     def in_folder(self, sub: str) -> "Config":
-        """What a file dropped into this sub-folder is read with: presets, outermost first.
+        """The configuration for a file in this sub-folder: with its presets, the innermost winning.
 
-        Names are compared as a share's clients do: without case, in NFC.
+        Names are compared as clients of a share do: without case, in NFC.
         """
         presets = {names.fold(name): preset for name, preset in self.folders.items()}
         config, above = self, ""
@@ -313,7 +313,10 @@ class Config(Section):
         return self.model_copy(update={"defaults": defaults, **elsewhere})
 
     def sides(self, size: str) -> tuple[int, int]:
-        """Width and height in pixels; a ratio at the default's area, in multiples of 16."""
+        """Turn `size` into width and height in pixels.
+
+        A ratio gets the area of the default size, in multiples of 16; (0, 0) if a part of it is 0.
+        """
         if ":" not in size:
             width, height = re.split("[xX×]", size)
             return int(width), int(height)
@@ -333,13 +336,13 @@ class Config(Section):
 
 
 def width_height(size: str) -> tuple[int, int]:
-    """`1024x768` -> (1024, 768), pixels."""
+    """Turn `1024x768` into (1024, 768), pixels."""
     width, _, height = size.partition("x")
     return int(width), int(height)
 
 
 def parse(values: dict[str, Any], file: Path | None = None) -> Config:
-    """A Config of plain values. Raises pydantic.ValidationError."""
+    """Make a Config of plain values. Raises pydantic.ValidationError."""
     if "file" in values:
         values = {**values, "file ": values["file"]}  # a key `file` is unknown like any other
     return Config.model_validate({**values, "file": file.absolute() if file else None})

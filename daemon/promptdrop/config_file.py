@@ -1,4 +1,4 @@
-"""Reading config.yaml: where it lies, what is wrong with it in which line, what a reload may change."""
+"""Read config.yaml: find it, say in which line it is wrong, and decide what a reload may change."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from promptdrop import names, yaml12
 from promptdrop.config import Config, Folder, Section, parse
 from promptdrop.errors import ConfigError
 
-# Keys of jobs claimed from now on: SIGHUP applies these, the engine stays warm.
+# Sections and keys that SIGHUP applies to jobs claimed from then on; the engine stays warm.
 RELOADABLE = frozenset(
     {"watch", "inbox.encodings", "inbox.duplicates", "limits", "defaults", "folders", "output"}
     | {"prompt", "queue", "log"}
@@ -32,9 +32,9 @@ RELOADABLE = frozenset(
 
 
 def default_file() -> Path:
-    """`$PROMPTDROP_CONFIG`, then ./config.yaml, then /etc/promptdrop/config.yaml.
+    """Find the configuration: $PROMPTDROP_CONFIG, ./config.yaml or /etc/promptdrop/config.yaml.
 
-    Raises ConfigError: there is none.
+    Raises ConfigError: there is none of them.
     """
     if configured := os.environ.get("PROMPTDROP_CONFIG"):
         return Path(configured)
@@ -51,8 +51,8 @@ def default_file() -> Path:
 def load(file: Path) -> Config:
     """Read a configuration file.
 
-    Raises ConfigError: unreadable, not YAML, an unknown key or a value out of range; the text
-    names file, line, key, value and what was expected.
+    Raises ConfigError: it is unreadable or not YAML, a key is unknown, a value is out of range. The
+    text names the file, the line, the key, the value and what was expected.
     """
     try:
         text = file.read_text("utf-8-sig")
@@ -76,7 +76,7 @@ def load(file: Path) -> Config:
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
-    """What SIGHUP makes of `old`: the reloadable keys of `new`, and the other keys that differ."""
+    """Return `old` with the reloadable keys of `new`, and the names of the other keys that differ."""
     merged: dict[str, Any] = {}
     needs_restart = []
     for name in Config.model_fields:
@@ -103,7 +103,7 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
 
 
 def _values(tree: yaml12.Mapping) -> dict[str, Any]:
-    """Plain values, with the text as written where a mode such as 0664 would lose its zero."""
+    """Return plain values; modes and names stay text, as 0664 would lose its zero."""
     values: dict[str, Any] = {}
     for key, node in tree.items.items():
         value = yaml12.plain(node)
@@ -119,7 +119,7 @@ def _values(tree: yaml12.Mapping) -> dict[str, Any]:
 
 
 def _may_be_null(section: str, key: str) -> bool:
-    """Whether null says something for this key; elsewhere it is a value forgotten."""
+    """Whether null is a value of this key; for others it stands for a value that was forgotten."""
     field = Config.model_fields.get(section)
     kind = field.annotation if field else None
     known = (

@@ -1,7 +1,7 @@
-"""Every error promptdrop raises on purpose; the class decides what happens next.
+"""The errors that promptdrop raises on purpose; the class decides what happens next.
 
-An error that is none of these is a fault of ours: in the parent it ends the daemon with a
-traceback, in the engine process it ends that process.
+Any other error is a bug: in the daemon's own process it ends the daemon with a traceback, in an
+engine process it ends that process.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class PromptdropError(Exception):
-    """Ends a command with `exit_status` and its text on stderr."""
+    """Ends a command with `exit_status`; its text goes to stderr."""
 
     exit_status = 1
 
@@ -20,7 +20,7 @@ class PromptdropError(Exception):
 
 
 class UsageError(PromptdropError):
-    """The command line asks for something that does not exist or fits twice."""
+    """The command line names something that does not exist, or that fits twice."""
 
     exit_status = 2
 
@@ -42,12 +42,12 @@ class SpoolBusy(PromptdropError):
 
 
 class DiskTrouble(PromptdropError):
-    """A folder or disk cannot be used now. Work waits and is tried again; no job is charged."""
+    """A folder or disk cannot be used now. Its work waits and is tried again; no job is charged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason why a job file is refused. `line` counts from 1; None when no line is to blame."""
+    """One reason why a job file is refused. `line` counts from 1; None: of the file as a whole."""
 
     message: str
     line: int | None = None
@@ -76,11 +76,11 @@ class EngineStartError(PromptdropError):
 
 
 class ImageTimeout(BaseException):
-    """Raised in the engine's main thread by SIGALRM or a step past the deadline.
+    """The image has taken too long: raised in the engine's main thread by SIGALRM or at a step.
 
-    Not an Exception, so that no `except Exception` of a library swallows it.
+    Not an Exception, so that no `except Exception` of a library catches it.
     """
 
 
 class ImageCancelled(BaseException):
-    """Raised in the engine's main thread at the next step of an image nobody wants any more."""
+    """The image is not wanted any more: raised in the engine's main thread at its next step."""

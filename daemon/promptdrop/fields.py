@@ -29,7 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobField:
-    """One field: which values it takes, and the words for them."""
+    """One field: the values it takes, and the words that describe them."""
 
     kind: type  # of one value: str, int, float, bool, dict or list
     limits: Mapping[str, Any] | None = None  # as pydantic spells them: ge, le, multiple_of ...
@@ -100,7 +100,7 @@ def _storable(meta: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
-# In the order in which the JSON Schema and the commands' help list them.
+# The JSON Schema and the help of the commands list the fields in this order.
 FIELDS: dict[str, JobField] = {
     "prompt": JobField(
         kind=str,
@@ -209,7 +209,7 @@ INTEGERS = frozenset(name for name, field in FIELDS.items() if field.kind is int
 
 
 def type_of(name: str) -> Any:
-    """A field's type as pydantic validates it; null, which stands for not given, is no part of it."""
+    """Return a field's type for pydantic, without null, which stands for a field that is not given."""
     from pydantic import Field
 
     field = FIELDS[name]
@@ -221,7 +221,7 @@ def type_of(name: str) -> Any:
 
 
 def _single(field: JobField) -> Any:
-    """The type of one value of a field, of which a list may stand in the file, too."""
+    """Return the type of one value of a field, where the file may also give a list of them."""
     if field.words:
         return Literal[field.words]
     kind = dict[str, Any] if field.kind is dict else field.kind

@@ -1,7 +1,7 @@
 """structlog, set up once per process: colours on a terminal, JSON lines otherwise, on stderr.
 
-Lines are written by a thread: a terminal stopped by Ctrl-S, or a pipe that nobody reads, must not
-stop whoever logs.
+A thread writes the lines: a terminal stopped by Ctrl-S, or a pipe that nobody reads, must not
+stop the code that logs.
 """
 
 import atexit
@@ -25,15 +25,15 @@ _SETTLE_SECONDS = 1.0
 
 
 def set_up(level: str, form: str) -> None:
-    """`form`: auto, console or json. Call again to change the level or form."""
-    # What watchdog has to say is that events came late or not at all; the scan finds the files.
+    """Set up the log; again, to change it. form: auto, console or json."""
+    # watchdog warns that events were late or lost; the periodic scan finds the files anyway.
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
-            _what_happened_first,
+            _event_first,
             *(
                 [structlog.dev.ConsoleRenderer(pad_event_to=17, sort_keys=False)]
                 if console
@@ -47,18 +47,18 @@ def set_up(level: str, form: str) -> None:
 
 
 def set_up_for_scripts() -> None:
-    """Warnings on stderr, unless the script has set up structlog: its own default is stdout."""
+    """Log warnings to stderr, unless the script has set up structlog, whose default is stdout."""
     if not structlog.is_configured():
         set_up("warning", "auto")
 
 
 def settle() -> None:
-    """Wait until what was logged is written, at most a second."""
+    """Wait until all lines so far are written, at most a second."""
     _output.settle()
 
 
 class _Output:
-    """structlog's logger. At most _LINES wait to be written; after that the oldest are lost, and counted."""
+    """The logger that structlog writes to. If more than _LINES wait, the oldest are lost and counted."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque()
@@ -67,7 +67,10 @@ class _Output:
         self._writer: threading.Thread | None = None
 
     def msg(self, text: str) -> None:
-        """A line to be written. Never blocks."""
+        """Put a line behind those that wait to be written. Never blocks.
+
+        Thread: any.
+        """
         with self._changed:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="log", daemon=True)
@@ -82,7 +85,7 @@ class _Output:
     debug = info = warning = error = msg
 
     def settle(self) -> None:
-        """Wait until all is written, but not for ever."""
+        """Wait until all lines are written, at most _SETTLE_SECONDS."""
         with self._changed:
             self._changed.wait_for(lambda: not self._lines, _SETTLE_SECONDS)
 
@@ -97,7 +100,7 @@ class _Output:
                 sys.stderr.write(text)  # the stderr of now: rich wraps it
                 sys.stderr.flush()
             except (OSError, ValueError):
-                pass  # closed, or on a full disk: there is nobody to tell
+                pass  # stderr is closed or on a full disk: nobody can be told
             with self._changed:
                 if self._lines and self._lines[0] is text:
                     self._lines.popleft()
@@ -105,10 +108,10 @@ class _Output:
                 self._changed.notify_all()
 
 
-def _what_happened_first(
+def _event_first(
     logger: Any, method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Order of the keys in a JSON line: when, how bad, what, then the rest as given."""
+    """Put time, level and event before the other keys of a line."""
     head: dict[str, Any] = {
         key: event.pop(key) for key in ("timestamp", "level", "event") if key in event
     }
@@ -119,5 +122,5 @@ _output = _Output()
 
 
 def get() -> Any:
-    """The process's logger: `log.get().info("job.done", job=...)`."""
+    """Return the logger of this process: `log.get().info("job.done", job=...)`."""
     return structlog.get_logger()

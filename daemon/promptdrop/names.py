@@ -1,4 +1,4 @@
-"""Names: which files are jobs, and how a dropped name becomes one every client can store."""
+"""Which file names are jobs, and how a dropped name becomes one that every client can store."""
 
 import difflib
 import os
@@ -63,12 +63,12 @@ def is_cancel(name: str) -> bool:
 
 
 def is_ignored_folder(name: str) -> bool:
-    """Whether a sub-folder of the inbox is some program's own and never entered."""
+    """Whether a sub-folder of this name is another program's own, and so never entered."""
     return name.startswith(".") or name.casefold() in IGNORED_FOLDERS
 
 
 def printable(name: str) -> str:
-    r"""`name` as shown to people and written to JSON: undecodable bytes as \xNN, controls escaped."""
+    r"""Return `name` for people and for JSON: undecodable bytes as \xNN, control characters escaped."""
     try:
         text = os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
@@ -80,15 +80,16 @@ def printable(name: str) -> str:
 
 
 def split(name: str) -> tuple[str, str]:
-    """`cat.txt` -> (`cat`, `.txt`)."""
+    """Split `cat.txt` into (`cat`, `.txt`)."""
     stem, suffix = os.path.splitext(name)
     return stem, suffix
 
 
 def safe(stem: str) -> str:
-    """The stem as a folder name that is legal on Linux, Windows and macOS; `job` if nothing is left.
+    """Turn a stem into a folder name that is legal on Linux, Windows and macOS.
 
-    At most 80 bytes of UTF-8, NFC; Unicode letters, marks, digits and `._-` stay, the rest is `_`.
+    It has at most 80 bytes of UTF-8, in NFC. Unicode letters, marks, digits and `._-` stay, the rest
+    becomes `_`; if nothing is left, it is `job`.
     """
     text = unicodedata.normalize("NFC", stem)
     text = "".join(
@@ -104,29 +105,29 @@ def safe(stem: str) -> str:
 
 
 def numbered(stem: str, suffix: str, n: int, limit: int = 255) -> str:
-    """`cat`, `.txt`, 1 -> `cat.txt`; 2 -> `cat~2.txt`. The stem is cut to `limit` bytes in all."""
+    """Return `cat.txt` for n = 1, `cat~2.txt` for n = 2; of `limit` bytes at most, the stem is cut."""
     tail = f"~{n}{suffix}" if n > 1 else suffix
     return cut(stem, limit - len(os.fsencode(tail))) + tail
 
 
 def fold(name: str) -> str:
-    """Names that a case-insensitive client cannot tell apart are equal after this."""
+    """Return a form of `name` that is the same for all names a client without case cannot tell apart."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def is_stem(name: str) -> bool:
-    """Whether `name` is already what `safe` would make of it."""
+    """Whether `safe` would leave the name as it is."""
     return safe(name) == name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean NAME?` for the nearest known name, or the empty string."""
+    """Return `; did you mean NAME?` with the nearest known name; an empty string if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def cut(text: str, limit: int) -> str:
-    """`text` cut to at most `limit` bytes (as the file system counts them), never inside a character."""
+    """Cut a text to at most `limit` bytes, as the file system counts them, never inside a character."""
     while len(os.fsencode(text)) > limit:
         text = text[:-1]
     return text

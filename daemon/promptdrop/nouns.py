@@ -1,4 +1,4 @@
-"""The nouns, frozen: what an image is asked to be, and what came of it."""
+"""What everybody talks about: the image that is asked for, the request, the engine, the rendering."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ ImageOutcome = Literal["rendered", "placeholder", "failed", "cancelled"]
 
 
 class ImageSpec(NamedTuple):
-    """One image a job asks for, every default filled in; a tuple, since a job may make 10,000.
+    """One image that a job asks for, every default filled in. A job may have 10,000, so a tuple.
 
     width, height: pixels, multiples of 16. seed: 0 to 2**63-1, None until the job has an id.
-    timeout_seconds: from the moment the engine begins the image.
+    timeout_seconds: counted from the moment the engine begins the image. An attribute that is
+    added has a default: jobs that were recorded before do not have it.
     """
 
     image: int  # counts from 1 within the job
@@ -34,36 +35,36 @@ class ImageSpec(NamedTuple):
 
     @property
     def evaluations(self) -> int:
-        """How often the transformer runs: twice in each of heun's steps but the last."""
+        """How often the transformer runs; heun runs it twice in each step but the last."""
         return 2 * self.steps - 1 if self.scheduler == "heun" else self.steps
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What images that are rendered together have in common."""
+        """The attributes that are the same for all images of one batch."""
         guidance = self.guidance_scale, self.scheduler
         return self.width, self.height, self.steps, *guidance, self.timeout_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """A mapping of JSON types; `ImageSpec(**spec.to_json())` is the spec again."""
+        """Return a mapping of JSON types; `ImageSpec(**spec.to_json())` is the spec again."""
         return self._asdict()
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one job file asks for."""
+    """The images that one job file asks for."""
 
     images: tuple[ImageSpec, ...]  # never empty, numbered 1, 2, 3 ...
     priority: int = 0
 
 
 def seed_of(job_id: str, image: int) -> int:
-    """The seed of an image whose job file names none: first 32 bits of SHA-256(`ID:image`)."""
+    """Return the seed of an image whose job file gives none: 32 bits of SHA-256(`ID:image`)."""
     return int.from_bytes(hashlib.sha256(f"{job_id}:{image}".encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is, said once when it is warm; goes into every sidecar."""
+    """The model and device of an engine, as it reports them when it is warm; see the sidecars."""
 
     model: str
     revision: str | None
@@ -77,9 +78,9 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of one render, read from device events once the image is done.
+    """Milliseconds of one render, measured by events on the device.
 
-    `denoise` is the batch's, the same for each of its images; the others are the image's own.
+    `denoise` is that of the whole batch; the others are those of the one image.
     """
 
     encode: float
@@ -95,9 +96,9 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How one image was rendered. The pixels travel beside it: uint8 [height, width, 3], RGB."""
+    """How one image was rendered. Its pixels, uint8 [height, width, 3] in RGB, are not part of it."""
 
-    prompt: str  # what the encoder was given
+    prompt: str  # as the encoder was given it
     tokens: int | None  # of the templated text
     truncated: bool
     evaluations: int

@@ -1,8 +1,8 @@
-"""YAML as people mean it, from people we do not know: the core schema of YAML 1.2, bounded.
+"""Read YAML 1.2 with its core schema, within limits, since anybody may have written it.
 
-PyYAML's parser gives events; the tree is built here, so that every value knows its line and
-its text as written, and nothing recursive or expanding ever runs (a 414-byte alias bomb, 25,000
-opening brackets). https://yaml.org/spec/1.2.2/#103-core-schema
+PyYAML's parser gives events; the tree is built here. So every value has its line and its text as
+written, and nothing recurses or expands (an alias bomb of 414 bytes, 25,000 opening brackets).
+https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
 import re
@@ -33,7 +33,7 @@ _ENDS = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 
 class YamlError(Exception):
-    """The text is not YAML we accept. `line` counts from 1."""
+    """The text is no YAML that is accepted here. `line` counts from 1."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class YamlError(Exception):
 
 @dataclass(slots=True)
 class Scalar:
-    """One value. `text` is as written; `plain` is False where it was quoted or a block."""
+    """One value. `text` is as written; `plain` is False if it was quoted or a block."""
 
     text: str
     plain: bool
@@ -50,7 +50,7 @@ class Scalar:
 
     @property
     def value(self) -> Plain:
-        """What the core schema says the text means."""
+        """The value that the text has by the core schema."""
         return _resolve(self.text) if self.plain else self.text
 
 
@@ -64,14 +64,14 @@ class Sequence:
 
 @dataclass(slots=True)
 class Mapping:
-    """Keys as written, in order. `key_lines` says where each of them stands."""
+    """Keys as written, in order, with their values; `key_lines` has the line of each key."""
 
     items: dict[str, "Node"] = field(default_factory=dict)
     line: int | None = None
     key_lines: list[int | None] = field(default_factory=list)
 
     def line_of(self, key: str) -> int | None:
-        """Where a key stands; None: it is not there, or nobody knows."""
+        """Return the line of a key; None if the key or its line is missing."""
         return dict(zip(self.items, self.key_lines, strict=False)).get(key)
 
 
@@ -81,8 +81,8 @@ Node = Scalar | Sequence | Mapping
 def documents(text: str) -> list[Node]:
     """Parse every document of `text`; an empty document is a null Scalar.
 
-    Raises YamlError: not YAML, or anchors, aliases, tags, duplicate or non-scalar keys, deeper
-    than 16, more than 250,000 values.
+    Raises YamlError: it is not YAML, has anchors, aliases, tags, duplicate keys or keys that are no
+    single value, is nested deeper than 16 or has more than 250,000 values.
     """
     try:
         return list(_build(yaml.parse(text, Loader=_Loader)))
@@ -96,7 +96,7 @@ def documents(text: str) -> list[Node]:
 
 
 def plain(node: Node) -> object:
-    """The tree as Python values: dict, list and what the core schema makes of scalars."""
+    """Turn a tree into Python values: dict, list and the values of its scalars."""
     if isinstance(node, Scalar):
         return node.value
     if isinstance(node, Sequence):
@@ -105,10 +105,10 @@ def plain(node: Node) -> object:
 
 
 class Builder:
-    """Puts one tree together from parts in document order, with no recursion.
+    """Builds one tree from its parts in document order, without recursion.
 
-    `open`, `scalar` and `close` raise YamlError: deeper than 16, more than 250,000 values, a key
-    that is no single value or stands twice.
+    `open`, `scalar` and `close` raise YamlError: the tree is nested deeper than 16, has more than
+    250,000 values, or a key that is no single value or stands twice.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class Builder:
         self._nodes = 0
 
     def open(self, node: Sequence | Mapping) -> None:
-        """Begin a collection; what follows goes into it until `close`."""
+        """Begin a collection; all that is added until `close` goes into it."""
         self._count(node.line)
         if len(self._stack) >= MAX_DEPTH:
             raise YamlError(f"nested deeper than {MAX_DEPTH}", node.line)
@@ -127,7 +127,7 @@ class Builder:
         self._keys.append(None)
 
     def scalar(self, node: Scalar) -> Node | None:
-        """Add a value, or a mapping's next key. Returns the whole tree if this completes it."""
+        """Add a value, or the next key of a mapping. Returns the whole tree if this completes it."""
         self._count(node.line)
         parent = self._stack[-1] if self._stack else None
         if isinstance(parent, Mapping) and self._keys[-1] is None:

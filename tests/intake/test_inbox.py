@@ -1,4 +1,4 @@
-"""The settle rule, by hand: real files, and a clock that is an argument."""
+"""When a file in the inbox is complete. Real files, looks made by hand; the time is an argument."""
 
 import os
 import subprocess
@@ -24,14 +24,14 @@ def offered(scan: Scan) -> list[str]:
 
 @pytest.fixture
 def inbox(tmp_path: Path) -> Inbox:
-    """An empty one."""
+    """An inbox without any file."""
     return Inbox(tmp_path)
 
 
 def test_a_file_is_offered_after_two_looks_and_the_settle_time(
     tmp_path: Path, inbox: Inbox
 ) -> None:
-    """Unchanged over two looks and settle_seconds by our own clock; offered once."""
+    """It must be unchanged over two looks and settle_seconds; it is offered once."""
     (tmp_path / "a.txt").write_text("x")
 
     first, second, third, fourth = (inbox.scan(now, WATCH, True) for now in (5.0, 5.9, 6.0, 6.1))
@@ -59,7 +59,7 @@ def test_an_old_modification_time_says_nothing(tmp_path: Path, inbox: Inbox) -> 
 
 @pytest.mark.parametrize("change", ["content", "times", "replaced"])
 def test_every_change_starts_the_clock_again(tmp_path: Path, inbox: Inbox, change: str) -> None:
-    """inode, size, mtime and ctime must all stand still."""
+    """A change of inode, size, mtime or ctime is a change of the file."""
     path = tmp_path / "a.txt"
     path.write_text("x")
     inbox.scan(0.0, WATCH, True)
@@ -77,7 +77,7 @@ def test_every_change_starts_the_clock_again(tmp_path: Path, inbox: Inbox, chang
 
 
 def test_an_empty_file_waits_and_is_given_up(tmp_path: Path, inbox: Inbox) -> None:
-    """size > 0 is part of complete; after give_up_seconds it is offered for refusal."""
+    """An empty file is not complete; after give_up_seconds it is offered to be refused."""
     (tmp_path / "a.txt").touch()
 
     waiting = inbox.scan(0.0, WATCH, True)
@@ -108,7 +108,7 @@ def test_an_objection_waits_for_a_correction(tmp_path: Path, inbox: Inbox) -> No
 
 
 def test_a_withdrawn_file_is_forgotten(tmp_path: Path, inbox: Inbox) -> None:
-    """Gone is gone; the same name later is a new file."""
+    """The same name later is a new file, which settles from the beginning."""
     path = tmp_path / "a.txt"
     path.write_text("x")
     inbox.scan(0.0, WATCH, True)
@@ -122,7 +122,7 @@ def test_a_withdrawn_file_is_forgotten(tmp_path: Path, inbox: Inbox) -> None:
 
 
 def test_a_writer_holds_a_file_back_for_a_while(tmp_path: Path, inbox: Inbox) -> None:
-    """Somebody has it open for writing: wait, but at most writer_seconds."""
+    """A file that somebody has open for writing waits, but at most writer_seconds."""
     path = tmp_path / "a.txt"
     with path.open("w") as writer:
         writer.write("x")
@@ -152,7 +152,7 @@ def test_a_writer_holds_a_refusal_back_for_a_while(tmp_path: Path, inbox: Inbox)
 
 
 def test_a_writer_who_comes_while_we_look_kills_nobody(tmp_path: Path) -> None:
-    """The kernel tells the holder of a lease that somebody wants to write, by a signal."""
+    """The signal by which the kernel tells the holder of a lease of a writer does not end the process."""
     path = tmp_path / "a.txt"
     path.write_text("x")
     append = "import os\nwhile True: os.close(os.open('a.txt', os.O_WRONLY | os.O_APPEND))"
@@ -209,7 +209,7 @@ def test_ready_suffix(tmp_path: Path, inbox: Inbox) -> None:
 
 
 def test_offers_come_in_the_order_of_arrival(tmp_path: Path, inbox: Inbox) -> None:
-    """Who came first is offered first; then by name."""
+    """The file that came first is offered first; of those that came together, the first by name."""
     (tmp_path / "z.txt").write_text("x")
     inbox.scan(0.0, WATCH, True)
     (tmp_path / "b.txt").write_text("x")
@@ -220,7 +220,7 @@ def test_offers_come_in_the_order_of_arrival(tmp_path: Path, inbox: Inbox) -> No
 
 
 def test_a_dead_watcher_thread_is_replaced(tmp_path: Path) -> None:
-    """Any of its threads: watchdog's own is_alive stays true when the one that reads events is gone."""
+    """Events are heard again after any thread of watchdog's has ended, also the one that reads them."""
     woken = threading.Event()
     watcher = Watcher(woken.set)
     watcher.check({tmp_path: True})
@@ -250,7 +250,7 @@ def test_a_dead_watcher_thread_is_replaced(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_mode_follows_the_file_system(kind: str, wanted: Any, mode: str) -> None:
-    """`auto` is inotify only where it hears every writer; what is configured stands."""
+    """`auto` means inotify only where it hears every writer; a configured mode is kept."""
     chosen, why = watch_mode(wanted, kind)
 
     assert chosen == mode
@@ -258,7 +258,7 @@ def test_the_mode_follows_the_file_system(kind: str, wanted: Any, mode: str) -> 
 
 
 def test_a_cancel_has_its_own_time(tmp_path: Path, inbox: Inbox) -> None:
-    """It counts from when the file it names is taken, however long that took to settle."""
+    """The time of a cancel mark begins when the file it names has left the inbox."""
     (tmp_path / "a.txt").write_text("a cat\n")
     (tmp_path / "a.cancel").touch()
     for now in (0.0, 50.0, 100.0):

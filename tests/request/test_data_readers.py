@@ -1,4 +1,4 @@
-"""YAML, JSON, JSONL and CSV: what they mean, and what hostile ones come to."""
+"""YAML, JSON, JSONL and CSV: how good files are read and hostile ones refused."""
 
 import pytest
 
@@ -21,7 +21,7 @@ from job_files import images, refusal
     ],
 )  # fmt: skip
 def test_hostile_yaml_is_refused(text, message):
-    """Nothing expands, recurses or builds objects."""
+    """YAML that would expand, recurse or build objects is refused."""
     assert refusal(text, ".yml") == [message]
 
 
@@ -46,19 +46,19 @@ def test_hostile_yaml_is_refused(text, message):
     ],
 )  # fmt: skip
 def test_hostile_json_is_refused(text, message):
-    """With the line of the fault."""
+    """The refusal has the line of the fault."""
     assert refusal(text, ".json") == [message]
 
 
 def test_json_takes_text_as_written_and_null_as_not_given():
-    """A number is a prompt of digits, an escaped pair one character, CR LF a line end."""
+    """A number as prompt is its digits, an escaped pair is one character, CR LF is one line end."""
     text = '{"images": [{"prompt": 1e3}, {"prompt": "\\ud83d\\ude00\\r\\nb", "seed": null}, {"prompt": true}]}'  # fmt: skip
 
     assert [spec.prompt for spec in images(text, ".json")] == ["1e3", "😀\nb", "true"]
 
 
 def test_jsonl_is_one_mapping_per_line():
-    """Blank lines are skipped, and every bad line is told."""
+    """Blank lines are skipped, and every bad line is reported."""
     good = '{"prompt": "a"}\n\n{"prompts": ["b", "c"]}\r\n'
 
     assert [spec.prompt for spec in images(good, ".jsonl")] == ["a", "b", "c"]
@@ -71,7 +71,7 @@ def test_jsonl_is_one_mapping_per_line():
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_csv_is_a_header_and_rows(separator):
-    """An empty cell is not given; seeds are a list; meta.KEY stays text."""
+    """An empty cell is not given, several seeds are a list, meta.KEY stays text."""
     rows = [["prompt", "size", "seed", "meta.client"], ['"a, ; cat"', "16:9", "1 2", "007"], ["b"]]
     text = "\ufeff" + "\r\n".join(separator.join(row) for row in rows)
 

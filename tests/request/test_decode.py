@@ -18,7 +18,7 @@ from promptdrop.request.decode import decode
     ],
 )
 def test_text_is_decoded(data, encodings):
-    """UTF-8 first, UTF-16 by its BOM, the rest only when named."""
+    """UTF-8 is tried first, UTF-16 needs a BOM, other encodings must be configured."""
     assert decode(data, encodings) == "猫 é"
 
 
@@ -33,13 +33,13 @@ def test_text_is_decoded(data, encodings):
     ],
 )  # fmt: skip
 def test_what_is_not_text_is_refused(data, message):
-    """In words that say how to save it."""
+    """The refusal says how to save the file."""
     assert refusal(data, ".txt") == [message]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_crlf_and_a_bom_change_nothing(suffix):
-    """Windows editors write both."""
+    """A file as editors on Windows write it means the same."""
     text = {".csv": "prompt\na\n", ".json": '{"prompt":\n"a"}\n', ".jsonl": '{"prompt": "a"}\n'}
     data = text.get(suffix, "prompt: a\n" if suffix in (".yaml", ".yml") else "a\n")
 

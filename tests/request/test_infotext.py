@@ -13,7 +13,7 @@ FIELDS = {"Steps": 9, "Sampler": "Euler", "CFG scale": 0.0, "Seed": 7, "Size": "
 
 
 def test_an_infotext_is_prompt_negative_prompt_and_one_line_of_settings():
-    """As under a picture in A1111."""
+    """The text is that which A1111 writes under a picture."""
     text = format_infotext("a cat", "blurry", {**FIELDS, "Model": "Z-Image"})
 
     assert text == (
@@ -24,7 +24,7 @@ def test_an_infotext_is_prompt_negative_prompt_and_one_line_of_settings():
 
 
 def test_what_is_none_is_left_out():
-    """No negative prompt, no line for it; a setting of None is none."""
+    """Without a negative prompt there is no line for it; a setting of None is not written."""
     assert format_infotext("a", None, {"Steps": 9, "Model": None}) == "a\nSteps: 9"
 
 
@@ -41,7 +41,7 @@ def test_what_is_none_is_left_out():
     ],
 )
 def test_a_value_with_comma_colon_or_line_break_is_quoted_as_json(value, written):
-    """A1111's quote: json.dumps with ensure_ascii off; and it comes back."""
+    """It is quoted as A1111 does, and is the same value when it is read again."""
     text = format_infotext("p", None, {**FIELDS, "Model": value})
     parsed = parse_infotext(text)
 
@@ -62,7 +62,7 @@ def test_a_value_with_comma_colon_or_line_break_is_quoted_as_json(value, written
     ],
 )
 def test_prompts_survive_the_round_trip(prompt, negative_prompt):
-    """A line of the prompt that looks like settings is none: only the last line counts."""
+    """A line of the prompt that looks like settings stays in the prompt: the last line has those."""
     parsed = parse_infotext(format_infotext(prompt, negative_prompt, FIELDS))
     fields = {key: str(value) for key, value in FIELDS.items()}
 
@@ -70,7 +70,7 @@ def test_prompts_survive_the_round_trip(prompt, negative_prompt):
 
 
 def test_what_a1111_loses_is_lost():
-    """Blanks around lines, and the place of a `Negative prompt:` inside the prompt."""
+    """Blanks around lines are lost, and `Negative prompt:` inside the prompt begins the negative one."""
     parsed = parse_infotext(format_infotext(" a \nNegative prompt: b", "c", FIELDS))
 
     assert parsed is not None
@@ -89,7 +89,7 @@ def test_what_a1111_loses_is_lost():
     ],
 )
 def test_the_last_line_decides(text, is_infotext):
-    """`Steps` and `Sampler`, or three settings."""
+    """A text is an infotext if its last line has `Steps` and `Sampler`, or three settings."""
     assert (parse_infotext(text) is not None) == is_infotext
 
 
@@ -107,14 +107,14 @@ def test_the_last_line_decides(text, is_infotext):
     ],
 )  # fmt: skip
 def test_settings_are_read_as_a1111_reads_them(line, settings):
-    """Keys of two characters or more, values up to a comma or in quotes."""
+    """A key has two characters or more; a value ends at a comma or is in quotes."""
     assert parse_settings(line) == settings
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("unit", ["a", " -/", "aa: 1,", 'aa: "', 'aa: "\\",', "a:", '"', "\\"])
 def test_reading_does_not_take_quadratic_time(unit):
-    """A1111's own expression would be at it for hours: half a megabyte has no settings line, or one."""
+    """Half a megabyte of any unit is read within the time limit; A1111's expression takes hours."""
     parsed = parse_infotext("a\n" + unit * (500_000 // len(unit)))
 
     assert parsed is None or parsed.fields

@@ -93,7 +93,7 @@ def test_a_field_means_what_the_contract_says(line, field, value):
     ],
 )  # fmt: skip
 def test_a_refusal_names_line_field_value_and_what_was_expected(line, message):
-    """The second line is at fault, and the message says all a person needs."""
+    """The message has all that a person needs to correct the second line."""
     assert refusal(f"prompt: a\n{line}\n") == [f"line 2: {message}"]
 
 
@@ -120,7 +120,7 @@ def test_a_refusal_names_line_field_value_and_what_was_expected(line, message):
     ],
 )  # fmt: skip
 def test_a_file_without_a_usable_prompt_is_refused(text, message):
-    """A prompt is required, text, and not blank."""
+    """A prompt is required; it is text and not blank."""
     assert refusal(text) == [message]
 
 
@@ -150,7 +150,7 @@ def test_a_ratio_never_exceeds_the_megapixels_by_rounding():
 
 
 def test_size_must_agree_with_width_and_height():
-    """Both may be given, but say the same."""
+    """Both may be given if they say the same."""
     spec = image("prompt: a\nsize: 1024x768\nwidth: 1024")
 
     assert (spec.width, spec.height) == (1024, 768)
@@ -171,6 +171,6 @@ def test_a_problem_of_an_entry_names_the_entry_and_its_line():
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_is_taken(scheduler):
-    """Each name of the contract, as a field and as an argument."""
+    """Each name is taken as a field and as an argument."""
     assert image(f"prompt: a\nscheduler: {scheduler}").scheduler == scheduler
     assert image(f"--prompt a --sampler_name {scheduler}", ".txt").scheduler == scheduler

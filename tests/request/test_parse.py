@@ -36,7 +36,7 @@ def test_every_default_is_filled_in_from_the_configuration():
 
 
 def test_all_problems_of_a_file_are_told_at_once():
-    """In the order of their lines, at most twenty."""
+    """They come in the order of their lines, at most twenty."""
     text = "width: 1\nprompt: a\nheight: 2\nsteps: 0\n"
 
     assert refusal(text) == [
@@ -48,7 +48,7 @@ def test_all_problems_of_a_file_are_told_at_once():
 
 
 def test_limits_of_the_configuration_hold():
-    """Megapixels, priority and the size of the file."""
+    """Megapixels, priority and the size of the file are limited."""
     settings = configured(limits={"priority": 5, "job_file_kib": 1})
 
     assert refusal("prompt: a\nwidth: 4096\nheight: 2048") == [
@@ -83,7 +83,7 @@ def test_more_images_than_the_limit_are_refused_before_they_are_made(text, suffi
 
 
 def test_images_are_numbered_by_document_entry_prompt_seed_and_count():
-    """The contract's own example, then a second document."""
+    """Counting goes on from one document to the next."""
     made = images("prompts: [a, b]\ncount: 2\nseed: 5\n---\nprompt: c\nseed: [8, 3]\n")
 
     assert [(spec.image, spec.prompt, spec.seed) for spec in made] == [
@@ -97,7 +97,7 @@ def test_images_are_numbered_by_document_entry_prompt_seed_and_count():
 
 
 def test_an_entry_wins_over_the_top():
-    """Field by field; a size of the entry replaces both sides of the top."""
+    """Each field of an entry wins over the one at the top; its size replaces both sides."""
     made = images(
         "prompt: top\nsteps: 4\nsize: 512x256\nmeta: {a: 1}\npriority: 7\n"
         "images:\n- {}\n- {prompt: own, steps: 5}\n- {width: 768}\n- {size: 64x64, meta: {}}\n"
@@ -132,14 +132,14 @@ def test_priority_is_the_job_s():
 
 
 def test_seeds_come_from_the_job_s_id_where_the_file_names_none():
-    """Named seeds stay."""
+    """Seeds that the file gives are kept."""
     request = with_seeds(parse(b"prompt: a\nimages: [{}, {seed: 7}]", ".yaml", CONFIG), "id")
 
     assert [spec.seed for spec in request.images] == [seed_of("id", 1), 7]
 
 
 def test_an_unknown_suffix_is_refused():
-    """The inbox never hands one over; a command might."""
+    """The inbox has no such files, but a command may be given one."""
     assert refusal("a", ".doc") == [
         "'.doc' is not one of .txt, .prompt, .yaml, .yml, .json, .jsonl, .csv"
     ]
@@ -147,7 +147,7 @@ def test_an_unknown_suffix_is_refused():
 
 @pytest.mark.parametrize("suffix", parsers.SEEDS)
 def test_nothing_but_a_refusal_escapes(suffix):
-    """2,000 mutations of a good file: a Request or a RequestError, never anything else."""
+    """Each of 2,000 mutations of a good file is a Request or a RequestError."""
     chance = random.Random(suffix)
     pieces = [
         b"\0",

@@ -1,4 +1,4 @@
-"""What holds for every input, looked for by hypothesis and, bounded, by a coverage-guided fuzzer."""
+"""Rules that hold for every input, tried by hypothesis and, for some seconds, by a fuzzer."""
 
 import io
 import json
@@ -58,7 +58,7 @@ FIELDS = st.fixed_dictionaries(
     data=st.binary(max_size=200) | st.lists(WORDS, max_size=40).map(lambda w: "".join(w).encode()),
 )
 def test_any_job_file_is_answered(suffix: str, data: bytes) -> None:
-    """A Request or a RequestError, in time, in words a terminal can show."""
+    """The answer is a Request or a RequestError, in time, in words that a terminal can show."""
     parsers.job_file(data, suffix)
 
 
@@ -94,7 +94,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def test_the_dearest_inputs_take_64_mib_at_most() -> None:
-    """A process that parses them all at the size limit never grows by more."""
+    """A process that parses all of them at the size limit does not grow by more."""
     done = subprocess.run(
         [sys.executable, "-c", GROWN], capture_output=True, text=True, check=True,
         cwd=REPOSITORY,
@@ -111,7 +111,7 @@ def test_the_dearest_inputs_take_64_mib_at_most() -> None:
     put=st.lists(WORDS, max_size=5).map("".join),
 )
 def test_any_change_to_a_good_file_is_answered(suffix: str, at: int, gone: int, put: str) -> None:
-    """A cut, a paste or a typing mistake, anywhere."""
+    """A good file that is cut, pasted into or mistyped anywhere gets an answer."""
     seed = parsers.SEEDS[suffix]
 
     parsers.job_file((seed[:at] + put + seed[at + gone :]).encode(), suffix)
@@ -136,14 +136,14 @@ def test_the_formats_agree(fields: dict[str, Any]) -> None:
 @BOUNDED
 @given(data=st.binary(max_size=300), parser=st.sampled_from(parsers.OTHERS))
 def test_the_other_parsers_hold(data: bytes, parser: Callable[[bytes], None]) -> None:
-    """config.yaml, commands, infotexts and names."""
+    """Any bytes as config.yaml, command, infotext or name raise only the errors they may."""
     parser(data)
 
 
 @BOUNDED
 @given(st.text(max_size=120))
 def test_any_name_is_made_safe(name: str) -> None:
-    """Also half surrogates, which is how Python shows bytes that are no UTF-8."""
+    """A name may have half surrogates, by which Python stands for bytes that are no UTF-8."""
     parsers.file_name(name.encode("utf-8", "surrogatepass"))
 
 
@@ -154,7 +154,7 @@ def test_any_name_is_made_safe(name: str) -> None:
 def test_no_prompt_breaks_out_of_its_picture(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, negative: str | None, kind: str
 ) -> None:
-    """The infotext comes back as it was written; the XMP is ours, byte for byte, whatever is asked."""
+    """The infotext is read as it was written, and the XMP is ours, byte for byte, for any prompt."""
     text = format_infotext(prompt, negative, {"Steps": 9, "Sampler": "Euler", "Model": prompt})
     data = picture.encode(bytes(16 * 16 * 3), 16, 16, kind, 90, text)
     path = tmp_path_factory.getbasetemp() / f"picture.{kind}"
@@ -174,7 +174,7 @@ def test_no_prompt_breaks_out_of_its_picture(
 
 @pytest.mark.timeout(180)
 def test_a_fuzzer_finds_nothing_in_five_seconds(tmp_path: Path) -> None:
-    """Coverage-guided, from good files on; `make fuzz` goes on for as long as you like."""
+    """It begins with good files and is guided by coverage; `make fuzz` takes more time."""
     pytest.importorskip("atheris", reason="atheris has no wheel for this Python or machine")
     fuzz = REPOSITORY / "tests" / "support" / "fuzz.py"
     done = subprocess.run(

@@ -6,7 +6,7 @@ from promptdrop.request.schema import request_schema
 
 
 def test_the_schema_names_every_field():
-    """With a description and an example for each, and no others allowed."""
+    """Each has a description, and no other field is allowed."""
     schema = request_schema()
     fields = schema["properties"]
 

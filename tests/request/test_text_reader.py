@@ -16,7 +16,7 @@ def test_text_is_one_image_per_line():
 
 
 def test_a_line_of_arguments_is_quoted_as_in_a_shell():
-    """`--key value` and `--key=value`, `-` for `_`, and A1111's own names."""
+    """`--key value` and `--key=value` are the same, so are `-` and `_`; A1111's names are known."""
     text = (
         '--prompt "a \\"cat\\"" --negative-prompt=blurry --size 768x512 --seed 7 --steps 4\n'
         "--prompt 'it''s' --cfg_scale 3.5 --sampler_name Euler --n_iter 2\n"
@@ -47,7 +47,7 @@ def test_a_line_of_arguments_is_quoted_as_in_a_shell():
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(line, message):
-    """With the number of their line."""
+    """The refusal has the number of their line."""
     assert refusal(f"a cat\n{line}\n", ".txt") == [f"line 2: {message}"]
 
 
@@ -56,7 +56,7 @@ def test_bad_arguments_are_refused(line, message):
     ["a b", "'a b' c", '"a\\"b\\\\c\\d"', "a\\ b", "a'b'\"c\"d", "''", "  a  ", "a''b", '""'],
 )
 def test_words_are_those_of_shlex(line):
-    """Our reader differs from shlex only in its time."""
+    """Our reader gives the same words as shlex, which takes far longer."""
     assert words(line) == shlex.split(line)
 
 
@@ -77,12 +77,12 @@ def test_words_are_those_of_shlex(line):
     ],
 )
 def test_samplers_of_a1111_have_a_scheduler(sampler, scheduler):
-    """Schedule words are dropped; what we do not have is not guessed."""
+    """Words for a schedule are dropped; a sampler that we do not have is not guessed."""
     assert scheduler_of(sampler) == scheduler
 
 
 def test_a_file_that_is_one_infotext_is_one_image():
-    """Its settings are used, unknown ones ignored; seed -1 is not given."""
+    """Its settings are used, unknown ones are ignored, and a seed of -1 is not given."""
     text = (
         "a cat,\non a sofa\nNegative prompt: blurry\nugly\n"
         'Steps: 20, Sampler: Euler, CFG scale: 7.5, Seed: -1, Size: 512x768, Model: "a, b: c"\n'
@@ -95,7 +95,7 @@ def test_a_file_that_is_one_infotext_is_one_image():
 
 
 def test_a_bad_infotext_is_refused():
-    """An unknown sampler, a size we cannot do, two infotexts in one file."""
+    """An unknown sampler, an impossible size and a second infotext in one file are refused."""
     last = "Steps: 20, Sampler: Euler a, Seed: 1, Size: 500x768"
 
     assert refusal(f"a cat\n{last}", ".txt") == [

@@ -1,4 +1,4 @@
-"""Every parser that reads what strangers write, and what each must hold: for properties and fuzzing."""
+"""The parsers that read files of strangers, each with the rules it must keep, for properties and fuzzing."""
 
 import json
 import tempfile
@@ -32,7 +32,7 @@ SEEDS = {
 
 
 def job_file(data: bytes, suffix: str) -> Request | None:
-    """A Request that JSON can hold, or a refusal that a terminal can show, in time."""
+    """Parse a job file: a Request that JSON can hold, or a refusal that a terminal can show, in time."""
     began = time.thread_time()
     asked, problems = None, ()
     try:
@@ -52,7 +52,7 @@ def job_file(data: bytes, suffix: str) -> Request | None:
 
 
 def settings(data: bytes) -> None:
-    """config.yaml: a Config, or a ConfigError."""
+    """Read a config.yaml: a Config, or a ConfigError."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_bytes(data)
@@ -63,14 +63,14 @@ def settings(data: bytes) -> None:
 
 
 def command(data: bytes) -> None:
-    """What anybody of the group may leave in control/: a command or nothing."""
+    """Read what anybody of the group may leave in control/: a command or nothing."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.json").write_bytes(data)
         control.read(Path(folder))
 
 
 def infotext(data: bytes) -> None:
-    """The text under a picture: taken apart and written again it says the same."""
+    """Read an infotext: what is written of its parts can be read again."""
     text = data.decode("utf-8", "replace")
     parse_settings(text)
     parsed = parse_infotext(text)
@@ -82,7 +82,7 @@ def infotext(data: bytes) -> None:
 
 
 def file_name(data: bytes) -> None:
-    """A dropped name as a folder's: legal everywhere, and the same when it is made safe again."""
+    """Make a name safe: it is legal everywhere, and the same when it is made safe again."""
     stem = data.replace(b"\0", b"").replace(b"/", b"").decode("utf-8", "replace")
     safe = names.safe(stem)
     assert safe
@@ -96,7 +96,7 @@ def file_name(data: bytes) -> None:
 
 
 def is_printable(text: str) -> bool:
-    """Whether nothing in it can move a cursor, colour a terminal or turn a line around."""
+    """Whether no character moves a cursor, colours a terminal or turns a line around."""
     return not any(unicodedata.category(c) in RAW for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Walking the inbox: the files and folders that are ours to take, and those that never are."""
+"""Walk the inbox: find the files that may be jobs, and name those that are never taken."""
 
 import os
 from collections.abc import Iterator
@@ -8,11 +8,15 @@ from typing import NamedTuple
 from promptdrop import fs, names
 
 SUB_BYTES = 1024  # longest path below the inbox that is entered: it must fit below our folders too
-NOT_OURS = (FileNotFoundError, NotADirectoryError, PermissionError)  # withdrawn, or not to be read
+NOT_OURS = (
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+)  # withdrawn, or unreadable for us
 
 
 class Found(NamedTuple):
-    """A regular file whose name is a job's or a cancel mark's."""
+    """A regular file that is a job or a cancel mark by its name."""
 
     sub: str  # folder below the inbox, "" at the root
     entry: os.DirEntry[str]
@@ -25,14 +29,16 @@ class Found(NamedTuple):
 
 
 def below(sub: str, name: str) -> str:
-    """The path, from the inbox on, of a name in a folder below it."""
+    """Return SUB/NAME; NAME at the root of the inbox."""
     return f"{sub}/{name}" if sub else name
 
 
 def job_files(root: Path, recursive: bool) -> Iterator[Found]:
     """Find every job file and cancel mark in the inbox.
 
-    Raises OSError: the inbox itself cannot be read. A sub-folder that cannot be is left out.
+    A sub-folder that cannot be read is left out. Raises OSError: the inbox itself cannot be read.
+
+    Thread: scanner.
     """
     device = os.stat(root).st_dev
     folders = [""]
@@ -50,7 +56,7 @@ def job_files(root: Path, recursive: bool) -> Iterator[Found]:
 
 
 def strangers(root: Path) -> Iterator[tuple[str, str]]:
-    """What in the inbox is named like a job or folder but is never entered: (path, why)."""
+    """Find what looks like a job or folder but is never taken: (path below the inbox, why)."""
     for _, listed in fs.walk(root):
         for entry in listed:
             path = os.path.relpath(entry.path, root)
@@ -72,7 +78,7 @@ def _has_our_name(name: str) -> bool:
 
 
 def _is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
-    """Whether a sub-folder is looked into: not other programs', other file systems' or too deep."""
+    """Whether a sub-folder is entered: not another program's own, no mount point, not too deep."""
     return (
         not names.is_ignored_folder(entry.name)
         and _device(entry) == device

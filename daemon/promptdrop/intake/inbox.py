@@ -1,4 +1,4 @@
-"""Which files of the inbox are complete. Events only mean "look now"; the scan is the truth.
+"""Decide which files of the inbox are complete. Events only mean "look now"; the scan is the truth.
 
 Completeness is quiet time on our own clock: modification times are old after rsync or unzip, and
 CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), inotify(7).
@@ -22,13 +22,13 @@ NEVER = float("inf")  # monotonic seconds: nothing is due
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A file to take, or, if `give_up` says why, to refuse: it has waited long enough."""
+    """A file that is complete; with `give_up`, one to be refused after it has waited long enough."""
 
     sub: str  # folder below the inbox, "" at the root
     file: str
     signature: Signature
     settled: float  # monotonic seconds
-    give_up: str | None = None
+    give_up: str | None = None  # why it is refused
 
     @property
     def path(self) -> str:
@@ -72,7 +72,7 @@ class Scan:
 
 @dataclass(slots=True)
 class Inbox:
-    """Remembers the files it has seen; `scan` is the only thing that looks. `now` is an argument.
+    """Remembers the files it has seen. Only `scan` looks at the disk; times are arguments.
 
     Thread: scanner.
     """
@@ -115,21 +115,21 @@ class Inbox:
         return Scan(now, offers, waiting, blocked, next_look, len(found), cancels=cancels)
 
     def object(self, path: str, objection: str) -> None:
-        """The offered file would be refused; it may still be arriving, so it waits."""
+        """Let an offered file wait that would be refused: it may still be arriving."""
         if seen := self._seen.get(path):
             seen.objection, seen.offered = objection, False
 
     def block(self, path: str, obstacle: str, until: float) -> None:
-        """The offered file could not be moved out; it is offered again at `until`."""
+        """Let an offered file wait that cannot be moved out; it is offered again at `until`."""
         if seen := self._seen.get(path):
             seen.obstacle, seen.obstacle_until, seen.offered = obstacle, until, False
 
     def put_back(self, path: str) -> None:
-        """The offered file was not taken: it changed or could not be moved. It settles anew."""
+        """Forget an offered file: it was taken, was withdrawn or has changed, and then settles anew."""
         self._seen.pop(path, None)
 
     def _examine(self, file: Found, now: float, watch: Watch) -> Verdict | None:
-        """Look at one file and judge it; None if it was withdrawn meanwhile."""
+        """Look at one file and judge it. Returns None if it was withdrawn meanwhile."""
         try:
             status = file.entry.stat(follow_symlinks=False)
         except NOT_OURS:
@@ -153,13 +153,13 @@ class Inbox:
         return seen
 
     def _is_blocked(self, path: str, why: str) -> bool:
-        """Whether no time will cure why the file waits."""
+        """Whether the file waits for a reason that does not pass with time."""
         return path not in self._seen or self._seen[path].obstacle == why
 
     def _hold_back(
         self, cancels: dict[str, float], found: set[str], waiting: dict[str, str], now: float
     ) -> dict[str, float]:
-        """Remember the cancel marks; return those whose file is not in the inbox, the others wait."""
+        """Remember the cancel marks; return those whose file is not in the inbox. The others wait."""
         held = set(_named(cancels, found))
         for path in held:
             waiting[path] = "waits until the file it names is taken"
@@ -191,7 +191,10 @@ def _judge(path: str, seen: Seen, now: float, watch: Watch) -> Verdict:
 
 
 def _named(cancels: Iterable[str], files: Iterable[str]) -> list[str]:
-    """Those of `cancels` whose file is among `files`: SUB/cat.cancel and cat.txt.cancel name cat.txt."""
+    """Return those of `cancels` whose file is among `files`.
+
+    SUB/cat.txt is the file of SUB/cat.cancel and of SUB/cat.txt.cancel.
+    """
     marks = {names.fold(names.split(path)[0]): path for path in cancels}
     if not marks:
         return []

@@ -88,14 +88,14 @@ class Intake:
         self._loop.wake()
 
     def next_look(self) -> float:
-        """When `look` has something to do, monotonic seconds."""
+        """Return when `look` has something to do, monotonic seconds."""
         if self._scanning:
             return float("inf")
         soon = self._last_scan + SCAN_SECONDS if self._woken else float("inf")
         return max(min(self._next_scan, soon), self._rested)
 
     def is_quiet(self) -> bool:
-        """Whether a look that began after all that happened found nothing to take."""
+        """Whether the last look began after everything else and found no job file."""
         quiet = self._quiet_since is not None and self._quiet_since >= self.last_activity
         if not quiet:
             self._woken = True
@@ -185,7 +185,7 @@ class Intake:
         return mode
 
     def _watched_folders(self) -> dict[Path, bool]:
-        """The folders to be told of, and whether their sub-folders are meant, too.
+        """Return the folders to watch, each with whether its sub-folders are watched, too.
 
         Thread: scanner.
         """
@@ -291,7 +291,9 @@ class Intake:
     ) -> Job | tuple[Unresolved, RequestError]:
         """Record what a claimed file asks for. It is read again if it is not as it was offered.
 
-        A writer may still hold it. Thread: clerk.
+        A writer may still have it open.
+
+        Thread: clerk.
         """
         self._spool.folders.require()
         drop = claimed.drop
@@ -316,7 +318,7 @@ class Intake:
         return claim.resolve(self._spool, claimed, request, settled, kept)
 
     def _twin(self, claimed: Unresolved) -> str | None:
-        """SUB/FILE of a job that was taken before and has the same bytes.
+        """Return SUB/FILE of a job that was taken before and has the same bytes.
 
         Thread: clerk.
         """
@@ -339,7 +341,7 @@ class Intake:
 
 
 def settings_of(config: Config) -> ClaimedSettings:
-    """What a job claimed now keeps of the configuration."""
+    """Return the part of the configuration that a job keeps from its claim on."""
     section = config.engine
     return ClaimedSettings(config.prompt, config.output, section.max_attempts, section.on_timeout)
 

@@ -1,4 +1,4 @@
-"""One dropped file, read once: what it asks for, or why it is refused."""
+"""Read one dropped file: the images it asks for, or why it is refused."""
 
 import gc
 from collections.abc import Iterator
@@ -17,7 +17,12 @@ from promptdrop.untrusted import Signature, signature_of
 def read_job_file(
     path: Path, name: str, settings: Config, signature: Signature | None
 ) -> Request | RequestError | None:
-    """What a dropped file asks for, or why it is refused; None: gone, or not what `signature` saw."""
+    """Read a dropped file. Returns its Request, or the error it is refused with.
+
+    Returns None: it is gone, or has changed meanwhile or since `signature` was taken.
+
+    Thread: any.
+    """
     limit = settings.limits.job_file_kib * 1024
     try:
         before = signature_of(path)
@@ -53,9 +58,9 @@ def _parsed(data: bytes, suffix: str, settings: Config) -> Request | RequestErro
 
 @contextmanager
 def _collector_at_rest() -> Iterator[None]:
-    """What a file is read into has no cycles, and looking for some would hold up the daemon's loop.
+    """Keep the garbage collector from running: a tree of values has no cycles to look for.
 
-    At the size limit that is 250,000 values, and 0.1 s each time instead of 0.04 s.
+    Looking would hold up the daemon's loop: a file of 250,000 values takes 0.1 s instead of 0.04 s.
     """
     was_enabled = gc.isenabled()
     gc.disable()

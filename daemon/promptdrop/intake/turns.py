@@ -1,4 +1,4 @@
-"""Whose file is taken next: in turn between lanes, so that a crowd keeps nobody waiting."""
+"""Decide whose file is taken next: lanes have turns, so that a crowd keeps nobody waiting."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -36,7 +36,9 @@ class Turns:
 def by_lane(offers: Iterable[Offer], policy: str) -> dict[str, list[Offer]]:
     """Sort offers into lanes: one for each top-level sub-folder (fair), or one for all (fifo).
 
-    There may be very many of them, so not on the loop. Thread: scanner.
+    There may be very many of them, too many for the loop.
+
+    Thread: scanner.
     """
     lanes: dict[str, list[Offer]] = {}
     for offer in offers:

@@ -1,4 +1,4 @@
-"""Events of the inbox: when something moves there, look now. The periodic scan finds what no event told."""
+"""Hear of changes in the inbox. An event only means "look now"; the periodic scan finds the rest."""
 
 import os
 from collections.abc import Callable
@@ -49,12 +49,12 @@ class _Handler(FileSystemEventHandler):
         self._wake = wake
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        """Called in watchdog's thread, which an exception would end."""
+        """Wake the loop. Called in watchdog's thread, which an exception would end."""
         self._wake()
 
 
 class Watcher:
-    """Calls `wake` from a thread of its own when something moves; heals itself in `check`."""
+    """Calls `wake`, from a thread of its own, when something in the watched folders changes."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._handler = _Handler(wake)
@@ -62,7 +62,10 @@ class Watcher:
         self._watched: dict[Path, tuple[int, int]] = {}
 
     def check(self, folders: dict[Path, bool]) -> None:
-        """Watch `folders` (path -> recursive); one that was made again or mounted over, anew."""
+        """Watch `folders` (path -> recursive). Begins anew if a thread has ended or a folder was replaced.
+
+        Thread: scanner.
+        """
         there = {path: _identity(path) for path in folders}
         if self._is_alive() and there == self._watched:
             return
@@ -86,7 +89,7 @@ class Watcher:
             observer.schedule(self._handler, path, recursive=False, event_filter=_EVENTS)
 
     def _is_alive(self) -> bool:
-        """Whether every thread is: one that hears and one for each folder."""
+        """Whether all of watchdog's threads run: one that calls us and one for each folder."""
         threads = [self._observer, *self._observer.emitters] if self._observer else []
         return bool(threads) and all(thread.is_alive() for thread in threads)
 
@@ -100,7 +103,7 @@ class Watcher:
 
 
 def watch_mode(wanted: Literal["auto", "inotify", "poll"], kind: str) -> tuple[Mode, str]:
-    """`watch.mode`, decided by the inbox's kind of file system, and the reason in words."""
+    """Resolve `watch.mode` by the inbox's kind of file system; returns the mode and why, in words."""
     if wanted != "auto":
         return wanted, f"{wanted} (watch.mode)"
     if kind.startswith(REMOTE):

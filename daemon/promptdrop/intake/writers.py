@@ -1,4 +1,4 @@
-"""Whether somebody still writes to a dropped file, as far as the kernel can tell."""
+"""Ask the kernel whether a dropped file is still being written."""
 
 import errno
 import fcntl
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def is_open_for_writing(path: str | Path) -> bool:
-    """Whether a process on this host has the file open for writing; False where nobody can tell.
+    """Whether a process on this host has the file open for writing; False if the kernel cannot tell.
 
-    A read lease is refused with EAGAIN then (fcntl(2), F_SETLEASE); any other refusal (not our
-    file, a network file system) says nothing. Closing the file gives the lease back.
+    In that case a read lease is refused with EAGAIN (fcntl(2), F_SETLEASE). Any other refusal (not
+    our file, a network file system) says nothing. Closing the file gives the lease back.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)

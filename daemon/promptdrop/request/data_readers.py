@@ -1,4 +1,4 @@
-"""Readers of YAML, JSON, JSONL and CSV: every value comes with its line and its text as written."""
+"""Read YAML, JSON, JSONL and CSV. Every value keeps its line and its text as written."""
 
 import csv
 import json
@@ -11,13 +11,13 @@ from promptdrop.fields import TEXT_FIELDS
 from promptdrop.request.problems import Problems, short
 from promptdrop.yaml12 import Builder, Mapping, Node, Scalar, Sequence, YamlError, documents
 
-_MAX_DIGITS = 400  # more are no number for yaml12 either
+_MAX_DIGITS = 400  # as in yaml12
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s,:{}\[\]"]++')  # of valid JSON
 
 
 def yaml_documents(text: str) -> list[Node]:
-    """Every YAML document but the empty ones. Raises RequestError: see yaml12.documents."""
+    """Read the YAML documents that are not empty. Raises RequestError: see yaml12.documents."""
     try:
         return [node for node in documents(text) if not _is_null(node)]
     except YamlError as e:
@@ -25,9 +25,10 @@ def yaml_documents(text: str) -> list[Node]:
 
 
 def json_document(text: str, first_line: int = 1) -> Node:
-    """One JSON value; null has the text ``, so that it is never taken for a prompt.
+    """Read one JSON value. null gets an empty text, so that it is never taken for a prompt.
 
-    Raises RequestError: not JSON, NaN, Infinity, duplicate keys, deeper than 16, too many values.
+    Raises RequestError: it is not JSON, has NaN, Infinity, duplicate keys or too many values, or is
+    nested deeper than 16.
     """
     try:
         _DECODER.decode(text)  # is it JSON at all?
@@ -43,7 +44,7 @@ def json_document(text: str, first_line: int = 1) -> Node:
 
 
 def jsonl_documents(text: str, problems: Problems) -> Iterator[Node]:
-    """One JSON value per line; blank lines are skipped."""
+    """Read one JSON value per line; blank lines are skipped."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -55,7 +56,7 @@ def jsonl_documents(text: str, problems: Problems) -> Iterator[Node]:
 
 
 def csv_documents(text: str, problems: Problems, fields: Collection[str]) -> Iterator[Node]:
-    """One mapping per row under a header of `fields` and `meta.KEY`; blank rows are skipped."""
+    """Read one mapping per row under a header of `fields` and `meta.KEY`; blank rows are skipped."""
     rows = _rows(text, _separator(text), problems)
     line, header = next(rows, (1, []))
     header = [name.strip() for name in header]
@@ -106,13 +107,13 @@ def _json_scalar(token: str, line: int) -> Scalar:
 
 
 def _separator(text: str) -> str:
-    """The separator most frequent in the header."""
+    """Return the separator that is most frequent in the header."""
     header = re.sub(r'"[^"]*"', "", text.lstrip("\n").partition("\n")[0])
     return max(",;\t", key=header.count)
 
 
 def _rows(text: str, separator: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank, and the line on which it begins."""
+    """Read the rows that are not blank, each with the line on which it begins."""
     lines = (f"{line}\n" for line in text.split("\n"))
     reader = csv.reader(lines, delimiter=separator, strict=True)
     line = 1

@@ -1,4 +1,4 @@
-"""A job file's bytes to text: UTF-8, UTF-16 with a BOM, or an encoding named in the configuration."""
+"""Decode a job file: UTF-8, UTF-16 with a BOM, or an encoding that the configuration names."""
 
 import re
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ _BOMS_OF_UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
 
 def decode(data: bytes, encodings: Sequence[str]) -> str:
-    """The text of a job file without its BOM.
+    """Return the text of a job file, without its BOM.
 
-    UTF-8 first, UTF-16 only with a BOM, then `encodings` in their order.
-    Raises RequestError: none of them fits, UTF-32, or NUL bytes.
+    A BOM of UTF-16 decides; else UTF-8 is tried, then `encodings` in their order.
+    Raises RequestError: none of them fits, or the file is UTF-32 or has NUL bytes.
     """
     if data.startswith(_BOMS_OF_UTF32):
         raise RequestError("the file is UTF-32; save it as UTF-8")
@@ -54,5 +54,5 @@ def _refusal(message: str, line: int) -> RequestError:
 
 
 def with_lf(text: str) -> str:
-    """Line ends as LF: a CR in a prompt would be a token of its own."""
+    """Turn all line ends into LF: a CR in a prompt would be a token of its own."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -1,4 +1,4 @@
-"""A1111's infotext: the text under a picture that every Stable Diffusion tool can read.
+"""Write and read A1111's infotext, the text in a picture that every Stable Diffusion tool knows.
 
 Grammar: modules/infotext_utils.py and processing.create_infotext of
 https://github.com/AUTOMATIC1111/stable-diffusion-webui (1.10).
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-SAMPLERS = {  # A1111's name of each scheduler; its schedule (Karras ...) is the model's own here
+SAMPLERS = {  # A1111's name of each scheduler
     "euler": "Euler",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
@@ -24,7 +24,7 @@ _BARE = re.compile(r"\s*+([^,]*+),?")
 
 @dataclass(frozen=True, slots=True)
 class ParsedInfotext:
-    """One infotext taken apart. `fields` holds the settings line as text, in its order."""
+    """The parts of an infotext. `fields`: the line of settings as text, in its order."""
 
     prompt: str
     negative_prompt: str | None
@@ -32,12 +32,12 @@ class ParsedInfotext:
 
 
 def format_infotext(prompt: str, negative_prompt: str | None, fields: Mapping[str, object]) -> str:
-    """The infotext of an image; `fields` in order, those that are None left out.
+    """Write the infotext of an image, `fields` in their order without those that are None.
 
-    `parse_infotext` gives back the fields, and the prompts with every line stripped of
-    surrounding blanks and without leading blank lines. As in A1111, a line of the prompt that
-    begins with `Negative prompt:` comes back in the negative prompt, and such a line of the
-    negative prompt loses those words; lines like `Steps: 9` survive, only the last line counts.
+    `parse_infotext` returns the same fields, and the prompts with every line stripped and without
+    blank lines at the beginning. As in A1111, a line of the prompt that begins with `Negative prompt:`
+    is read as negative prompt, and such a line of the negative prompt loses those words. A line like
+    `Steps: 9` in a prompt stays there, as only the last line is settings.
     """
     settings = ", ".join(
         f"{key}: {_quote(value)}" for key, value in fields.items() if value is not None
@@ -47,9 +47,9 @@ def format_infotext(prompt: str, negative_prompt: str | None, fields: Mapping[st
 
 
 def parse_infotext(text: str) -> ParsedInfotext | None:
-    """Take an infotext apart; None if its last line is no line of settings.
+    """Read an infotext; None if its last line is no line of settings.
 
-    That is one with `Steps` and `Sampler`, or with three settings, which is A1111's own rule.
+    A line of settings has `Steps` and `Sampler`, or three settings, which is A1111's own rule.
     """
     *lines, last = text.strip().split("\n")
     fields = parse_settings(last)
@@ -68,7 +68,7 @@ def parse_infotext(text: str) -> ParsedInfotext | None:
 
 
 def parse_settings(line: str) -> dict[str, str]:
-    """`Steps: 9, Model: "a, b"` -> {"Steps": "9", "Model": "a, b"}; the last of a repeated key."""
+    """Read `Steps: 9, Model: "a, b"` as {"Steps": "9", "Model": "a, b"}; of a repeated key, the last."""
     return dict(_settings(line))
 
 
@@ -79,7 +79,7 @@ def _settings(line: str) -> Iterator[tuple[str, str]]:
         key = run[1].lstrip(" -/")
         if run[2] and len(key) > 1:
             value = _QUOTED.match(line, position) or _BARE.match(line, position)
-            assert value is not None  # _BARE matches anything
+            assert value is not None  # _BARE matches any text
             position = value.end()
             yield key, _unquote(value[1].strip())
 

@@ -1,4 +1,4 @@
-"""One mapping of a job file, the document itself or an entry of its `images`, read field by field."""
+"""Read the fields of one mapping of a job file: the document itself or an entry of its `images`."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from promptdrop.request.decode import with_lf
 from promptdrop.request.problems import Problems, short, show
 from promptdrop.yaml12 import Mapping, Node, Scalar, Sequence
 
-_STAND_IN = {"prompt": "a", "prompts": ["a"]}  # for a refused one: the rest is still checked
+# Values in the place of those that are refused, so that the other fields are still checked.
+_STAND_IN = {"prompt": "a", "prompts": ["a"]}
 
 
 @dataclass(slots=True)
 class Level:
-    """The fields that a mapping gives, each within its range; `size` has become width and height."""
+    """The fields that a mapping gives, each within its range, with width and height for `size`."""
 
     node: Mapping
     label: str  # "" or "images[3]."
@@ -42,7 +43,7 @@ class Level:
 
 
 def read_level(node: Mapping, label: str, config: Config, problems: Problems) -> Level:
-    """Read the fields of a mapping; what is wrong with any of them goes to `problems`."""
+    """Read the fields of a mapping; each that is wrong adds to `problems`."""
     level = Level(node, label, {})
     known, validators = level.known, _validators()
     for (name, child), line in zip(node.items.items(), node.key_lines, strict=True):
@@ -60,13 +61,13 @@ def read_level(node: Mapping, label: str, config: Config, problems: Problems) ->
 
 
 def too_many(limit: int) -> str:
-    """The words for a job of more images than `limits.images_per_job`."""
+    """Say that a job has more images than `limits.images_per_job`."""
     return f"more than {limit} images in one job (limits.images_per_job)"
 
 
 @cache
 def _validators() -> dict[str, Callable[[Any], Any]]:
-    """A validator for each field: a whole model takes three times as long for one prompt."""
+    """Make a validator for each field: one for all fields takes three times as long for a prompt."""
     strict = ConfigDict(strict=True)
     return {
         name: TypeAdapter(type_of(name), config=strict).validator.validate_python
@@ -99,9 +100,9 @@ def _unknown(level: Level, name: str) -> str:
 
 
 def _value(name: str, node: Node) -> Any:
-    """A field's value before it is checked; None if it is not given.
+    """Return the value of a field before it is checked; None if it is not given.
 
-    A prompt is any text but an empty one without quotes; other text fields may be null.
+    Only an empty prompt without quotes is not given; other text fields may be null, too.
     """
     if isinstance(node, Scalar):
         return _scalar(name, node)
@@ -130,10 +131,10 @@ def _scalar(name: str, node: Scalar) -> Any:
 def _valid(
     level: Level, name: str, value: Any, validate: Callable[[Any], Any], problems: Problems
 ) -> Any:
-    """The value in its field's type; one out of range is reported, and a stand-in or None returned."""
+    """Return the checked value; if it is refused, report it and return a stand-in or None."""
     try:
         return validate(value)
-    except ValidationError as e:  # a union fails once for each of its members
+    except ValidationError as e:  # one error for each type of a union: that of the list says most
         errors = e.errors(include_url=False)
         _report(level, name, max(errors, key=lambda error: len(error["loc"])), problems)
         return _STAND_IN.get(name)
@@ -180,7 +181,7 @@ def _is_quoted_number(name: str, node: Node) -> bool:
 
 
 def _resolve_size(level: Level, config: Config, problems: Problems) -> None:
-    """Put width and height in the place of `size`."""
+    """Replace `size` by width and height."""
     size = level.values.pop("size")
     sides = config.sides(size)
     if not all(side in SIDES for side in sides):

@@ -1,8 +1,8 @@
-"""A job file's bytes to a frozen Request, or every reason why not.
+"""Turn the bytes of a job file into a Request, or into all reasons why it is refused.
 
-Nothing but RequestError ever leaves `parse`. The bytes are decoded (decode.py), the format's reader
-makes mappings of the text (text_reader.py, data_readers.py), their fields are read and checked
-(level.py, by promptdrop/fields.py); here they become images.
+The bytes are decoded (decode.py), the reader of the format makes mappings of the text (text_reader.py,
+data_readers.py), the fields of each mapping are read and checked (level.py, by promptdrop/fields.py);
+here they become images. `parse` raises no other error than RequestError.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,14 +28,14 @@ from promptdrop.request.text_reader import text_documents
 from promptdrop.yaml12 import Mapping, Node, Sequence
 
 _ROW_FIELDS = (*IMAGE_FIELDS, "priority")  # the columns that a CSV file may have
-_attributes = itemgetter(*ImageSpec._fields)  # of an image, each a field of this name
+_attributes = itemgetter(*ImageSpec._fields)  # the values of an image, from those of all fields
 
 
 def parse(data: bytes, suffix: str, config: Config) -> Request:
-    """The images a job file asks for, every default filled in; seed None where none is named.
+    """Return the images that a job file asks for, every default filled in; seed: None if not given.
 
     suffix: `.txt`, `.YAML` ... as in names.JOB_SUFFIXES.
-    Raises RequestError: with up to 20 problems, in the order of their lines.
+    Raises RequestError: it is refused, for up to 20 problems in the order of their lines.
     """
     if len(data) > config.limits.job_file_kib * 1024:
         raise RequestError(
@@ -54,7 +54,7 @@ def parse(data: bytes, suffix: str, config: Config) -> Request:
 
 
 def with_seeds(request: Request, job_id: str) -> Request:
-    """The request with the seeds filled in that its file leaves to the job's id."""
+    """Fill in the seeds that the job file does not give: they follow from the job's id."""
     images = (
         spec if spec.seed is not None else spec._replace(seed=seed_of(job_id, spec.image))
         for spec in request.images
@@ -89,7 +89,7 @@ def _resolve(documents: Iterable[Node], config: Config, problems: Problems) -> R
         _read_priority(top, config, priorities, problems)
         for entry, values in _entries(top, defaults | top.values, config, problems):
             total += len(values["prompts"]) * max(len(values["seeds"]), values["count"])
-            if total > config.limits.images_per_job:  # before anything is multiplied
+            if total > config.limits.images_per_job:  # before any of them is made
                 _refuse_as_too_many(entry, values, config, problems)
             if not problems:
                 images.extend(_images(values, len(images)))
@@ -112,7 +112,7 @@ def _not_a_mapping(node: Node) -> str:
 
 
 def _defaults(config: Config) -> dict[str, Any]:
-    """The values of the fields that a job file does not give."""
+    """Return the values of the fields that a job file does not give."""
     return {
         **{name: FIELDS[name].default for name in IMAGE_FIELDS},
         **config.defaults.model_dump(exclude={"priority"}),
@@ -124,7 +124,10 @@ def _defaults(config: Config) -> dict[str, Any]:
 def _entries(
     top: Level, base: dict[str, Any], config: Config, problems: Problems
 ) -> Iterator[tuple[Level, dict[str, Any]]]:
-    """Each entry of `images` over the fields at the top, or the document itself, and its values."""
+    """Read the entries of `images`, or the document itself if it has none, each with its values.
+
+    The values of an entry win over those at the top, and these over `base`, the defaults.
+    """
     if "prompts" in top.values:
         given = [name for name in ("prompt", "prompts", "images") if name in top.values]
         if len(given) > 1:
@@ -165,7 +168,7 @@ def _read_priority(
 def _complete(
     top: Level, entry: Level, values: dict[str, Any], config: Config, problems: Problems
 ) -> dict[str, Any]:
-    """`values`, the entry over the top over the defaults, with `prompts` and `seeds` as lists."""
+    """Add `prompts` and `seeds` as lists to the values of an entry; report contradictions."""
     if "prompts" not in values:
         prompt = values.get("prompt")
         values["prompts"] = [prompt]
@@ -184,7 +187,7 @@ def _complete(
 def _contradiction(
     values: dict[str, Any], seed: int | list[int] | None, config: Config
 ) -> tuple[str, str] | None:
-    """Field and message of what only the fields of an image together can get wrong."""
+    """Return field and message of a fault that only several fields together can have."""
     width, height, count = values["width"], values["height"], values["count"]
     limit = config.limits.megapixels
     if width * height > limit * 1e6:
@@ -198,7 +201,7 @@ def _contradiction(
 
 
 def _images(values: dict[str, Any], before: int) -> Iterator[ImageSpec]:
-    """The images of one entry in the order prompt, seed, count, numbered from `before` + 1."""
+    """Make the images of one entry in the order prompt, seed, count, numbered from `before` + 1."""
     number = before
     for prompt in values["prompts"]:
         for seed in values["seeds"]:

@@ -1,4 +1,4 @@
-"""Why a job file is refused: its problems, collected, and values as messages show them."""
+"""Collect the problems of a job file, and show its values in messages."""
 
 from promptdrop.errors import Problem, RequestError
 from promptdrop.yaml12 import Mapping, Node, Sequence
@@ -8,9 +8,9 @@ MAX_MET = 1000
 
 
 class Problems:
-    """Why a job file is refused, as far as it has been read.
+    """The problems of a job file, as far as it is read: at most MAX_PROBLEMS, each of them once.
 
-    At 20 the rest is not looked at, nor after the same one was met a thousand times.
+    After MAX_MET, repeated ones included, the rest of the file is not read.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Problems:
         return bool(self._found)
 
     def add(self, message: str, line: int | None = None, field: str | None = None) -> None:
-        """Note one problem, once. Raises RequestError: it was the last one to look for."""
+        """Add a problem. Raises RequestError: there are enough of them."""
         problem = Problem(message, line, field)
         self._met += 1
         if problem not in self._found:
@@ -36,12 +36,12 @@ class Problems:
 
 
 def short(text: str, limit: int = 60) -> str:
-    """The text in quotes, escaped, and cut to `limit` characters: fit for one line of a message."""
+    """Return the text in quotes, escaped and cut to `limit` characters, for one line of a message."""
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
 def show(node: Node) -> str:
-    """A value for a message: as written, quoted if it is text, cut to one line."""
+    """Return a value for one line of a message: as written, in quotes if it is text, cut."""
     if isinstance(node, Mapping):
         return "{...}" if node.items else "{}"
     if isinstance(node, Sequence):

@@ -14,7 +14,7 @@ _EXAMPLES = [
 
 
 def request_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of job files in YAML, JSON and of each line of JSONL."""
+    """Return the JSON Schema (2020-12) of a YAML or JSON job file, and of each line of JSONL."""
     types = {name: type_of(name) for name in FIELDS if name != "images"}
     image = create_model(
         "ImageFields",

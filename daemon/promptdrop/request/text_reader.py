@@ -1,4 +1,4 @@
-"""Reader of .txt and .prompt: a prompt per line, lines of arguments, or one A1111 infotext."""
+"""Read .txt and .prompt: a prompt per line, lines of arguments, or one infotext of A1111."""
 
 import re
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _PIECE = re.compile(r"""\\(.)|'([^']*+)'|"((?:[^"\\]|\\.)*+)"|([^'"\\]++)""")
 
 
 def text_documents(text: str, problems: Problems) -> Iterator[Node]:
-    """One mapping per image; the numbers of arguments stay text that yaml12 gives a meaning."""
+    """Read one mapping per line. Numbers are text here; yaml12 says what they mean."""
     parsed = parse_infotext(text)
     if parsed and {"Steps", "Sampler"} <= parsed.fields.keys():
         yield _infotext_document(text, parsed, problems)
@@ -48,14 +48,14 @@ def text_documents(text: str, problems: Problems) -> Iterator[Node]:
 
 
 def scheduler_of(sampler: str) -> str | None:
-    """The scheduler that A1111 calls `sampler`: `DPM++ 2M Karras` -> `dpmpp_2m`; None: unknown."""
+    """Return the scheduler that A1111 calls `sampler`: dpmpp_2m for `DPM++ 2M Karras`; None: unknown."""
     name = _SCHEDULES.sub("", " ".join(sampler[:100].lower().split()))
     known = {title.lower(): scheduler for scheduler, title in SAMPLERS.items()}
     return known.get(name) or (name if name in SCHEDULERS else None)
 
 
 def words(line: str) -> list[str]:
-    """The words of a line, quoted as in a POSIX shell (2.2 Quoting of XCU), nothing expanded.
+    """Split a line into words, quoted as in a POSIX shell (2.2 Quoting of XCU); nothing is expanded.
 
     shlex.split gives the same words, but takes minutes for a word of 1 MiB.
     Raises ValueError: a quote is not closed, or nothing follows the last backslash.
