@@ -52,9 +52,8 @@ class Timed(Supervisor):
 
     def __init__(self, settings: config.Config, images: int, seconds: float) -> None:
         self.turns: list[float] = []  # seconds
-        self.cpu: list[
-            float
-        ] = []  # of these, seconds on a core: what a loaded machine does not stretch
+        # Of these, seconds on a core, which a loaded machine does not stretch.
+        self.cpu: list[float] = []
         self.first_claim: float | None = None
         self.claims = 0
         self._wanted, self._until = images, time.monotonic() + seconds
@@ -171,7 +170,7 @@ def measure_one_job(home: Path, seconds: float) -> dict[str, float]:
     daemon.run()
     turns = daemon.turns[len(daemon.turns) // 10 :]
     return {
-        "first_claim_s": daemon.first_claim or float("nan"), "images_per_s": daemon._published / seconds,
+        "first_claim_s": daemon.first_claim or float("nan"), "images_per_s": daemon._publishing.published / seconds,
         "mib": resident_mib(), "turn_median_ms": statistics.median(turns) * 1e3, "turn_max_ms": max(turns) * 1e3, "turn_max_cpu_ms": max(daemon.cpu) * 1e3,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What readers see: images and sidecars, made visible once and whole.
+"""Images and their sidecars, made visible to readers once and whole.
 
 It writes into the outbox and into the job's own folder, and never moves a job from state to state:
 that is the spool's.

@@ -87,11 +87,12 @@ def resolve(
 
 
 def take(job: Job) -> None:
-    """The job's first image is on its way: pending -> active.
+    """Move a job whose first image is on its way from pending to active.
 
-    Its detail is read first, so that nothing later meets trouble with a disk on its way.
+    Its detail is read first, so that nothing later meets trouble with a disk on its way: one small
+    file if the job is closed, and one rename. Raises OSError.
 
-    Raises OSError. Runs on the loop: one rename, and one small file to read if the job is closed.
+    Thread: loop.
     """
     job.open()
     if job.place == "pending":
@@ -115,6 +116,7 @@ def take_cancel(spool: Spool, path: str) -> None:
 
 
 def _sync_if_there(path: Path) -> None:
+    """Flush a folder's entries; the claim stands even where that is impossible."""
     try:
         fs.sync_directory(path)
     except OSError:

@@ -16,16 +16,18 @@ KEPT_DAYS = 30  # how long a file is remembered
 
 
 class Duplicates:
-    """One small file for each that was taken, named by its SHA-256. For the clerk's thread.
+    """Remembers each file that was taken in a small note, named by the SHA-256 of folder and bytes.
 
     limit: bytes of a job file, limits.job_file_kib; what is larger is neither remembered nor known.
+
+    Thread: clerk.
     """
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
 
     def find_or_remember(self, claimed: Unresolved, limit: int) -> str | None:
-        """SUB/FILE of a job taken before with the same bytes; None if there was none: now it is one."""
+        """SUB/FILE of a job taken before with the same bytes; None if there is none, and this one is noted."""
         if (path := self._note_of(claimed, limit)) is None:
             return None
         known = read_json(path)
@@ -37,7 +39,7 @@ class Duplicates:
         return None
 
     def forget(self, job: Job | Unresolved, limit: int) -> None:
-        """A job that did not end well is forgotten: its file may come back."""
+        """Forget a job that did not end well: its file may come back."""
         path = self._note_of(job, limit)
         if path and read_json(path).get("id") == job.id:
             fs.remove_file(path)

@@ -1,4 +1,4 @@
-"""The end of a job: done, refused, failed, cancelled."""
+"""The end of a job: its file moves to the outbox or to failed/, its folder goes or is parked."""
 
 import os
 import shlex
@@ -84,7 +84,7 @@ def refuse_job(spool: Spool, job: Job, problems: Iterable[Problem]) -> ErrorReco
 
 
 def leave(spool: Spool, home: Path, state: Literal["finished", "parked"]) -> None:
-    """The job is no longer ours to work on; a finished one is removed.
+    """Move the folder of a job that has ended to `state`; a finished one is removed.
 
     Thread: clerk.
     """
@@ -96,7 +96,7 @@ def leave(spool: Spool, home: Path, state: Literal["finished", "parked"]) -> Non
 
 
 def outcome_of(job: Job) -> JobOutcome:
-    """done: every image rendered. failed: none. partial: some. Unless it was cancelled before."""
+    """done: every image was rendered; partial: some; failed: none; cancelled before the last one."""
     rendered = sum(state.outcome == "rendered" for state in job.states.values())
     if rendered == job.images:
         return "done"

@@ -52,7 +52,7 @@ def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> 
 
 
 def share_drop(drop: Path, mode: int, folder: Path) -> None:
-    """A dropped file that is about to move to `folder` is for the whole group from then on.
+    """Give a dropped file, which is about to move to `folder`, to the whole group.
 
     Thread: clerk.
     """

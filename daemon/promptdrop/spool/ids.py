@@ -13,7 +13,10 @@ def is_job_id(name: str) -> bool:
 
 
 class Ids:
-    """Makes ids. `last` is the date and time of the newest one. For one thread."""
+    """Makes ids. `last` is the date and time of the newest one.
+
+    Thread: clerk.
+    """
 
     def __init__(self) -> None:
         self.last = ""

@@ -74,13 +74,14 @@ class Job:
         """Its folder in the state folder."""
         return self.paths.home(self.place, self.id)
 
-    def open(self) -> None:
-        """Read the detail of a closed job. Raises OSError.
+    def open(self) -> Detail:
+        """Read the detail of a closed job, and keep it. Raises OSError.
 
         Thread: any.
         """
-        if self.detail_in_memory is None:
-            self.detail_in_memory = detail.read(self.home)
+        if (found := self.detail_in_memory) is None:
+            found = self.detail_in_memory = detail.read(self.home)
+        return found
 
     def close(self) -> None:
         """Keep the detail on the disk only, unless it is large."""
@@ -90,9 +91,7 @@ class Job:
     @property
     def detail(self) -> Detail:
         """The large part of the job; of a closed one it is read from the disk. Raises OSError."""
-        self.open()
-        assert self.detail_in_memory
-        return self.detail_in_memory
+        return self.open()
 
     @property
     def specs(self) -> tuple[ImageSpec, ...]:

@@ -26,7 +26,7 @@ class Lock:
     def acquire(self) -> None:
         """Own the spool. Raises SpoolBusy naming the daemon that owns it.
 
-        Called on the loop before anything else, and by `require` in any thread.
+        Thread: loop, before any other runs; `require` calls it in any.
         """
         fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._lock(fd)
@@ -39,6 +39,7 @@ class Lock:
             _close_quietly(old)
 
     def _lock(self, fd: int) -> None:
+        """Lock an open file, or close it and raise SpoolBusy."""
         for left in reversed(range(_TRIES)):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +54,10 @@ class Lock:
         )
 
     def release(self) -> None:
-        """Let the spool go."""
+        """Let the spool go.
+
+        Thread: loop, after all others have ended.
+        """
         if self._descriptor is not None:
             _close_quietly(self._descriptor)
             self._descriptor = None

@@ -1,6 +1,6 @@
 """The jobs' folders in the outbox, and which names there are taken.
 
-For the clerk's thread only.
+Thread: clerk, all of it.
 """
 
 import bisect
@@ -62,11 +62,11 @@ class Outbox:
         self._taken: dict[Path, Taken] = {}
 
     def hold(self, job: Job) -> None:
-        """The job goes on: its folder's name is taken even while the folder is missing."""
+        """Keep the name of the job's folder taken, even while the folder is missing."""
         self._live.add(job.folder)
 
     def release(self, job: Job) -> None:
-        """The job has ended: its folder is the readers'."""
+        """Let go of the folder of a job that has ended; it is the readers' from now on."""
         self._live.discard(job.folder)
 
     def choose_folder(self, job: Job) -> None:

@@ -97,16 +97,20 @@ def _load_image(state: ImageState, kind: str, record: dict[str, Any]) -> None:
 def begin_image(job: Job, number: int) -> None:
     """Count a daemon death in advance; whatever ends the image otherwise takes it back.
 
-    Runs on the loop: one small file, which is not flushed to the disk.
+    Writes one small file, which is not flushed to the disk.
+
+    Thread: loop.
     """
     state = job.state(number)
     _write_begun(job, number, state.attempts, state.deaths + 1)
 
 
 def end_attempt(job: Job, number: int) -> None:
-    """The image was put down while the daemon lives: only charged attempts are remembered.
+    """Record that the image was put down while the daemon lives: only charged attempts stay.
 
-    Runs on the loop: one small file, which is not flushed to the disk.
+    Writes one small file, which is not flushed to the disk.
+
+    Thread: loop.
     """
     state = job.state(number)
     _write_begun(job, number, state.attempts, state.deaths)

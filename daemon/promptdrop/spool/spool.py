@@ -12,7 +12,8 @@
 A job's folder holds the dropped file, its resolved request and one record per image, so a crash
 anywhere leaves a folder that says what is left. An OSError that escapes is trouble with a disk,
 never a job's fault. Almost all of this runs in the loop's rooms, since a disk may not answer; each
-function says where. Only `claim.take`, `record.begin_image` and `record.end_attempt` run on the loop.
+function says where. On the loop itself run only `claim.take`, `record.begin_image` and
+`record.end_attempt`, and what starts and ends the daemon.
 """
 
 from promptdrop import clock
