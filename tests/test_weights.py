@@ -1,10 +1,13 @@
 """Where a model's files are found, offline, and what is said when they are not."""
 
+import hashlib
 import json
 import os
 import struct
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from promptdrop.config import Config
 from promptdrop.errors import ModelError, UsageError
 
 MODEL = "Tongyi-MAI/Z-Image-Turbo"
+COMMIT = "0123456789abcdef" * 2 + "01234567"  # of the model that the hub below has
 COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -260,3 +264,74 @@ def test_the_demonstration_model_never_overwrites(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["again"]
     with pytest.raises(UsageError, match="not an empty folder"):
         weights.copy_demo(again)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of Hugging Face's HTTP interface that a download uses; `Hub.model` is what it has."""
+
+    protocol_version = "HTTP/1.1"
+    model: Path
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def log_message(self, *_: object) -> None:
+        """No line on stderr for each request."""
+
+    def _answer(self, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        files = [file for file in self.model.rglob("*") if file.is_file()]
+        names = {str(file.relative_to(self.model)): file for file in files}
+        if "/resolve/" in path:
+            body = names[path.split("/resolve/")[1].partition("/")[2]].read_bytes()
+        elif "/tree/" in path:
+            body = json.dumps([
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": COMMIT}
+                for name, file in names.items()
+            ]).encode()  # fmt: skip
+        else:
+            siblings = [{"rfilename": name} for name in names]
+            body = json.dumps({"id": "demo/shapes", "sha": COMMIT, "siblings": siblings}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+
+@pytest.mark.timeout(120)
+def test_fetch_to_a_folder(tmp_path: Path) -> None:
+    """`model fetch ID --to DIR`: a whole model in DIR, made with its parents; nothing in a cache."""
+    Hub.model = checkpoint(tmp_path / "published")
+    folder = tmp_path / "srv/models/shapes"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, "-m", "promptdrop", "model", "fetch", "demo/shapes",
+             "--hub", "huggingface", "--to", str(folder)],
+            capture_output=True, text=True, check=False,
+            env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                 "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        )  # fmt: skip
+        server.shutdown()
+
+    assert (done.returncode, done.stdout) == (0, f"{folder}\n"), done.stderr
+    assert weights.require(configured(path=str(folder))) == folder
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_fetch_to_a_file_is_refused(tmp_path: Path) -> None:
+    """Before anything is asked of the network, naming the path."""
+    (tmp_path / "model").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "promptdrop", "model", "fetch", MODEL,
+         "--to", str(tmp_path / "model")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (1, f"promptdrop: {tmp_path}/model: File exists\n")

@@ -100,9 +100,14 @@ def missing_files(directory: Path) -> list[str]:
 def fetch(model_id: str, hub: Hub, revision: str | None, destination: Path | None = None) -> Path:
     """Download a model into the hub's cache, or into `destination`. The only use of the network.
 
+    Files that are there already and whole are not downloaded again.
+
     Raises ModelError: the hub cannot be reached, has no such model, or left files incomplete.
+    Raises OSError: `destination` cannot be made.
     """
-    local_dir = str(destination) if destination else None
+    if destination:
+        destination.mkdir(parents=True, exist_ok=True)
+    local_dir = str(destination.resolve()) if destination else None
     try:
         if hub == "modelscope":
             from modelscope.hub.snapshot_download import snapshot_download

@@ -21,13 +21,20 @@ def demo(arguments: argparse.Namespace) -> None:
 def declare_fetch(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `model fetch`."""
     _add_model(parser)
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="the model's folder, for model.path; default: the hub's cache in your home,"
+        " which a service cannot see",
+    )
 
 
 def fetch(arguments: argparse.Namespace) -> None:
     """Download a model, and print where it is. Raises ModelError."""
     from promptdrop import weights
 
-    print(weights.fetch(arguments.id, arguments.hub, arguments.revision))
+    print(weights.fetch(arguments.id, arguments.hub, arguments.revision, arguments.to))
 
 
 def declare_path(parser: argparse.ArgumentParser) -> None:

@@ -162,7 +162,7 @@ COMMANDS: tuple[Command | Group, ...] = (
                 model.fetch,
                 model.declare_fetch,
                 "download weights ahead of time: the only command that uses the network",
-                "promptdrop model fetch Tongyi-MAI/Z-Image-Turbo",
+                "promptdrop model fetch Tongyi-MAI/Z-Image-Turbo --to models/Z-Image-Turbo",
             ),
             Command(
                 "path",
