@@ -11,7 +11,7 @@ import clusters
 from clients import JSON, JUNK, SETTINGS, TEXT
 from clusters import Cluster
 from harness import Daemon
-from machine import Machine, installation
+from machine import CHECKOUT, Machine, installation
 from service import MakeService, Service
 
 
@@ -63,7 +63,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[M
         # A Python with a libpython of its own finds it by a path that ProtectHome may hide.
         machine.write("/etc/ld.so.conf.d/00-python.conf", "/opt/python/lib\n")
         machine.run("ldconfig")
-        machine.run("/opt/promptdrop/systemd/install.sh", "--run", "/srv/models/Z-Image-Turbo")
+        machine.run(f"{CHECKOUT}/systemd/install.sh", "--run", "/srv/models/Z-Image-Turbo")
         yield machine
     finally:
         machine.stop()

@@ -17,7 +17,7 @@ README = REPOSITORY / "README.md"
 def test_the_installer_is_a_dry_run_by_default(machine: Machine) -> None:
     """It prints every command, and changes nothing."""
     before = machine.shell("find /etc/systemd /etc/promptdrop /srv/promptdrop | sort | md5sum")
-    said = machine.run("/opt/promptdrop/systemd/install.sh").stdout
+    said = machine.run("/usr/src/promptdrop/systemd/install.sh").stdout
 
     assert "systemctl daemon-reload" in said
     assert "nothing was done" in said
@@ -32,8 +32,9 @@ def test_the_readme_works_as_printed(machine: Machine) -> None:
     assert block
     commands = [line for line in block[1].splitlines() if "venv /opt" not in line]
     commands = [line for line in commands if "pip install" not in line]
+    commands = [line for line in commands if "model fetch" not in line]
     machine.shell("id me >/dev/null 2>&1 || useradd --create-home me")
-    script = 'sudo() { "$@"; }; USER=me; cd /opt/promptdrop\n' + "\n".join(commands)
+    script = 'sudo() { "$@"; }; USER=me; cd /usr/src/promptdrop\n' + "\n".join(commands)
     said = machine.shell(script)
     machine.shell(
         "cd /tmp && setpriv --reuid me --regid me --init-groups sh -c 'umask 022;"
@@ -191,7 +192,7 @@ def test_a_cluster_under_its_units(machine: Machine, service: MakeService) -> No
     machine.shell(
         "umask 077; head -c 32 /dev/urandom | base64 -w0 > /etc/promptdrop/ray.token;"
         "chown promptdrop: /etc/promptdrop/ray.token;"
-        "cd /opt/promptdrop/systemd; install -m 644 promptdrop-ray-head.service /etc/systemd/system/;"
+        "cd /usr/src/promptdrop/systemd; install -m 644 promptdrop-ray-head.service /etc/systemd/system/;"
         f"install -D -m 644 cluster.conf /etc/systemd/system/{one.unit}.d/cluster.conf;"
         "sed -i s/--num-cpus=0/--num-cpus=1/ /etc/systemd/system/promptdrop-ray-head.service;"
         "systemctl daemon-reload"

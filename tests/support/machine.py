@@ -14,6 +14,8 @@ from harness import until
 SCRIPT = Path(__file__).with_name("machine.sh")
 SYSTEMD = Path("/lib/systemd/systemd")
 BOOT_SECONDS = 60.0
+CHECKOUT = "/usr/src/promptdrop"
+FILES = ("systemd", "docs", "README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE")
 
 
 def why_not() -> str | None:
@@ -121,9 +123,10 @@ class Machine:
 
 
 def installation(folder: Path) -> dict[Path, str]:
-    """Binds that put this Python, its packages and our source where the README installs them.
+    """Binds that put this Python, its packages and our package where the README installs them.
 
     /opt is where the unit looks; /root and /home, where they may really lie, are closed to it.
+    What the installer needs of the checkout is in CHECKOUT.
     """
     source = Path(__file__).parents[2]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -148,9 +151,8 @@ def installation(folder: Path) -> dict[Path, str]:
         Path(sys.base_prefix): "/opt/python",
         packages: "/opt/promptdrop/packages",
         source / "daemon": "/opt/promptdrop/daemon",
-        source / "systemd": "/opt/promptdrop/systemd",
-        source / "README.md": "/opt/promptdrop/README.md",
         folder: "/opt/promptdrop/.venv",
+        **{source / name: f"{CHECKOUT}/{name}" for name in FILES},
     }
 
 
