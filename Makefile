@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt constraints-hashed.txt
 	@echo "installing into $(VENV): torch, diffusers and friends, some minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement constraints-hashed.txt
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: $(VENV)/installed
@@ -57,4 +57,4 @@ audit: $(VENV)/installed
 	$(BIN)/pip-audit --no-deps --disable-pip --requirement constraints-hashed.txt
 
 clean:
-	rm -rf demo $(VENV) build
+	rm -rf demo $(VENV)

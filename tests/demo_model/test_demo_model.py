@@ -58,13 +58,39 @@ def test_the_model_is_whole_and_small() -> None:
     assert sum(f.stat().st_size for f in weights.DEMO.rglob("*") if f.is_file()) <= MOST_BYTES
 
 
-def test_a_wheel_carries_the_model(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the package is built from."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install -e .[dev]")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(REPOSITORY / name, folder)
+    no_bytecode = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "daemon", folder / "daemon", ignore=no_bytecode)
+    return folder
+
+
+def pip(*arguments: str | Path) -> None:
+    """Run pip, offline: hatchling is the one installed."""
+    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+    subprocess.run([sys.executable, "-m", "pip", *arguments, *options], check=True)
+
+
+@pytest.mark.parametrize("editable", [[], ["--editable"]])
+def test_installing_leaves_nothing_in_the_checkout(
+    tmp_path: Path, checkout: Path, editable: list[str]
+) -> None:
+    """What setuptools left there was packed into the next wheel, modules since removed included."""
+    before = contents(checkout)
+    pip("install", "--target", tmp_path, *editable, checkout)
+
+    assert contents(checkout) == before
+    assert list(tmp_path.glob("promptdrop-*.dist-info"))
+
+
+def test_a_wheel_carries_the_model(tmp_path: Path, checkout: Path) -> None:
     """`model demo` of an installed wheel writes every byte of it, and imports no torch."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    shutil.copytree(REPOSITORY / "daemon", tmp_path / "daemon")
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path], check=True)
+    pip("wheel", "--wheel-dir", tmp_path, checkout)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(tmp_path / "site")
