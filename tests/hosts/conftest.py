@@ -11,7 +11,7 @@ import clusters
 from clients import JSON, JUNK, SETTINGS, TEXT
 from clusters import Cluster
 from harness import Daemon
-from machine import CHECKOUT, Machine, installation
+from machine import CHECKOUT, Machine, booted
 from service import MakeService, Service
 
 
@@ -56,17 +56,9 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Machine]:
     """A machine with promptdrop installed as the README says, the model's place taken by a small one."""
-    folder = tmp_path_factory.mktemp("machine")
-    binds = {**installation(folder / "venv"), model: "/srv/models/Z-Image-Turbo"}
-    machine = Machine(folder / "machine", binds)
-    try:
-        # A Python with a libpython of its own finds it by a path that ProtectHome may hide.
-        machine.write("/etc/ld.so.conf.d/00-python.conf", "/opt/python/lib\n")
-        machine.run("ldconfig")
-        machine.run(f"{CHECKOUT}/systemd/install.sh", "--run", "/srv/models/Z-Image-Turbo")
+    with booted(tmp_path_factory.mktemp("machine") / "one", model) as machine:
+        machine.run(f"{CHECKOUT}/systemd/install.sh", "--run")
         yield machine
-    finally:
-        machine.stop()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The units on a real systemd: install, start, reload, watchdog, stop, restart, cluster."""
+"""The units on a real systemd: start, reload, watchdog, stop, restart, cluster."""
 
 import json
 import re
@@ -6,53 +6,9 @@ import time
 
 import pytest
 
-from harness import REPOSITORY, until
-from machine import Machine
+from harness import until
+from machine import CHECKOUT, Machine
 from service import MakeService
-
-SYSTEMD = REPOSITORY / "systemd"
-README = REPOSITORY / "README.md"
-
-
-def test_the_installer_is_a_dry_run_by_default(machine: Machine) -> None:
-    """It prints every command, and changes nothing."""
-    before = machine.shell("find /etc/systemd /etc/promptdrop /srv/promptdrop | sort | md5sum")
-    said = machine.run("/usr/src/promptdrop/systemd/install.sh").stdout
-
-    assert "systemctl daemon-reload" in said
-    assert "nothing was done" in said
-    assert before == machine.shell(
-        "find /etc/systemd /etc/promptdrop /srv/promptdrop | sort | md5sum"
-    )
-
-
-def test_the_readme_works_as_printed(machine: Machine) -> None:
-    """From the installer on, command by command; a job dropped by a member of the group is rendered."""
-    block = re.search(r"^```sh systemd\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert block
-    commands = [line for line in block[1].splitlines() if "venv /opt" not in line]
-    commands = [line for line in commands if "pip install" not in line]
-    commands = [line for line in commands if "model fetch" not in line]
-    machine.shell("id me >/dev/null 2>&1 || useradd --create-home me")
-    script = 'sudo() { "$@"; }; USER=me; cd /usr/src/promptdrop\n' + "\n".join(commands)
-    said = machine.shell(script)
-    machine.shell(
-        "cd /tmp && setpriv --reuid me --regid me --init-groups sh -c 'umask 022;"
-        ' echo "--prompt \\"a red fox\\" --size 128x128 --steps 2" > fox.txt;'
-        " cp fox.txt /srv/promptdrop/spool/inbox/'"
-    )
-    job = "/srv/promptdrop/spool/outbox/fox/job.json"
-    until(lambda: machine.shell(f"cat {job} 2>/dev/null || true"), "the job's end")
-    status = machine.run("systemctl", "status", "--no-pager", "promptdrop", check=False).stdout
-    owners = machine.shell(
-        "cd /srv/promptdrop/spool/outbox && stat -c '%U %G %a' fox fox/fox-0001.png"
-    )
-    machine.run("systemctl", "disable", "--now", "promptdrop")
-
-    assert "active (running)" in said
-    assert json.loads(machine.shell(f"cat {job}"))["outcome"] == "done"
-    assert 'Status: "ready' in status
-    assert owners.splitlines() == ["promptdrop promptdrop 2775", "promptdrop promptdrop 664"]
 
 
 def test_start_blocks_until_the_engine_is_warm(service: MakeService) -> None:
@@ -192,7 +148,7 @@ def test_a_cluster_under_its_units(machine: Machine, service: MakeService) -> No
     machine.shell(
         "umask 077; head -c 32 /dev/urandom | base64 -w0 > /etc/promptdrop/ray.token;"
         "chown promptdrop: /etc/promptdrop/ray.token;"
-        "cd /usr/src/promptdrop/systemd; install -m 644 promptdrop-ray-head.service /etc/systemd/system/;"
+        f"cd {CHECKOUT}/systemd; install -m 644 promptdrop-ray-head.service /etc/systemd/system/;"
         f"install -D -m 644 cluster.conf /etc/systemd/system/{one.unit}.d/cluster.conf;"
         "sed -i s/--num-cpus=0/--num-cpus=1/ /etc/systemd/system/promptdrop-ray-head.service;"
         "systemctl daemon-reload"

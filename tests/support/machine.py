@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,10 @@ SCRIPT = Path(__file__).with_name("machine.sh")
 SYSTEMD = Path("/lib/systemd/systemd")
 BOOT_SECONDS = 60.0
 CHECKOUT = "/usr/src/promptdrop"
+SUDO = """#!/bin/sh
+[ "$1" != -u ] || { user=$2; shift 2; exec runuser -u "$user" -- "$@"; }
+exec "$@"
+"""
 FILES = ("systemd", "docs", "README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE")
 
 
@@ -55,13 +61,13 @@ class Machine:
                  *(f"{source}:{target}" for source, target in binds.items())],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        self._pid = 0
+        self.pid = 0  # of its systemd, as this system counts
         until(self._is_up, f"systemd; {folder}/log", BOOT_SECONDS)
 
     def _is_up(self) -> bool:
         assert self._process.poll() is None, (self.folder / "log").read_text()
-        self._pid = self._pid or self._find_init()
-        if not self._pid:
+        self.pid = self.pid or self._find_init()
+        if not self.pid:
             return False
         state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
@@ -82,7 +88,7 @@ class Machine:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as root on the machine."""
         done = subprocess.run(
-            ["nsenter", "-t", str(self._pid), "-p", "-m", "-u", "-i", "-n", "-C", "--root", "--wd",
+            ["nsenter", "-t", str(self.pid), "-p", "-m", "-u", "-i", "-n", "-C", "--root", "--wd",
              "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *command],
             capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL,
         )  # fmt: skip
@@ -96,7 +102,7 @@ class Machine:
     def write(self, path: str, text: str) -> None:
         """Write a file on the machine."""
         subprocess.run(
-            ["nsenter", "-t", str(self._pid), "-m", "--root", "--wd", "sh", "-ec",
+            ["nsenter", "-t", str(self.pid), "-m", "--root", "--wd", "sh", "-ec",
              'mkdir -p "${1%/*}"; cat > "$1"', "sh", path],
             input=text, text=True, check=True,
         )  # fmt: skip
@@ -113,13 +119,30 @@ class Machine:
 
     def stop(self) -> None:
         """Take the machine down and wait until nothing of it is left."""
-        if self._pid:
-            os.kill(self._pid, signal.SIGKILL)  # the PID 1 of its namespace: all go with it
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)  # the PID 1 of its namespace: all go with it
         try:
             self._process.wait(30)
         finally:
             self._process.kill()
             self._process.wait()
+
+
+@contextmanager
+def booted(folder: Path, model: Path) -> Iterator[Machine]:
+    """A machine that has the package, the checkout, `sudo` and, as Z-Image-Turbo, a small model."""
+    folder.mkdir()
+    binds = {**installation(folder / "venv"), model: "/srv/models/Z-Image-Turbo"}
+    machine = Machine(folder / "machine", binds)
+    try:
+        # A Python with a libpython of its own finds it by a path that ProtectHome may hide.
+        machine.write("/etc/ld.so.conf.d/00-python.conf", "/opt/python/lib\n")
+        machine.run("ldconfig")
+        machine.write("/usr/sbin/sudo", SUDO)
+        machine.run("chmod", "755", "/usr/sbin/sudo")
+        yield machine
+    finally:
+        machine.stop()
 
 
 def installation(folder: Path) -> dict[Path, str]:
