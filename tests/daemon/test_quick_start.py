@@ -1,23 +1,18 @@
 """The README's quick start without a GPU, run as written."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from harness import REPOSITORY
-
-README = (REPOSITORY / "README.md").read_text()
-SCRIPT = re.search(r"^```sh quick-start\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+from guide import block
 
 
 @pytest.mark.timeout(300)
 def test_the_quick_start_works(tmp_path: Path) -> None:
     """The commands without a GPU, as written, in an empty folder."""
-    assert SCRIPT
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     program = bin_folder / "promptdrop"
@@ -25,7 +20,7 @@ def test_the_quick_start_works(tmp_path: Path) -> None:
     program.chmod(0o755)
     path = f"{bin_folder}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["sh", "-ec", SCRIPT[1]], cwd=tmp_path, capture_output=True, text=True,
+        ["sh", "-ec", block("README.md", "quick-start")], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

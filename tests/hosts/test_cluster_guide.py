@@ -93,7 +93,7 @@ def test_the_page_makes_a_cluster_of_two_machines(gpu1: Machine, gpu2: Machine) 
         follow(machine, "upgrade")
     gpu1.run("systemctl", "start", "promptdrop")
     until(lambda: both_ready(gpu1), "two engines after the upgrade", 120)
-    follow(gpu2, "uninstall")
+    follow(gpu2, "uninstall", no_gpu="")
     until(lambda: re.search("gpu2.*dead", follow(gpu1, "look")), "the end of gpu2", 60)
 
     assert hosts_of(gpu1, "b") == {"gpu1"}
