@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from promptdrop import config
+from promptdrop import config, config_file
 from promptdrop.cli import parser
 from promptdrop.errors import RequestError
 from promptdrop.request import parse
@@ -70,7 +70,7 @@ def test_configurations_are_accepted(tmp_path: Path, fence: Fence) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"model: {{id: x}}\n{fence.text}")
 
-    assert config.load(file)
+    assert config_file.load(file)
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
