@@ -29,7 +29,7 @@ from watchdog.observers.polling import PollingEmitter
 
 from promptdrop import config, log
 from promptdrop.intake.inbox import Inbox
-from promptdrop.intake.intake import settings_of
+from promptdrop.intake.taking import settings_of
 from promptdrop.nouns import ImageSpec, Request
 from promptdrop.spool import claim, recovery
 from promptdrop.spool.detail import Settled

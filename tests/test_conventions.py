@@ -10,7 +10,7 @@ import pytest
 from harness import REPOSITORY
 
 PACKAGE = REPOSITORY / "daemon" / "promptdrop"
-FOLDERS = ["supervisor"]
+FOLDERS = ["supervisor", "intake"]
 MODULES = [path for folder in FOLDERS for path in sorted((PACKAGE / folder).glob("*.py"))]
 ROOMS = {"scanner", "reader", "clerk", "publisher", "herald"}
 
@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent
 
 @dataclass(frozen=True)
 class Off:
-    """One call of `.off(ROOM, work, then)`; None: a function that is not defined in this module."""
+    """One call of `.off(ROOM, work, then)`; None: a function that is not defined in this folder."""
 
     where: str
     room: str
@@ -62,10 +62,19 @@ def find(
     return methods.get(name.removeprefix("self.")) if name.startswith("self.") else top.get(name)
 
 
+def functions_beside(path: Path) -> Functions:
+    """The functions of the other modules of a folder, as MODULE.NAME."""
+    return {
+        f"{other.stem}.{name}": function
+        for other in path.parent.glob("*.py")
+        for name, function in functions_in(ast.parse(other.read_text()).body).items()
+    }
+
+
 def offs(path: Path) -> Iterator[Off]:
     """Every call in a module that sends work to a room."""
     tree = ast.parse(path.read_text())
-    top = functions_in(tree.body)
+    top = functions_in(tree.body) | functions_beside(path)
     classes = [functions_in(node.body) for node in tree.body if isinstance(node, ast.ClassDef)]
     for methods in (top, *classes):
         for function in methods.values():
@@ -95,9 +104,9 @@ def test_work_leaves_the_loop(folder: str) -> None:
 
 @each_module
 def test_who_runs_in_a_room_says_so(path: Path) -> None:
-    """Work that is sent to a room is a function beside, whose docstring ends in `Thread: ROOM.`."""
+    """Work that is sent to a room is a function of this folder; its docstring ends in `Thread: ROOM.`."""
     for off in offs(path):
-        assert off.work is not None, f"{off.where}: the work is not defined in this module"
+        assert off.work is not None, f"{off.where}: the work is not defined in this folder"
         assert {off.room, "any"} & set(threads(off.work)), f"{off.where}: {off.work.name}"
 
 
@@ -107,7 +116,7 @@ def test_what_comes_back_is_done(path: Path) -> None:
     for off in offs(path):
         assert off.work is not None
         assert off.then is not None, f"{off.where}: `then` is not defined in this module"
-        assert off.then.name == f"{off.work.name}_done", off.where
+        assert off.then.name.lstrip("_") == f"{off.work.name.lstrip('_')}_done", off.where
         assert threads(off.then) == [], off.where
 
 

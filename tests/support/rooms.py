@@ -13,7 +13,8 @@ from harness import FAST, PATIENCE_SECONDS, merged
 from promptdrop import config
 from promptdrop.config import Config
 from promptdrop.errors import RequestError
-from promptdrop.intake.intake import Intake, Survey, settings_of
+from promptdrop.intake.intake import Intake, Survey
+from promptdrop.intake.taking import settings_of
 from promptdrop.loop import Loop
 from promptdrop.nouns import EngineInfo, Request
 from promptdrop.pool.link import EngineLink

@@ -3,28 +3,24 @@
 The scanner looks, the reader reads, the clerk claims and resolves; in between the loop decides.
 """
 
-import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
-from promptdrop import fs, log, mounts, names, untrusted
+from promptdrop import log, mounts, names
 from promptdrop.config import Config
 from promptdrop.errors import RequestError
+from promptdrop.intake import taking
 from promptdrop.intake.inbox import Inbox, Offer, Scan
-from promptdrop.intake.reading import read_job_file
 from promptdrop.intake.turns import Turns, by_lane
 from promptdrop.intake.watcher import Mode, Watcher, watch_mode
 from promptdrop.loop import TROUBLE, Loop, reason_of
 from promptdrop.nouns import Request
-from promptdrop.request import parse
-from promptdrop.spool import claim, control
-from promptdrop.spool.detail import ClaimedSettings, Settled
+from promptdrop.spool import control
 from promptdrop.spool.job import Job, Unresolved
-from promptdrop.spool.permissions import describe_permissions, why_not_moved
 from promptdrop.spool.spool import Spool
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
@@ -111,13 +107,15 @@ class Intake:
             return
         self._scanning, self._woken, self._last_scan = True, False, now
         verdicts, self._verdicts = self._verdicts, []
-        self._off("scanner", partial(self._survey, now, verdicts), self._survey_done)
+        self._loop.off("scanner", partial(self._survey, now, verdicts), self._survey_done)
 
     def resolve_again(self, claimed: Unresolved) -> None:
         """Read a file that was claimed before a crash."""
         self._offered += 1
         self._taking += 1
-        self._off("clerk", partial(self._resolve, claimed, None, None), self._resolve_done)
+        self._loop.off(
+            "clerk", partial(taking.resolve, self._spool, claimed, None, None), self._resolve_done
+        )
 
     def has_room(self) -> bool:
         """Whether one more file may be taken now."""
@@ -130,19 +128,15 @@ class Intake:
         offer = Offer(sub, file, (0, 0, 0, 0), now)
         self._offered += 1
         self._taking += 1
-        self._off("clerk", partial(self._claim, offer), partial(self._claim_done, offer, error))
+        self._loop.off(
+            "clerk",
+            partial(taking.claim, self._spool, offer),
+            partial(self._claim_done, offer, error),
+        )
 
     def close(self) -> None:
         """Stop watching."""
         self._watcher.close()
-
-    def _off(
-        self,
-        room: Literal["scanner", "reader", "clerk"],
-        function: Callable[[], Any],
-        then: Callable[[Any], None],
-    ) -> None:
-        self._loop.off(room, function, then)
 
     # --- looking ------------------------------------------------------------------------------
 
@@ -177,7 +171,7 @@ class Intake:
     def decide_watch(self) -> Mode:
         """Decide how to watch, anew at every look: a share may be mounted over a local folder.
 
-        Thread: scanner, and once, before the first look, the loop.
+        Thread: any.
         """
         mode, self.watch = watch_mode(
             self._desk.config.watch.mode, mounts.file_system(self._spool.paths.inbox)
@@ -215,22 +209,15 @@ class Intake:
         """Read the next files, a few at a time, so that other work of the clerk comes in between."""
         while self._taking < TAKING and (offer := self._turns.take()):
             self._taking += 1
-            self._off("reader", partial(self._read, offer), partial(self._read_done, offer))
+            self._loop.off(
+                "reader", partial(taking.read, self._spool, offer), partial(self._read_done, offer)
+            )
 
     def _took(self) -> None:
         """Give the next file its turn: one is taken, or not after all."""
         self._offered -= 1
         self._taking -= 1
         self._take_turns()
-
-    def _read(self, offer: Offer) -> Request | RequestError | None:
-        """Read an offered file; None if it has changed since it was offered.
-
-        Thread: reader.
-        """
-        path = self._spool.paths.inbox / offer.sub / offer.file
-        settings = self._desk.config.in_folder(offer.sub)
-        return read_job_file(path, offer.file, settings, offer.signature)
 
     def _read_done(self, offer: Offer, result: Request | RequestError | None) -> None:
         if result is None:
@@ -239,33 +226,12 @@ class Intake:
             self._not_taken(lambda: self._inbox.object(offer.path, str(result)))
         else:
             then = partial(self._claim_done, offer, result)
-            self._off("clerk", partial(self._claim, offer), then)
+            self._loop.off("clerk", partial(taking.claim, self._spool, offer), then)
 
     def _not_taken(self, verdict: Callable[[], None]) -> None:
         self._verdicts.append(verdict)
         self._took()
         self.wake()
-
-    def _claim(self, offer: Offer) -> Unresolved | str | None:
-        """Move a file out of the inbox. None: it was withdrawn. A text: why it cannot be moved.
-
-        Thread: clerk.
-        """
-        self._spool.folders.require()
-        source = self._spool.paths.inbox / offer.sub / offer.file
-        try:
-            return claim.claim(self._spool, offer.sub, offer.file)
-        except untrusted.NotPlain:
-            return None
-        except FileNotFoundError:
-            if fs.exists(source):
-                raise
-            return None
-        except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-                raise
-            why = why_not_moved(source.parent) or describe_permissions(source.parent)
-            return f"cannot be moved out of the inbox: {e.strerror}: {why}"
 
     def _claim_done(
         self, offer: Offer, result: Request | RequestError, claimed: Unresolved | str | None
@@ -284,45 +250,11 @@ class Intake:
             self._took()
             self._desk.refuse(claimed, result)
         else:
-            self._off("clerk", partial(self._resolve, claimed, offer, result), self._resolve_done)
-
-    def _resolve(
-        self, claimed: Unresolved, offer: Offer | None, asked: Request | None
-    ) -> Job | tuple[Unresolved, RequestError]:
-        """Record what a claimed file asks for. It is read again if it is not as it was offered.
-
-        A writer may still have it open.
-
-        Thread: clerk.
-        """
-        self._spool.folders.require()
-        drop = claimed.drop
-        if (
-            offer is None
-            or asked is None
-            or not _is_same(untrusted.signature_of(drop), offer.signature)
-        ):
-            settings = self._desk.config.in_folder(claimed.sub)
-            result = read_job_file(drop, claimed.file, settings, None)
-            if not isinstance(result, Request):
-                return claimed, result or RequestError("changed while it was claimed")
-            asked = result
-        if self._desk.config.inbox.duplicates == "refuse" and (twin := self._twin(claimed)):
-            return claimed, RequestError(
-                f"has the same bytes as {names.printable(twin)}, which was taken before"
-                " (inbox.duplicates: refuse); change it, if it is meant to be rendered again"
+            self._loop.off(
+                "clerk",
+                partial(taking.resolve, self._spool, claimed, offer, result),
+                self._resolve_done,
             )
-        settled = Settled(offer.settled if offer else time.monotonic(), self._spool.boot)
-        kept = settings_of(self._desk.config)
-        request = parse.with_seeds(asked, claimed.id)
-        return claim.resolve(self._spool, claimed, request, settled, kept)
-
-    def _twin(self, claimed: Unresolved) -> str | None:
-        """Return SUB/FILE of a job that was taken before and has the same bytes.
-
-        Thread: clerk.
-        """
-        return self._spool.duplicates.find_or_remember(claimed, self._spool.job_file_bytes)
 
     def _resolve_done(self, result: Job | tuple[Unresolved, RequestError]) -> None:
         self._took()
@@ -338,14 +270,3 @@ class Intake:
             self._desk.accept(result)
         else:
             self._desk.refuse(*result)
-
-
-def settings_of(config: Config) -> ClaimedSettings:
-    """Return the part of the configuration that a job keeps from its claim on."""
-    section = config.engine
-    return ClaimedSettings(config.prompt, config.output, section.max_attempts, section.on_timeout)
-
-
-def _is_same(now: untrusted.Signature | None, then: untrusted.Signature) -> bool:
-    """Whether inode, size and mtime are the same: the rename itself changed only ctime."""
-    return now is not None and now[:3] == then[:3]
