@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import Daemon, MakeDaemon, until
+from harness import PATIENCE_SECONDS, Daemon, MakeDaemon, until
 
 FOUR: dict[str, Any] = {"engine": {"batch": 4, "max_attempts": 2}}
 
@@ -196,7 +196,8 @@ def test_a_job_cancelled_before_its_batch_is_left_out(make_daemon: MakeDaemon) -
 def test_a_kill_in_a_batch_loses_nothing(make_daemon: MakeDaemon, victim: str) -> None:
     """Each image is published once, with the seed it had, at its first attempt, and alone."""
     daemon = make_daemon(FOUR)
-    daemon.drop("a.json", job("!slow 0.3 a cat", "a dog", "a hen", "an owl", "a cow"))
+    go = daemon.home / "go"
+    daemon.drop("a.json", job(f"!wait {go}", "a dog", "a hen", "an owl", "a cow"))
     daemon.start()
     until(lambda: len(list(daemon.own.glob("active/*/*.begun"))) == 4, "four begun")
     seeds = [json.loads(p.read_bytes()) for p in daemon.own.glob("active/*/request.json")]
@@ -205,6 +206,7 @@ def test_a_kill_in_a_batch_loses_nothing(make_daemon: MakeDaemon, victim: str) -
     else:
         daemon.kill()
         daemon.start()
+    go.touch()
     made = daemon.job("a")
 
     assert made["outcome"] == "done"
@@ -219,11 +221,16 @@ def test_a_kill_in_a_batch_loses_nothing(make_daemon: MakeDaemon, victim: str) -
 def test_a_stop_in_a_batch_finishes_it(make_daemon: MakeDaemon) -> None:
     """SIGTERM: what was begun is published, the rest is put back and rendered by the next daemon."""
     daemon = make_daemon(FOUR)
-    daemon.drop("a.json", job("!slow 0.2 a cat", *["a dog"] * 5))
+    go = daemon.home / "go"
+    daemon.drop("a.json", job(f"!wait {go}", *["a dog"] * 5))
     daemon.start()
     until(lambda: len(list(daemon.own.glob("active/*/*.begun"))) == 4, "four begun")
+    assert daemon.process
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.until_log("daemon.stopping")
+    go.touch()
 
-    assert daemon.stop() == 0
+    assert daemon.process.wait(PATIENCE_SECONDS) == 0
     assert sorted(image for _, image in daemon.published()) == [1, 2, 3, 4]
     daemon.drain()
     assert daemon.job("a")["outcome"] == "done"

@@ -31,11 +31,14 @@ def test_a_pending_job_is_cancelled(daemon: Daemon, by: str) -> None:
 
 def test_an_active_job_is_stopped_at_its_next_step(daemon: Daemon) -> None:
     """What was published stays; the engine goes on with the next job."""
-    daemon.drop("a.jsonl", jsonl("first", "!slow 1", "third"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", jsonl("first", f"!wait {go}", "third"))
     daemon.start()
     daemon.until_begun(2)
     daemon.drop("b.txt", "a dog\n")
     daemon.run("cancel", "a.jsonl")
+    daemon.until_log("job.cancelling")
+    go.touch()
     job = daemon.job("a")
 
     assert job["outcome"] == "cancelled"
@@ -89,7 +92,8 @@ def test_an_ambiguous_name_does_nothing(daemon: Daemon) -> None:
 def test_a_job_that_is_measured_can_be_cancelled(make_daemon: MakeDaemon) -> None:
     """A job whose prompts wait to be counted is withdrawn, and its count harms nobody."""
     daemon = make_daemon({"prompt": {"overflow": "refuse"}})
-    daemon.drop("a.txt", "!slow 0.6\n")
+    go = daemon.home / "go"
+    daemon.drop("a.txt", f"!wait {go}\n")
     daemon.start()
     daemon.until_begun()
     daemon.drop("b.txt", "a dog\n")
@@ -97,6 +101,7 @@ def test_a_job_that_is_measured_can_be_cancelled(make_daemon: MakeDaemon) -> Non
     daemon.run("cancel", "b.txt")
 
     assert daemon.job("b")["outcome"] == "cancelled"
+    go.touch()
     assert daemon.job("a")["outcome"] == "done"
     assert daemon.sidecars("b") == []
     assert daemon.stop() == 0

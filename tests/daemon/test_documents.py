@@ -26,11 +26,13 @@ SIDECAR: dict[str, Any] = {
 
 def test_status_json_is_what_the_schema_says(daemon: Daemon) -> None:
     """Every required key is there, none that is unknown; without a daemon: exit 1 and a sentence."""
-    daemon.drop("a.jsonl", jsonl("first", "!slow 3"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", jsonl("first", f"!wait {go}"))
     daemon.start()
     daemon.until_status("image 2 in hand", lambda s: s["current"] and s["current"]["image"] == 2)
     shown = daemon.run("status", "--json")
     people = daemon.run("status")
+    go.touch()
     printed = subprocess.run(
         [sys.executable, "-m", "promptdrop", "schema", "status"],
         capture_output=True,

@@ -36,10 +36,12 @@ def test_an_engine_killed_with_an_image_in_hand_charges_that_image(
 ) -> None:
     """SIGKILL from outside while rendering is a failed attempt; the next one succeeds."""
     daemon = make_daemon(ONE_STEP)
-    daemon.drop("a.jsonl", jsonl("!slow 0.9", "!slow 0.01"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", jsonl(f"!wait {go}", "second"))
     daemon.start()
     daemon.until_begun()
     os.kill(daemon.engine_pid(), signal.SIGKILL)
+    go.touch()
 
     assert daemon.job("a")["outcome"] == "done"
     assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [2, 1]
@@ -88,7 +90,7 @@ def test_no_engine_outlives_a_daemon_killed_while_it_loads(make_daemon: MakeDaem
 def test_a_death_while_prompts_are_measured_measures_them_again(make_daemon: MakeDaemon) -> None:
     """A job whose prompts wait to be counted is not lost with the engine."""
     daemon = make_daemon({"prompt": {"overflow": "refuse"}, "engine": {"max_attempts": 1}})
-    daemon.drop("a.txt", "!slow 0.2\n")
+    daemon.drop("a.txt", f"!wait {daemon.home}/never\n")
     daemon.start()
     daemon.until_begun()
     daemon.drop("b.txt", "a dog\n")
@@ -126,10 +128,12 @@ def test_a_stopped_engine_with_a_prefetched_image_charges_only_the_one_in_hand(
 ) -> None:
     """SIGSTOP from outside in the middle of an image."""
     daemon = make_daemon({"engine": {"stall_seconds": 1.5}, **ONE_STEP})
-    daemon.drop("a.jsonl", jsonl("!slow 0.9 x", "second"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", jsonl(f"!wait {go}", "second"))
     daemon.start()
     daemon.until_begun()
     os.kill(daemon.engine_pid(), signal.SIGSTOP)
+    go.touch()
 
     assert daemon.job("a")["outcome"] == "done"
     assert [s["job"]["attempt"] for s in daemon.sidecars("a")] == [2, 1]

@@ -108,11 +108,13 @@ def test_a_mount_over_the_inbox_is_waited_out(daemon: Daemon) -> None:
 
 def test_an_outbox_missing_while_an_image_is_saved_costs_no_attempt(daemon: Daemon) -> None:
     """Trouble with a disk charges nobody; the image is published when the folder is back."""
-    daemon.drop("a.txt", "!slow 0.2\n")
+    go = daemon.home / "go"
+    daemon.drop("a.txt", f"!wait {go}\n")
     daemon.start()
     daemon.until_begun()
     away = daemon.home / "away"
     daemon.outbox.rename(away)
+    go.touch()
     daemon.until_log("disk.trouble")
     away.rename(daemon.outbox)
 

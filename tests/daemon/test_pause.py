@@ -29,11 +29,13 @@ def test_pause_survives_a_restart(daemon: Daemon) -> None:
 
 def test_pause_holds_back_the_prefetched_image_too(daemon: Daemon) -> None:
     """The image in hand is finished; no new one begins, though the engine has it already."""
-    daemon.drop("a.jsonl", jsonl("!slow 0.5", "!slow 0.3", "third"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", jsonl(f"!wait {go}", "second", "third"))
     daemon.start()
     daemon.until_begun()
     daemon.run("pause")
     daemon.until_log("daemon.paused")
+    go.touch()
     daemon.until_log("image.published", image=1)
     daemon.until_status("nothing in hand", lambda s: s["images_published"] and not s["current"])
     rendered = [image for _, image in daemon.published()]

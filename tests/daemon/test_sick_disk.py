@@ -23,7 +23,7 @@ from harness import Daemon, until
 from promptdrop.loop import SLOW_SECONDS, Loop
 
 Make = Callable[..., Daemon]
-CURE_SECONDS = 0.5 + 5  # watch.rescan_seconds of the tests, and what a loaded machine takes
+CURE_SECONDS = 0.5 + 15  # watch.rescan_seconds of the tests, and what a loaded machine takes
 
 
 @pytest.fixture
@@ -146,9 +146,11 @@ def test_what_cannot_be_looked_at_is_not_taken_for_gone(sick: Daemon, disk: Faul
     """The dropped file is still moved to its job, though nobody could tell for a while that it is
     there: neither at the end of a job nor after a crash is it given up."""
     sick.start().until_ready()
-    drop_behind(disk, "a.txt", "!slow 0.5 a cat\n")
+    go, text = sick.home / "go", f"!wait {sick.home}/go\n"
+    drop_behind(disk, "a.txt", text)
     sick.until_begun()
     disk.fail("getattr", match="/drop/")
+    go.touch()
     sick.until_log("image.published")
     sick.until_log("disk.trouble")
     sick.kill()
@@ -161,7 +163,7 @@ def test_what_cannot_be_looked_at_is_not_taken_for_gone(sick: Daemon, disk: Faul
     disk.heal()
 
     assert sick.job("a")["outcome"] == sick.job("sub/b")["outcome"] == "done"
-    assert (sick.outbox / "a/request.txt").read_text() == "!slow 0.5 a cat\n"
+    assert (sick.outbox / "a/request.txt").read_text() == text
     assert (sick.outbox / "sub/b/request.txt").read_text() == "a dog\n"
     assert sick.stop() == 0
 
@@ -270,11 +272,13 @@ def test_a_spool_that_is_unmounted_and_mounted_again(
     sick: Daemon, disk: Faulty, moment: str
 ) -> None:
     """The empty mount point is not taken for the inbox; the spool is locked anew when it is back."""
+    go = sick.home / "go"
     sick.start().until_ready()
     if moment == "rendering":
-        drop_behind(disk, "a.txt", "!slow 0.3 a cat\n")
+        drop_behind(disk, "a.txt", f"!wait {go}\n")
         sick.until_begun()
     disk.unmount()
+    go.touch()
     sick.until_log("disk.trouble")
     (disk.path / "spool" / "inbox").mkdir(parents=True)
     (disk.path / "spool" / "inbox" / "wrong.txt").write_text("not me\n")
@@ -327,9 +331,11 @@ def test_an_outbox_unmounted_while_an_image_is_saved(make_daemon: Make, tmp_path
         daemon.start().until_ready()
         daemon.drop("first.txt", "a cat\n")
         assert daemon.job("first")["outcome"] == "done"
-        daemon.drop("a.txt", "!slow 0.3 a cat\n")
+        go = daemon.home / "go"
+        daemon.drop("a.txt", f"!wait {go}\n")
         daemon.until_begun()
         disk.unmount()
+        go.touch()
         status = daemon.until_status("not mounted", lambda s: "not mounted" in str(s["reason"]))
         left = list(disk.path.iterdir())
         disk.mount()

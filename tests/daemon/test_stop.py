@@ -5,16 +5,21 @@ import signal
 
 import pytest
 
-from harness import Daemon, MakeDaemon, alive, jsonl
+from harness import PATIENCE_SECONDS, Daemon, MakeDaemon, alive, jsonl
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_finishes_the_image_in_hand(daemon: Daemon, number: int) -> None:
     """The rest is rendered by the next start, and nothing twice."""
-    daemon.drop("a.jsonl", jsonl("!slow 0.2", "second", "third"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", jsonl(f"!wait {go}", "second", "third"))
     daemon.start()
     daemon.until_begun()
-    status = daemon.stop(number)
+    assert daemon.process
+    daemon.process.send_signal(number)
+    daemon.until_log("daemon.stopping")
+    go.touch()
+    status = daemon.process.wait(PATIENCE_SECONDS)
     images_then = [s["job"]["image"] for s in daemon.sidecars("a")]
     daemon.drain()
 
@@ -31,13 +36,15 @@ def test_a_stop_abandons_an_image_that_takes_longer_than_stop_seconds(
 ) -> None:
     """It is put back, uncharged, with its seed."""
     daemon = make_daemon({"engine": {"stop_seconds": 0.3}})
-    daemon.drop("a.txt", "!slow 0.5\n")
+    go = daemon.home / "go"
+    daemon.drop("a.txt", f"!wait {go}\n")
     daemon.start()
     daemon.until_begun()
     (home,) = (daemon.own / "active").iterdir()
     seed = json.loads((home / "request.json").read_bytes())["images"][0]["seed"]
     status = daemon.stop()
     before = daemon.published()
+    go.touch()
     daemon.drain()
     (sidecar,) = daemon.sidecars("a")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from harness import Daemon, MakeDaemon, alive, until
+from harness import PATIENCE_SECONDS, Daemon, MakeDaemon, alive, until
 
 
 def unloading(**engine: Any) -> dict[str, Any]:
@@ -89,15 +89,16 @@ def test_an_engine_with_work_is_not_idle(make_daemon: MakeDaemon) -> None:
 
 @pytest.mark.parametrize("overflow", ["keep_head", "refuse"])
 def test_a_drain_ends_with_the_engine_unloaded(make_daemon: MakeDaemon, overflow: str) -> None:
-    """A daemon that waits for a file to settle may have none."""
-    settings = {**unloading(), "prompt": {"overflow": overflow}, "watch": {"settle_seconds": 2}}
-    daemon = make_daemon(settings)
-    daemon.drop("a.txt", "a cat\n")
-    done = daemon.drain()
+    """A daemon that waits for a file to be closed may have none."""
+    daemon = make_daemon({**unloading(), "prompt": {"overflow": overflow}})
+    with (daemon.inbox / "a.txt").open("w", buffering=1) as file:
+        file.write("a cat\n")
+        daemon.start("--drain")
+        until_unloaded(daemon)
+    assert daemon.process
 
-    assert done.returncode == 0
+    assert daemon.process.wait(PATIENCE_SECONDS) == 0
     assert daemon.job("a")["outcome"] == "done"
-    assert len(daemon.log("engine.unloaded")) >= 1
 
 
 def test_several_engines_go_and_come_together(make_daemon: MakeDaemon) -> None:

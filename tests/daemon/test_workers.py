@@ -32,10 +32,12 @@ def both_warm(daemon: Daemon) -> Daemon:
 def test_engines_render_at_once_and_sign_their_images(make_daemon: MakeDaemon) -> None:
     """Two images are in hand at a time; each sidecar names its engine, status shows both."""
     daemon = both_warm(make_daemon(TWO))
-    daemon.drop("a.jsonl", prompts("!slow 0.5 a cat", "!slow 0.5 a dog"))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", prompts(f"!wait {go} a cat", f"!wait {go} a dog"))
     status = daemon.until_status(
         "two images in hand", lambda s: all(engine["current"] for engine in s["engines"])
     )
+    go.touch()
     daemon.job("a")
 
     assert [engine["name"] for engine in status["engines"]] == ["engine-1", "engine-2"]
@@ -63,12 +65,14 @@ def test_an_engine_that_dies_costs_the_others_nothing(make_daemon: MakeDaemon) -
     """The image in its hand is charged and rendered again; the other engine never stops."""
     one_step = {"defaults": {"steps": 1}}  # what comes next is not prepared after the last step
     daemon = both_warm(make_daemon({**TWO, **one_step}))
-    daemon.drop("a.jsonl", prompts(*["!slow 5 a cat"] * 2, *["a cat"] * 4))
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", prompts(*[f"!wait {go} a cat"] * 2, *["a cat"] * 4))
     status = daemon.until_status(
         "two images in hand", lambda s: all(engine["current"] for engine in s["engines"])
     )
     victim, survivor = status["engines"]
     os.killpg(victim["pid"], signal.SIGKILL)
+    go.touch()
     job = daemon.job("a")
     attempts = [sidecar["job"]["attempt"] for sidecar in daemon.sidecars("a")]
     after = {engine["name"]: engine["pid"] for engine in daemon.status()["engines"]}

@@ -147,10 +147,12 @@ def test_status_shows_the_cluster(cluster: Cluster, make_daemon: MakeDaemon) -> 
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1))
     daemon.start().until_ready()
-    daemon.drop("a.txt", "!slow 1 a cat\n")
+    go = daemon.home / "go"
+    daemon.drop("a.txt", f"!wait {go}\n")
     daemon.until_begun()
-    until(lambda: daemon.status()["current"], "a status with the image")
+    daemon.until_status("the image in hand", lambda status: status["current"])
     done = daemon.run("cluster", "status")
+    go.touch()
     os.kill(engine_processes(cluster)[0].pid, signal.SIGKILL)
 
     assert done.returncode == 0, done.stderr

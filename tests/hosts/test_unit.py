@@ -37,10 +37,11 @@ def test_a_reload_keeps_the_engine_warm(service: MakeService) -> None:
 def test_a_hung_daemon_is_killed_and_its_job_survives(service: MakeService) -> None:
     """No WATCHDOG=1 from the loop: systemd kills daemon and engine, starts anew, the image is rendered."""
     one = service({}, "WatchdogSec=1", "TimeoutAbortSec=1", "RestartSec=0").start()
-    one.drop("a.txt", "!slow 0.7 a cat\n")
+    one.drop("a.txt", f"!wait {one.home}/go\n")
     one.until_begun()
     first = one.show("MainPID")
     one.machine.run("kill", "-STOP", first)
+    one.machine.write(f"{one.home}/go", "")
     job = one.until_done("a")
 
     assert job["outcome"] == "done"
@@ -104,9 +105,10 @@ def test_an_engine_that_is_killed_does_not_stop_the_service(service: MakeService
     """The daemon replaces it; OOMPolicy=continue: also where the kernel killed it for its memory."""
     one = service().start()
     main = one.show("MainPID")
-    one.drop("a.txt", "!slow 0.7 a cat\n")
+    one.drop("a.txt", f"!wait {one.home}/go\n")
     one.until_begun()
     one.machine.run("kill", "-KILL", str(one.log("engine.starting")[0]["pid"]))
+    one.machine.write(f"{one.home}/go", "")
     job = one.until_done("a")
 
     assert job["outcome"] == "done"

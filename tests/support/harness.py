@@ -91,6 +91,8 @@ class Daemon:
         self.config = home / "config.yaml"
         self.process: subprocess.Popen[str] | None = None
         self.log_file = home / "daemon.log"
+        self._entries: list[dict[str, Any]] = []  # of the log, up to _read
+        self._read = 0  # bytes
         self.write_config()
         for folder in (self.inbox, self.outbox, self.failed, self.own / "control"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -175,15 +177,15 @@ class Daemon:
 
     def log(self, event: str | None = None) -> list[dict[str, Any]]:
         """The log's lines, or those of one event."""
-        lines = []
-        for line in self.log_file.read_text().splitlines() if self.log_file.exists() else ():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # a line of Python's own, or one being written
-            if event is None or entry.get("event") == event:
-                lines.append(entry)
-        return lines
+        if self.log_file.exists():
+            with self.log_file.open("rb") as file:
+                file.seek(self._read)
+                new, newline, _ = file.read().rpartition(b"\n")  # the last may be in the writing
+            self._read += len(new + newline)
+            for line in new.splitlines():
+                with suppress(ValueError):  # a line of Python's own
+                    self._entries.append(json.loads(line))
+        return [e for e in self._entries if event is None or e.get("event") == event]
 
     def until_log(self, event: str, times: int = 1, **keys: Any) -> dict[str, Any]:
         """Wait until an event was logged so often with these keys; returns the last."""

@@ -1,8 +1,9 @@
 """An engine without torch, for tests and dry runs: `model: {id: gradient}`.
 
 A word at the start of the prompt scripts a fault, a word in `model.revision` a fault of loading;
-`!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first; `!text-FAULT`
-does it wherever the text is encoded, when the image is prepared, too.
+`!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first; `!wait PATH`
+renders once the file PATH exists; `!text-FAULT` does FAULT wherever the text is encoded, when the image
+is prepared, too.
 """
 
 import ctypes
@@ -208,6 +209,8 @@ def _scripted(text: str) -> tuple[str, list[str]]:
 def _image_fault(fault: str, arguments: list[str]) -> None:
     if fault == "hang":
         _hang()
+    elif fault == "wait":
+        _wait_for(Path(arguments[0]))
     elif fault == "hang-gil":
         _hang_holding_the_gil()
     elif fault == "raise":
@@ -262,6 +265,11 @@ def _load_fault(revision: str) -> None:
 def _pipe() -> int:
     """The engine process's end of the pipe to the daemon."""
     return int(sys.argv[1])
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)
 
 
 def _hang() -> NoReturn:
