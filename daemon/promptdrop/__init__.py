@@ -6,7 +6,8 @@ this package does not.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0.dev0"
+from promptdrop.version import __version__
+
 __all__ = ["Engine", "__version__"]
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from promptdrop import __version__
 from promptdrop.nouns import ImageOutcome, ImageSpec, JobOutcome
+from promptdrop.version import __version__
 
 HOST = socket.gethostname()  # `host` of what this machine writes
 VERSION = f"promptdrop {__version__}"  # ... and its `version`

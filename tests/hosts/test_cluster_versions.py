@@ -58,8 +58,7 @@ def install_old(folder: Path) -> None:
 def install_other(folder: Path) -> None:
     """Copy the package as it is, but for its version."""
     shutil.copytree(PACKAGE, folder / "promptdrop")
-    init = folder / "promptdrop" / "__init__.py"
-    init.write_text(init.read_text().replace(f'"{__version__}"', '"0.0.9"'))
+    (folder / "promptdrop" / "version.py").write_text('__version__ = "0.0.9"\n')
 
 
 def leave_actor(cluster: Cluster, daemon: Daemon, site: Path) -> None:

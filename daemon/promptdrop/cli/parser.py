@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from promptdrop import __version__
 from promptdrop.cli import (
     bench,
     check,
@@ -24,6 +23,7 @@ from promptdrop.cli import (
     status,
     submit,
 )
+from promptdrop.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

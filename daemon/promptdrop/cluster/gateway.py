@@ -27,7 +27,6 @@ from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defin
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util import list_named_actors
 
-from promptdrop import __version__
 from promptdrop.cluster import actor as actor_module
 from promptdrop.cluster import host as host_module
 from promptdrop.cluster.backend import KNOCK_SECONDS, knock
@@ -52,6 +51,7 @@ from promptdrop.pool.messages import (
     Stage,
     Trouble,
 )
+from promptdrop.version import __version__
 
 ray.cloudpickle.register_pickle_by_value(actor_module)  # type: ignore[no-untyped-call]  # ray
 # An actor that a daemon of 0.1.0 has left answers `hello` with a class of this module.

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
-from promptdrop import __version__, config_file, log
+from promptdrop import config_file, log
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import ConfigError, RequestError
@@ -46,6 +46,7 @@ from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.reporting import Reporter
 from promptdrop.supervisor.status import Composer
 from promptdrop.supervisor.work import Work
+from promptdrop.version import __version__
 
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
 # One of the middle generation, of at most 50,000 objects, costs 10 to 20 ms.
