@@ -1,4 +1,4 @@
-"""How many engines one daemon feeds: images a second of 1 to 8 engines of fixed render time.
+"""Measure how many engines one daemon feeds: images a second of 1 to 8 engines of fixed render time.
 
     python -m bench.cluster --engines 1 2 4 8 --seconds 0.7 --backend ray
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(engines: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One daemon with so many engines, from the first image after warming to the last."""
+    """Measure one daemon with so many engines, from the first image after warming up to the last."""
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-bench-")))
         changes: dict[str, Any] = {
@@ -96,14 +96,14 @@ def measure(engines: int, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def until_published(daemon: Daemon, images: int) -> float:
-    """The moment of the n-th published image, by the log's clock."""
+    """Wait for the n-th published image. Returns its moment, by the log's clock."""
     while len(times := published(daemon)) < images:
         time.sleep(0.1)
     return times[images - 1]
 
 
 def published(daemon: Daemon) -> list[float]:
-    """When each image was published, seconds."""
+    """The moment at which each image was published, in seconds."""
     from datetime import datetime
 
     return [

@@ -1,4 +1,4 @@
-"""What a daemon costs while nothing happens, and how soon it takes a drop. Default watch settings.
+"""Measure what a daemon costs while nothing happens, and how soon it takes a drop, by default settings.
 
     python bench/idle.py --seconds 60
 
@@ -19,7 +19,7 @@ import yaml
 
 
 def drop(inbox: Path, name: str, text: str) -> float:
-    """Rename a file into the inbox; returns the moment."""
+    """Rename a file into the inbox. Returns the moment."""
     hidden = inbox.parent / name
     hidden.write_text(text)
     hidden.rename(inbox / name)
@@ -27,13 +27,13 @@ def drop(inbox: Path, name: str, text: str) -> float:
 
 
 def wait_for(path: Path) -> None:
-    """Until a file exists."""
+    """Wait until a file exists."""
     while not path.exists():
         time.sleep(0.002)
 
 
 def pick_up_seconds(spool: Path, name: str) -> float:
-    """From the rename into the inbox to the claim, which renames it out."""
+    """Time a drop from the rename into the inbox to the claim, which renames it out."""
     began = drop(spool / "inbox", name, "a cat\n")
     while (spool / "inbox" / name).exists():
         time.sleep(0.002)

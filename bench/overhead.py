@@ -1,4 +1,4 @@
-"""What the daemon costs: N images from first claim to last job.json, against a bare loop.
+"""Measure what the daemon costs: N images from first claim to last job.json, against a bare loop.
 
 Both use the same small model, 256x256, 9 steps, one torch thread, warm. The bare loop is what a
 script would be: the library's pipeline, each PNG saved before the next image. They alternate, and
@@ -52,7 +52,7 @@ for line in sys.stdin:
 
 @contextmanager
 def bare_loop(model: Path, images: int) -> Iterator[subprocess.Popen[str]]:
-    """The script, loaded and warm, waiting for folders on stdin."""
+    """Start the script; once it is loaded and warm, it waits for folders on stdin."""
     command = [sys.executable, "-c", BARE_LOOP, str(model), str(images)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as process:  # type: ignore[call-overload]  # a dict of pipes
@@ -63,7 +63,7 @@ def bare_loop(model: Path, images: int) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def daemon(home: Path, model: Path) -> Iterator[Path]:
-    """A daemon, loaded and warm; yields its spool."""
+    """Start a daemon. Yields its spool once it is loaded and warm."""
     config = home / "config.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -86,7 +86,7 @@ def daemon(home: Path, model: Path) -> Iterator[Path]:
 
 
 def time_daemon(spool: Path, name: str, images: int) -> float:
-    """Seconds from the claim to job.json of one job of so many images."""
+    """Time one job of so many images, from its claim to its job.json."""
     job = {"prompt": "a lighthouse on a cliff", "count": images, "seed": 0}
     hidden = spool / "inbox" / f".{name}"
     hidden.write_text(json.dumps(job))

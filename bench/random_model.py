@@ -1,4 +1,4 @@
-"""A checkpoint of Z-Image-Turbo's true architecture with random weights, where none can be had.
+"""Write a checkpoint of Z-Image-Turbo's true architecture with random weights, for lack of the real one.
 
     python -m bench.random_model DIR           # 20 GB, built on the GPU if there is one
 
@@ -55,7 +55,7 @@ PARAMETERS = 6_154_908_736  # of Z-Image-Turbo's transformer
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, with Qwen's template."""
+    """A tokenizer with one token for each byte, and Qwen's template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,7 +82,7 @@ def unfilled() -> dict[str, Any]:
 
 
 def filled(module: torch.nn.Module, device: str) -> Any:
-    """Weights that keep the signal's size, so that nothing overflows; in bfloat16."""
+    """Fill a network, in bfloat16, with weights that keep the signal's size: nothing overflows."""
     module = module.to(torch.bfloat16).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What job files cost to parse: a normal one, and the dearest hostile ones at 64 KiB and 1 MiB.
+"""Measure what job files cost to parse: normal ones, and the dearest hostile ones at 64 KiB and 1 MiB.
 
     python bench/requests.py
 
@@ -65,14 +65,14 @@ def _keys(size: int, line: str) -> str:
 
 
 def milliseconds(data: bytes, suffix: str) -> float:
-    """Of one parse."""
+    """Processor time of one parse."""
     began = time.thread_time()
     answer(data, suffix)
     return (time.thread_time() - began) * 1e3
 
 
 def peak_mib(data: bytes, suffix: str) -> float:
-    """Of memory that Python asked for during one parse."""
+    """The most memory that Python held during one parse."""
     tracemalloc.start()
     answer(data, suffix)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
@@ -81,7 +81,7 @@ def peak_mib(data: bytes, suffix: str) -> float:
 
 
 def longest_wait(data: bytes, suffix: str) -> float:
-    """Milliseconds beyond its tick that this thread waited while another parsed."""
+    """The longest that this thread was kept waiting beyond its tick while another parsed, in ms."""
     parser = threading.Thread(target=answer, args=(data, suffix))
     parser.start()
     longest = 0.0

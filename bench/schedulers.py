@@ -1,4 +1,4 @@
-"""How near each scheduler comes to the exact solution, and what its pictures are worth.
+"""Measure how near each scheduler comes to the exact solution, and what its pictures are worth.
 
     python -m bench.schedulers --results bench/schedulers.json     # about ten minutes on one core
 
@@ -67,7 +67,7 @@ def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def exact(noise: torch.Tensor) -> torch.Tensor:
-    """Where the flow takes `noise`. In one dimension paths never cross: quantiles keep theirs."""
+    """The exact end of the flow from `noise`. In one dimension paths never cross: quantiles are kept."""
     quantile = torch.special.ndtr(noise.double())
     low, high = torch.full_like(quantile, -8), torch.full_like(quantile, 8)
     for _ in range(60):  # bisection, far below float32
@@ -78,7 +78,7 @@ def exact(noise: torch.Tensor) -> torch.Tensor:
 
 
 def solved(pipe: ZImagePipeline, name: str, steps: int, side: int = SIDE, *seeds: int) -> Any:
-    """The noise of each seed and what a scheduler makes of it: two of [B, 16, side/8, side/8]."""
+    """Solve from the noise of each seed. Returns noise and latents, each [B, 16, side/8, side/8]."""
     shape = (1, 16, side // 8, side // 8)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds or (0,)]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
@@ -129,7 +129,7 @@ def analytic(model: Path) -> dict[str, dict[str, float]]:
 def drawn(
     pipe: ZImagePipeline, cases: list[Case], name: str, steps: int, other_seed: int = 0
 ) -> Iterator[tuple[Case, Pixels]]:
-    """Every case, in batches of one size and length; every image has its own generator."""
+    """Draw every case, in batches of one size and length; every image has its own generator."""
     checkpoint = pipe.scheduler
     for batch in batched(pipe, cases, limit=16):
         generators = [torch.Generator("cpu").manual_seed(c.seed + other_seed) for c in batch]
@@ -147,7 +147,7 @@ def drawn(
 
 
 def psnr(a: Pixels, b: Pixels) -> float:
-    """dB; 99 where they are the same."""
+    """The PSNR of two pictures in dB; 99 if they are the same."""
     mse = np.square(a.astype(float) - b).mean()
     return float(10 * np.log10(255**2 / mse)) if mse else 99.0
 
@@ -179,7 +179,7 @@ def pictures(model: Path, count: int) -> dict[str, Any]:
 
 
 def as_tables(results: dict[str, Any]) -> str:
-    """Both as Markdown."""
+    """Both tables, in Markdown."""
     lines = [f"| RMS error at | {' | '.join(map(str, STEPS))} steps |", "|---" * 5 + "|"]
     for name, errors in results["analytic"].items():
         lines.append(f"| {name} | {' | '.join(f'{e:.3f}' for e in errors.values())} |")

@@ -46,7 +46,7 @@ class Course:
 
     @property
     def tokens(self) -> int:
-        """Of one sequence: image, its padding, and text."""
+        """The tokens of one sequence: image, its padding, and text."""
         image = self.height * self.width // 256
         return image + -image % SEQUENCE_MULTIPLE + self.length
 
@@ -111,14 +111,14 @@ def sample_training_scene(rng: random.Random) -> Scene:
 
 
 def sample_text(scene: Scene, rng: random.Random) -> str:
-    """What a prompt says of a scene: some of its attributes, or rarely nothing."""
+    """Word a scene: some of its attributes, or rarely nothing."""
     if rng.random() < NONSENSE_SHARE:
         return sample_nonsense(rng)
     return describe(forget(scene, rng), rng, chinese=rng.random() < CHINESE_SHARE)
 
 
 def attributes(asked: Scene) -> list[int]:
-    """What a prompt says, one class index per attribute, 0 for left unsaid; see CLASS_COUNTS.
+    """The attributes that a prompt says, a class index each, 0 if it is left unsaid; see CLASS_COUNTS.
 
     Two things are put in their order in the picture, from the top or the left."""
     if asked.relation in ("below", "right of"):

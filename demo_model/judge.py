@@ -184,7 +184,7 @@ def relation_of(first: SeenThing, second: SeenThing) -> str:
 
 
 def compare(seen: Seen, asked: Scene) -> dict[str, bool]:
-    """Which kinds of attribute a picture got right; an attribute left unsaid is always right.
+    """The kinds of attribute that a picture got right; an attribute left unsaid is always right.
 
     Returns: keys colour, shape, size, place, background, clean (clean includes the count)."""
     orders = [seen.things, seen.things[::-1]]

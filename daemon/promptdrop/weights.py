@@ -1,4 +1,4 @@
-"""Where a model's files are on this disk, and whether they are all there.
+"""The files of a model: where they are on this disk, and whether all are there and whole.
 
 No torch and no hub library is imported here: the supervisor, `doctor` and the command line use it.
 Only `fetch` uses the network. The layouts are those of modelscope 1.40 (modelscope_hub/_download.py
@@ -27,7 +27,7 @@ DEMO = Path(__file__).parent / "models" / "demo"  # trained by demo_model/ of th
 
 
 def resolve(config: Config) -> Path:
-    """The model's directory: `model.path`, else `model.id` as a folder, else in a hub's cache.
+    """Find the model's directory: `model.path`, else `model.id` as a folder, else in a hub's cache.
 
     `model.hub` says which cache is looked at first. The first complete directory is taken, or the
     first incomplete one where none is complete.
@@ -60,7 +60,7 @@ def resolve(config: Config) -> Path:
 
 
 def require(config: Config) -> Path:
-    """The model's directory, complete.
+    """Find the model's directory, and check that it is complete.
 
     Raises ModelError: not found, or files are missing or cut short; the text names each of them.
     """
@@ -84,7 +84,7 @@ def require(config: Config) -> Path:
 
 
 def missing_files(directory: Path) -> list[str]:
-    """What model_index.json asks for and is not whole: `vae/config.json (missing)`, and so on."""
+    """The files named by model_index.json that are not whole, as `vae/config.json (missing)`."""
     if trouble := _trouble(directory / "model_index.json"):
         return [f"model_index.json{trouble}"]
     index = _json(directory / "model_index.json")
@@ -169,7 +169,7 @@ def cache_places(model_id: str, hub: Hub, revision: str | None) -> list[Path]:
 
 
 def _modelscope_places(model_id: str, revision: str | None) -> Iterator[Path]:
-    """In the order of modelscope 1.40: folders of 1.37, snapshots, then older flat folders."""
+    """The places where modelscope 1.40 looks, in its order: folders of 1.37, snapshots, older folders."""
     base = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
     owner, name = model_id.split("/")
     safe = name.replace(".", "___")  # modelscope <= 1.37 wrote dots so
@@ -188,7 +188,7 @@ def _modelscope_places(model_id: str, revision: str | None) -> Iterator[Path]:
 
 
 def _huggingface_places(model_id: str, revision: str | None) -> Iterator[Path]:
-    """`refs/NAME` holds the commit whose files lie in `snapshots/COMMIT`."""
+    """The folder of a revision: `refs/NAME` holds the commit whose files are in `snapshots/COMMIT`."""
     environ = os.environ
     home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
@@ -203,19 +203,19 @@ def _huggingface_places(model_id: str, revision: str | None) -> Iterator[Path]:
 
 
 def _folder_named(config: Config) -> Path:
-    """`model.id` read as a folder; relative to the configuration file like every path."""
+    """The folder that `model.id` names, relative to the configuration file like every path."""
     base = config.file.parent if config.file else Path.cwd()
     return base / Path(config.model.id).expanduser()
 
 
 def _only_folder(snapshots: Path) -> list[Path]:
-    """The one revision present, when no revision is named; several would be a guess."""
+    """The only revision there is, for when none is named. Empty if there are several."""
     folders = _folders(snapshots)
     return folders if len(folders) == 1 else []
 
 
 def _several(place: Path) -> str:
-    """A hint where a place looked at lacks only the right revision."""
+    """A hint at the revisions there are, for a place that lacks only the right one."""
     if place.parent.name != "snapshots" or not (folders := _folders(place.parent)):
         return ""
     return f" (model.revision may be: {', '.join(folder.name for folder in folders)})"
@@ -250,7 +250,7 @@ def _missing_of_component(directory: Path, name: str, library: str, kind: str) -
 
 
 def _weight_files(folder: Path, library: str) -> list[Path]:
-    """Every shard the index names, the one file, or what is expected where there is neither."""
+    """The weight files of a component: every shard of its index, or the one file."""
     stem = WEIGHT_STEMS.get(library, "model")
     index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
@@ -263,7 +263,7 @@ def _weight_files(folder: Path, library: str) -> list[Path]:
 
 
 def _trouble(file: Path) -> str | None:
-    """Why a file cannot be used, as ` (reason)`; None when it is whole."""
+    """Why a file cannot be used, as ` (reason)`; None if it is whole."""
     try:
         size = file.stat().st_size
         if size == 0:
@@ -284,7 +284,10 @@ def _trouble(file: Path) -> str | None:
 
 
 def _trouble_of_safetensors(file: Path, size: int) -> str | None:
-    """The header says where the last tensor ends (huggingface/safetensors, README, "Format")."""
+    """Compare a file's size with the end of its last tensor, which its header names.
+
+    Source: huggingface/safetensors, README, "Format".
+    """
     with file.open("rb") as stream:
         start = stream.read(8)
         if start == b"version ":
@@ -299,7 +302,7 @@ def _trouble_of_safetensors(file: Path, size: int) -> str | None:
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    """A JSON mapping. Raises OSError, ValueError."""
+    """Read a JSON mapping. Raises OSError, ValueError."""
     value = json.loads(file.read_bytes())
     if not isinstance(value, dict):
         raise ValueError("expected a mapping")

@@ -59,7 +59,7 @@ def test_an_error_of_the_device_ends_the_engine_process(
 def test_an_error_of_the_device_in_the_next_text_ends_the_engine_process(
     zimage: ZImageEngine,
 ) -> None:
-    """It is nobody's EngineError: every later call fails too."""
+    """It is no EngineError, of whichever image: every later call fails too."""
     layer, error = zimage.model.pipe.text_encoder.layers[0], RuntimeError("CUDA error: device-side")
     with failing(layer, error), pytest.raises(RuntimeError) as escaped:
         zimage.prepare(FOX._replace(prompt="a grey owl"), Prompt())
@@ -84,7 +84,7 @@ def test_out_of_device_memory_costs_an_image_and_not_the_engine(
 
 @pytest.mark.parametrize("enough", ["text_encoder", "model"])
 def test_out_of_memory_until_it_offloads(fresh: ZImageEngine, library: Any, enough: str) -> None:
-    """No more is offloaded than has to be; the images to come find it so."""
+    """No more is offloaded than has to be, and it stays so for later images."""
     layer = fresh.model.pipe.vae.decoder.conv_in
     with (
         capture_logs() as logged,

@@ -84,7 +84,7 @@ def test_a_sick_engine_costs_its_image_and_no_other(
 def test_engines_are_unloaded_though_others_wait_for_a_host(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """Who waits for a host is not on its way; the next drop has both begin again."""
+    """An engine that waits for a host does not keep others loaded; the next drop has both begin again."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers="auto", unload_after_seconds=0.5))
     daemon.start()
@@ -98,9 +98,9 @@ def test_engines_are_unloaded_though_others_wait_for_a_host(
 
 
 def test_any_number_of_engines_begin_at_once(own_cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """More than the way to the gateway takes in one go: each waits for a host, none is an error.
+    """More than the socket to the gateway takes at once: each waits for a host, none is an error.
 
-    With the daemon they wait no more: a host that comes then is free for another daemon's engine.
+    They stop waiting when the daemon ends: a host that comes then is free for another daemon.
     """
     daemon = make_daemon(settings(own_cluster, workers=64))
     other = make_daemon(settings(own_cluster, workers=1), home="other")
@@ -182,7 +182,7 @@ def test_a_host_that_came_back_is_shown_once(cluster: Cluster, make_daemon: Make
 
 
 def test_doctor_asks_for_the_head(cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """Models are the hosts' own business; that nobody answers is said before the night."""
+    """It does not look for the model, which hosts have, but says if no head answers."""
     there = make_daemon(settings(cluster))
     address = f"127.0.0.1:{clusters.free_port()}"
     nowhere = make_daemon({**settings(cluster), "ray": {"address": address}}, home="nowhere")

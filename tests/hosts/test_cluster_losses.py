@@ -69,7 +69,7 @@ def test_an_image_that_hosts_die_of_fails_in_the_end(
 
 
 def test_an_actor_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """A host's process that no longer answers is known to be hung; who waits for a host says so once."""
+    """A host's process that does not answer is given up; an engine that waits for a host says so once."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster))
     daemon.start()
@@ -91,7 +91,7 @@ def test_an_actor_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: Mak
 
 
 def test_an_actor_out_of_descriptors_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """An error that its keeper does not know ends it, instead of leaving an engine with nobody to keep it."""
+    """An unknown error in its keeper ends it: an engine that nobody keeps would be waited for."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1))
     daemon.start()

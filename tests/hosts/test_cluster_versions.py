@@ -97,7 +97,7 @@ def test_a_host_of_another_version_is_refused_by_name(
 def test_an_engine_that_a_daemon_of_0_1_0_has_left_is_replaced(
     cluster: Cluster, make_daemon: MakeDaemon, tmp_path: Path
 ) -> None:
-    """Its host has today's package since; the daemon says which version it met, ends it, and renders."""
+    """Its host was upgraded; the daemon says which version it met, ends it, and renders."""
     daemon = make_daemon(settings(cluster, workers=1))
     installed = tmp_path / "site" / "promptdrop"
     install_old(tmp_path / "site")
@@ -149,7 +149,7 @@ def test_a_host_whose_package_is_broken_is_left_in_peace(
 def test_a_host_without_the_model_is_named_and_others_go_on(
     cluster: Cluster, make_daemon: MakeDaemon, model: Path, tmp_path: Path
 ) -> None:
-    """Workers need the model's files and no share; who has none says which command fetches them."""
+    """Hosts need the model's files and no share; one without them says which command fetches them."""
     there = tmp_path / "with" / "models" / "demo--zimage" / "snapshots" / "master"
     there.parent.mkdir(parents=True)
     there.symlink_to(model)

@@ -150,7 +150,7 @@ def settings(cluster: Cluster, **engine: Any) -> dict[str, Any]:
 
 
 def engines(daemon: Daemon) -> list[dict[str, Any]]:
-    """Of the status, once both have a host."""
+    """The status of both engines, once they are warm."""
     return list(
         daemon.until_status(
             "two warm engines", lambda s: [e["state"] for e in s["engines"]] == ["ready"] * 2

@@ -1,25 +1,19 @@
 """The supervisor's rooms on a spool of their own, without a daemon: a test turns the loop by hand."""
 
-import os
-import socket
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any
 
 from harness import FAST, PATIENCE_SECONDS, merged
 from promptdrop import config
-from promptdrop.config import Config
 from promptdrop.errors import RequestError
 from promptdrop.intake.intake import Intake, Survey
 from promptdrop.intake.taking import settings_of
 from promptdrop.loop import Loop
-from promptdrop.nouns import EngineInfo, Request
-from promptdrop.pool.link import EngineLink
-from promptdrop.pool.messages import Answer, Began, Ready, Render
-from promptdrop.pool.pool import Pool, Slot
+from promptdrop.nouns import Request
+from promptdrop.pool.messages import Ready
+from promptdrop.pool.pool import Pool
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool import claim
 from promptdrop.spool.detail import Settled
@@ -36,104 +30,8 @@ from promptdrop.supervisor.publishing import Publishing
 from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.status import Composer
 from promptdrop.supervisor.work import Work
+from scripted import INFO, ScriptedBackend, ScriptedEngine
 from specs import spec
-
-INFO = EngineInfo("gradient", None, "float32", "none", False, "cpu")
-
-
-class ScriptedEngine:
-    """The far end of a link, and its life: it says and does what a test tells it to."""
-
-    is_lost = False
-
-    def __init__(self) -> None:
-        self.socket, end = socket.socketpair()
-        self.socket.setblocking(False)
-        self._end = Connection(end.detach())
-        self._is_dead = False
-
-    def say(self, *answers: Answer) -> None:
-        """Send answers to the daemon."""
-        for answer in answers:
-            self._end.send(answer)
-
-    def heard(self) -> list[Any]:
-        """Every message since the last call."""
-        messages = []
-        while self._end.poll():
-            messages.append(self._end.recv())
-            if isinstance(messages[-1], Render):
-                os.close(recv_handle(self._end))
-        return messages
-
-    def renders(self) -> list[Render]:
-        """Every image that was sent since the last call."""
-        return [message for message in self.heard() if isinstance(message, Render)]
-
-    def begin(self, images: int | None = None) -> list[int]:
-        """Begin the first `images` of those that were sent, as one batch. Returns their tickets."""
-        tickets = [render.ticket for render in self.renders()][:images]
-        self.say(*(Began(ticket, len(tickets)) for ticket in tickets))
-        return tickets
-
-    def die(self) -> None:
-        """End without a word."""
-        self._is_dead = True
-
-    # --- what the link asks of a life ---
-
-    def ends(self) -> list[int]:
-        return []
-
-    def has_ended(self) -> bool:
-        return self._is_dead
-
-    def how_it_ended(self) -> str:
-        return "exit status 3"
-
-    def kill(self) -> None:
-        self._is_dead = True
-
-    def reap(self, seconds: float) -> bool:
-        self.socket.close()
-        self._end.close()
-        return True
-
-
-class ScriptedBackend:
-    """Starts scripted engines; the last life of each slot stands in `engines`."""
-
-    may_begin = True
-    trouble: str | None = None
-
-    def __init__(self, slots: int) -> None:
-        self.engines: dict[int, ScriptedEngine] = {}  # by number of the slot
-        self.begun = 0
-        self._slots = slots
-
-    def wanted(self, slots: list[Slot]) -> int:
-        return self._slots
-
-    def begin(self, slot: Slot, settings: Config) -> EngineLink:
-        self.begun += 1
-        life = self.engines[slot.number] = ScriptedEngine()
-        now = time.monotonic()
-        return EngineLink(life, now, now, self.begun)
-
-    def is_hopeless(self, slots: list[Slot]) -> bool:
-        return all(slot.link is None or slot.trouble for slot in slots)
-
-    def readers(self) -> list[int]:
-        return []
-
-    def hear(self, now: float) -> None:
-        pass
-
-    def next_deadline(self) -> float:
-        return float("inf")
-
-    def close(self) -> None:
-        pass
 
 
 class Rooms:

@@ -1,4 +1,4 @@
-"""What an engine is, and where its implementations are. Importing this imports no torch."""
+"""The protocol of engines, and the table of those there are. Importing this imports no torch."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
@@ -21,7 +21,7 @@ FP8_CAPABILITY = 8, 9  # of CUDA devices: Ada's and Hopper's matrix units multip
 
 
 class Engine(Protocol):
-    """A model on a device, loaded. One batch at a time, from one thread."""
+    """A model that is loaded on a device. It renders one batch at a time, called from one thread."""
 
     info: EngineInfo
 
@@ -40,8 +40,8 @@ class Engine(Protocol):
     ) -> list[Rendering | EngineError]:
         """Render images of one `ImageSpec.kind` together, each with its own seed, which must be set.
 
-        Each into its buffer: uint8 [height, width, 3], RGB. What on_step raises ends them all and
-        leaves the engine good.
+        The pixels go into the buffers: uint8 [height, width, 3], RGB. An exception that on_step raises
+        ends all of them and leaves the engine good.
 
         Returns for each image how it was rendered, or why it alone was not.
         Raises EngineError: they all failed; the engine is still good.
@@ -50,11 +50,11 @@ class Engine(Protocol):
     def prepare(self, spec: ImageSpec, prompt: Prompt) -> None:
         """Encode the texts of an image that comes next; called by the on_step of those in hand.
 
-        What is wrong with that image is left for its own `render` to find.
+        Errors are ignored here: the image's own `render` meets them again.
         """
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
-        """How many tokens each prompt has once templated, uncut."""
+        """Count the tokens of each prompt, the template included and nothing cut."""
 
     def empty_cache(self) -> None:
         """Give cached memory back to the device."""
@@ -71,7 +71,7 @@ def render_one(
 
 
 def batches(specs: Iterable[ImageSpec], most: int) -> Iterator[list[ImageSpec]]:
-    """In order, as many together as are of one kind and at most `most`."""
+    """Group specs, in order, into batches of one kind and of at most `most`."""
     for _, alike in groupby(specs, key=lambda spec: spec.kind):
         while batch := [*islice(alike, most)]:
             yield batch
@@ -107,18 +107,18 @@ def load(config: Config, on_stage: OnStage) -> Engine:
 
 
 def needs_weights(config: Config) -> bool:
-    """Whether the configured engine reads a model's files: `weights.require` is for these."""
+    """Whether the configured engine reads a model's files."""
     return config.model.id not in ENGINES
 
 
 def require(config: Config) -> None:
-    """Whether the model can be loaded, as far as its files tell. Raises ModelError."""
+    """Check the model's files, if the engine reads any. Raises ModelError: some are missing or broken."""
     if needs_weights(config):
         weights.require(config)
 
 
 def require_quantization(config: Config, device: str, capability: tuple[int, int] | None) -> None:
-    """Whether a device can do what `engine.quantization` asks; capability: CUDA's, of a GPU.
+    """Check that a device can do what `engine.quantization` asks; capability: CUDA's, None on the CPU.
 
     Raises ConfigError: it has no matrix units for fp8.
     """

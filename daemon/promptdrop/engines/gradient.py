@@ -33,7 +33,7 @@ BYTES_TWICE = bytes(range(256)) * 2
 
 
 class GradientEngine:
-    """Gradients whose colours follow from seed, prompt and size."""
+    """Draws gradients whose colours follow from seed, prompt and size."""
 
     def __init__(self, config: Config, on_stage: OnStage) -> None:
         on_stage("loading weights")
@@ -97,15 +97,15 @@ class GradientEngine:
                 _image_fault(fault.removeprefix("text-"), arguments)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
-        """A token a word, and those of a template."""
+        """Count a token for each word, and those of a template."""
         return [len(prompt.split()) + TEMPLATE_TOKENS for prompt in prompts]
 
     def empty_cache(self) -> None:
-        """There is none."""
+        """Do nothing: there is no cache."""
 
 
 def fit(text: str, prompt: Prompt) -> str:
-    """The words of `text` that fit. Raises EngineError where they do not and must not be cut."""
+    """Cut a text to the words that fit. Raises EngineError: it does not fit and must not be cut."""
     words = list(re.finditer(r"\S+", text))
     room = prompt.max_tokens - TEMPLATE_TOKENS
     if len(words) <= room:
@@ -172,7 +172,7 @@ def _finish(drawing: _Drawing, marks: list[float], batch: int) -> Rendering | En
 
 
 def _paint(spec: ImageSpec, text: str, buffer: memoryview) -> None:
-    """Red and blue run across, green against them, and all three down; never one colour."""
+    """Paint gradients: red and blue across, green the other way, all three down; never one colour."""
     width, height = spec.width, spec.height
     digest = hashlib.sha256(f"{spec.seed} {width}x{height} {text}".encode()).digest()
     red, green, blue, down = digest[:4]
@@ -278,7 +278,7 @@ def _hang() -> NoReturn:
 
 
 def _spin() -> NoReturn:
-    """As a kernel that never ends looks to its caller: no exception gets through."""
+    """Loop for ever, as a kernel that never ends looks to its caller: no exception gets through."""
     while True:
         try:
             while True:

@@ -1,10 +1,11 @@
-"""What a transformer block does between its matrix products, each piece in one pass over memory, or in
-none, in the kernel of the products before it.
+"""The work of a transformer block between its matrix products, each piece in one pass over memory.
 
-On a GPU in Triton (`triton_kernels.py`), elsewhere, or where Triton cannot be had, in torch. Rows are
-tokens. Each operation rounds as in the library: on a CPU an evaluation in bfloat16 is the library's to the
-bit, on an H100 0.0162 from it, where two of its attention kernels are 0.0164 from each other. Rounded once
-at the end it was nearer to float32 (0.0179 instead of the library's 0.0195), no faster, and 0.0195 from the
+The gate needs no pass: it is computed in the kernel of the products before it. On a GPU with Triton the
+kernels are those of `triton_kernels.py`; elsewhere torch computes the same. Rows are tokens.
+
+Each operation rounds as in the library: on a CPU an evaluation in bfloat16 is the library's to the bit, on
+an H100 0.0162 from it, where two of its attention kernels are 0.0164 from each other. Rounded once at the
+end it was nearer to float32 (0.0179 instead of the library's 0.0195), no faster, and 0.0195 from the
 library.
 
 On an H100, 4,224 tokens of Z-Image-Turbo, milliseconds each in bf16 (in fp8):
@@ -30,14 +31,14 @@ from promptdrop.engines.rows import FP8, LARGEST, SMALLEST_SCALE, Branch, Norm, 
 
 
 def normed(x: Tensor, norm: Norm, fp8: bool) -> Rows:
-    """The norm of x."""
+    """Norm x [S, dim]."""
     if x.is_cuda and IS_FUSED:
         return triton_kernels.normed(x, norm, fp8)
     return rows(_norm(x, *norm), fp8)
 
 
 def added(x: Tensor, branch: Branch) -> Tensor:
-    """x and its branch."""
+    """Add a branch to x."""
     if x.is_cuda and IS_FUSED:
         return triton_kernels.added(x, branch)
     y = _norm(branch.y, branch.weight, branch.eps, None)
@@ -45,7 +46,7 @@ def added(x: Tensor, branch: Branch) -> Tensor:
 
 
 def added_normed(x: Tensor, branch: Branch, norm: Norm, fp8: bool) -> tuple[Tensor, Rows]:
-    """x and its branch, and the norm of both."""
+    """Add a branch to x, and norm the sum. Returns the sum and its norm."""
     if x.is_cuda and IS_FUSED:
         return triton_kernels.added_normed(x, branch, norm, fp8)
     x = added(x, branch)
@@ -53,7 +54,7 @@ def added_normed(x: Tensor, branch: Branch, norm: Norm, fp8: bool) -> tuple[Tens
 
 
 def normed_rotated(x: Tensor, norm: Norm, freqs: Tensor) -> Tensor:
-    """The norm of each head of x [S, heads * width], its pairs of channels rotated.
+    """Norm each head of x [S, heads * width], and rotate its pairs of channels.
 
     freqs: cosines and sines, float32 [S, width / 2, 2].
     """
@@ -68,21 +69,21 @@ def normed_rotated(x: Tensor, norm: Norm, freqs: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, fp8: bool) -> Rows:
-    """silu(gate) * up, each [S, hidden]."""
+    """Compute silu(gate) * up, each [S, hidden]."""
     if gate.is_cuda and IS_FUSED:
         return triton_kernels.gated(gate, up, fp8)
     return rows(F.silu(gate) * up, fp8)
 
 
 def gated_products(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
-    """silu(x w1') * (x w3'), x [S, dim], each weight [hidden, dim]; one kernel if `is_fast` says so."""
+    """Compute silu(x w1') * (x w3'), x [S, dim], each weight [hidden, dim]; fused if fast."""
     if x.is_cuda and IS_FUSED and triton_kernels.is_fast(x, w1, w3):
         return triton_kernels.gated_products(x, w1, w3)
     return gated(F.linear(x, w1), F.linear(x, w3), fp8=False)  # type: ignore[return-value]  # not fp8
 
 
 def scaled(x: Tensor) -> Scaled:
-    """x [S, n] in fp8."""
+    """Convert x [S, n] to fp8, each row with a scale of its own."""
     if x.is_cuda and IS_FUSED:
         return triton_kernels.scaled(x)
     x = x.float()
@@ -91,19 +92,19 @@ def scaled(x: Tensor) -> Scaled:
 
 
 def rows(x: Tensor, fp8: bool) -> Rows:
-    """[S, n] as the next matrix product takes it."""
+    """Convert x [S, n] to what the next matrix product takes."""
     return scaled(x) if fp8 else x
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
-    """diffusers' RMSNorm, over the last dimension."""
+    """Compute what diffusers' RMSNorm does, over the last dimension."""
     square = x.float().square().mean(-1, keepdim=True)
     x = (x * torch.rsqrt(square + eps)).to(x.dtype) * weight
     return x if scale is None else x * (1 + scale)
 
 
 def missing() -> str | None:
-    """What Triton lacks here to build kernels for a GPU, if anything (triton/runtime/build.py)."""
+    """Name what Triton lacks here to build kernels for a GPU (triton/runtime/build.py); None: nothing."""
     if not find_spec("triton"):
         return "Triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):

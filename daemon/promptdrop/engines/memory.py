@@ -1,11 +1,11 @@
-"""Whose memory holds the model: the device's, or the host's with the weights passing through.
+"""Where the model's weights are kept: on the device, or on the host, from where they are streamed.
 
 A component is streamed block by block: its blocks' matrices stay in pinned host memory and arrive on
-the device one after another, the next ones while one block runs. All else stays on the device, but
-for the text encoder's table of embeddings, of which a prompt needs a few rows: they are looked up on
-the host. Not compiling, pixels are the same to the bit.
+the device one after another, the next block's while one block runs. Everything else stays on the device,
+except for the text encoder's table of embeddings: a prompt needs a few of its rows, which are looked up
+on the host. Without compiling, the pixels are the same to the bit.
 
-diffusers.hooks.apply_group_offloading (0.42.1) does something like it, and was not taken: it pins a
+diffusers.hooks.apply_group_offloading (0.42.1) is similar, and was not taken: it pins a
 copy of all blocks before it lets go of the first, each tensor rounded up to a power of two by torch
 (17.3 GiB beside the 11.5 that the transformer was loaded into); it sends what is no block, that table of
 742 MiB too, there and back with every call; and it replaces `forward`, as `forward.together` does.
@@ -45,14 +45,14 @@ OTHER_BYTES = GIB // 2  # code and workspaces of CUDA's libraries, and gaps; an 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of a component on the device."""
+    """The bytes that a component takes on the device."""
 
     whole: int
     streamed: int  # two blocks, and what is no block
 
 
 def footprint(component: nn.Module) -> Footprint:
-    """As it is loaded, wherever it is now."""
+    """Measure a component, wherever it is now."""
     whole = sum(tensor.nbytes for tensor in tensors(component))
     moving = [*blocks(component), *tables(component)]
     moved = sum(tensor.nbytes for part in moving for tensor in matrices(part))
@@ -60,7 +60,7 @@ def footprint(component: nn.Module) -> Footprint:
 
 
 def needs(footprints: Mapping[str, Footprint], working: int) -> dict[str, int]:
-    """Bytes on the device with each of OFFLOADS; footprints by component."""
+    """The bytes needed on the device, for each of OFFLOADS; footprints: by component."""
     return {
         offload: working
         + sum(
@@ -71,7 +71,7 @@ def needs(footprints: Mapping[str, Footprint], working: int) -> dict[str, int]:
 
 
 def working_bytes(config: Config) -> int:
-    """What rendering needs beside the weights, of the largest size of warm-up."""
+    """Estimate the bytes that rendering the largest size of warm-up needs beside the weights."""
     sides = map(width_height, config.engine.warmup)
     pixels = max((width * height for width, height in sides), default=1024 * 1024)
     per_megapixel = WORKING_BYTES + (config.engine.batch - 1) * FURTHER_BYTES
@@ -79,12 +79,12 @@ def working_bytes(config: Config) -> int:
 
 
 def plan(free: int, need: Mapping[str, int]) -> str:
-    """The fastest that fits into so many bytes; if none does, the one that needs least."""
+    """Choose the fastest offload that fits into so many bytes; if none does, the one that needs least."""
     return next((offload for offload, size in need.items() if size <= free), [*need][-1])
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can have of a CUDA device, with what it has already."""
+    """The bytes of a CUDA device that this process can have, those that it has already included."""
     free, total = torch.cuda.mem_get_info(device)
     fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every torch
     limit = int(total * fraction_of(device)) if fraction_of else total
@@ -92,7 +92,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose(config: Config, pipe: Any, device: torch.device) -> tuple[str, str]:
-    """`engine.offload`, `auto` resolved, and in words what it needs and what is free; logged."""
+    """Resolve `engine.offload: auto`, and log it.
+
+    Returns the offload, and in words what it needs and what is free.
+    """
     wanted = config.engine.offload
     if device.type != "cuda":
         why = "there is no device but the CPU"
@@ -115,9 +118,9 @@ def choose(config: Config, pipe: Any, device: torch.device) -> tuple[str, str]:
 
 
 def place(pipe: Any, offload: str, device: torch.device) -> None:
-    """Move each component to where it belongs; never more to the device than stays there.
+    """Move each component to where an offload keeps it; never more to the device than stays there.
 
-    Raises RuntimeError: the device has too little memory. OSError: the host has.
+    Raises RuntimeError: the device has too little memory. OSError: the host has too little.
     """
     for name in COMPONENTS:
         component = getattr(pipe, name)
@@ -128,10 +131,10 @@ def place(pipe: Any, offload: str, device: torch.device) -> None:
 
 
 def stream(component: nn.Module, device: torch.device) -> None:
-    """From now on the component's blocks pass through the device; there is no way back.
+    """Have a component's blocks streamed through the device from now on. This cannot be undone.
 
-    What interrupts it, as an image's timeout may, leaves a component that works and is moved whole
-    when it is next used.
+    Interrupted, as by an image's timeout, it leaves a component that works; the rest of it is moved when
+    it is next used.
 
     Raises OSError: the host has too little memory, or will not pin it.
     """
@@ -145,18 +148,18 @@ def stream(component: nn.Module, device: torch.device) -> None:
 
 
 def blocks(component: nn.Module) -> list[nn.Module]:
-    """What is streamed of a component, in the order in which it runs."""
+    """The blocks of a component, in the order in which they run: they are streamed."""
     lists = [child for child in component.children() if isinstance(child, nn.ModuleList)]
     return [block for each in lists for block in each]
 
 
 def tables(component: nn.Module) -> list[nn.Embedding]:
-    """The embeddings that are looked up on the host."""
+    """The embeddings of a component, which are looked up on the host."""
     return [child for child in component.children() if isinstance(child, nn.Embedding)]
 
 
 def look_up_on_host(table: nn.Embedding, device: torch.device) -> None:
-    """Token ids come to the table; its rows go to the device."""
+    """Keep a table on the host: token ids are brought there, and its rows to the device."""
     weight = table.weight
     table.register_forward_pre_hook(lambda _, inputs: tuple(x.to(weight.device) for x in inputs))
     table.register_forward_hook(lambda _, inputs, rows: rows.to(device, non_blocking=True))
@@ -164,14 +167,14 @@ def look_up_on_host(table: nn.Embedding, device: torch.device) -> None:
 
 
 class Streamed:
-    """Blocks whose weights arrive before they run. All run on one CUDA stream.
+    """Brings the weights of blocks to the device before they run. All blocks run on one CUDA stream.
 
-    Two slots on the device hold the weights of two blocks: of the one that runs, and of the next.
-    Blocks that run in another order get the right weights, too, but wait for them.
+    Two slots on the device hold the weights of two blocks: the one that runs, and the next. Blocks that
+    run in another order get the right weights, too, but wait for them.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        """Their weights are moved to the host by `leave`, at the latest when a block runs."""
+        """`leave` moves their weights to the host; it is called at the latest when a block runs."""
         self._blocks = blocks
         self._device = device
         self._kept: list[Tensor] = []  # a block's weights each, uint8 [bytes]
@@ -191,7 +194,7 @@ class Streamed:
             self._kept.append(to_host(block, self._device))
 
     def _before(self, index: int, block: nn.Module, inputs: Any) -> None:
-        """Called before a block runs: its weights have come, and the next ones set off."""
+        """Called before a block runs: wait for its weights, and send for those of the next block."""
         slots = self._slots if self._slots is not None else self._make_slots()
         if self._held[index % 2] != index:
             self._fetch(index, slots)
@@ -202,7 +205,7 @@ class Streamed:
             self._fetch(following, slots)
 
     def _make_slots(self) -> Tensor:
-        """At the first use, where lack of memory is an image's and can be cured."""
+        """Make the slots at the first use, where running out of memory is handled as an image's."""
         self.leave()
         slots = torch.empty(2, max(map(len, self._kept)), dtype=torch.uint8, device=self._device)
         for index, block in enumerate(self._blocks):
@@ -214,7 +217,7 @@ class Streamed:
         return slots
 
     def _fetch(self, index: int, slots: Tensor) -> None:
-        """Queue the copy of a block's weights into its slot, behind all that may still read that."""
+        """Queue the copy of a block's weights into its slot, behind work that may still read the slot."""
         kept, slot = self._kept[index], index % 2
         self._held[slot] = None  # if we are interrupted here, it is fetched again
         if self._device.type == "cuda":
@@ -228,23 +231,26 @@ class Streamed:
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, each once."""
+    """The parameters and buffers of a module, each once."""
     return [*{id(t): t for t in (*module.parameters(), *module.buffers())}.values()]
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
-    """What of a block is streamed. Norms and biases, a few KiB, stay on the device: FastForward uses
-    a block's last norm when the next block has begun."""
+    """The tensors of a block that are streamed: its matrices.
+
+    Norms and biases, a few KiB, stay on the device: FastForward uses a block's last norm when the next
+    block has begun.
+    """
     return [tensor for tensor in tensors(module) if tensor.ndim > 1]
 
 
 def space(module: nn.Module) -> int:
-    """Bytes that its matrices take one behind the other, aligned."""
+    """The bytes that a module's matrices take one behind the other, aligned."""
     return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in matrices(module))
 
 
 def views(memory: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Tensors of the same shapes, strides and dtypes within memory, uint8 [bytes]."""
+    """Lay tensors of the same shapes, strides and dtypes out in memory, uint8 [bytes]."""
     begin = 0
     for tensor in like:
         strides = torch.empty_like(tensor, device="meta").stride()  # without gaps
@@ -254,11 +260,11 @@ def views(memory: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def to_host(block: nn.Module, device: torch.device) -> Tensor:
-    """Move a block's weights into one piece of host memory that the device can read: uint8 [bytes].
+    """Move a block's weights into one piece of pinned host memory: uint8 [bytes].
 
-    Interrupted, it can be done again.
+    If it was interrupted, it can be called again.
 
-    Raises OSError: there is too little, or it cannot be pinned.
+    Raises OSError: the host has too little memory, or will not pin it.
     """
     memory = torch.frombuffer(
         mmap.mmap(-1, space(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
@@ -276,7 +282,7 @@ def to_host(block: nn.Module, device: torch.device) -> Tensor:
 
 
 def unpinned(pinned: Sequence[Tensor]) -> None:
-    """Before its memory is given back: nothing on the device may read it any more."""
+    """Unpin memory before it is given back, once nothing on the device reads it any more."""
     torch.cuda.synchronize()
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
     for memory in pinned:
@@ -284,14 +290,14 @@ def unpinned(pinned: Sequence[Tensor]) -> None:
 
 
 def first_sentence(error: Exception) -> str:
-    """What happened; what torch says after it is advice."""
+    """The sentence of an error of torch that says what happened; the others are advice."""
     return str(error).partition(". ")[0]
 
 
 def hold(device: torch.device, mib: int | None) -> None:
-    """Make torch's allocator hold at least so many MiB of the device, so that nobody else has them.
+    """Make torch's allocator hold at least so many MiB of the device, so that no other process has them.
 
-    They stay ours until the cache is emptied. If there are fewer, that is logged and none are taken.
+    It holds them until the cache is emptied. If there are fewer, that is logged and none are taken.
     """
     if mib is None or device.type != "cuda":
         return

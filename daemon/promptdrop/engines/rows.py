@@ -1,5 +1,4 @@
-"""The nouns of a transformer block's pointwise work. Rows are tokens: x, y [S, dim]; weight, gate,
-scale [dim]."""
+"""The arguments of kernels. Rows are tokens: x, y [S, dim]; weight, gate, scale [dim]."""
 
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ class Scaled(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A root mean square norm, and what its result is multiplied by: 1 + scale."""
+    """A root mean square norm, whose result is multiplied by 1 + scale."""
 
     weight: Tensor
     eps: float
@@ -28,7 +27,7 @@ class Norm(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What a block adds to its input: tanh(gate) times the norm of y."""
+    """The sum that a block adds to its input: tanh(gate) times the norm of y."""
 
     y: Tensor
     weight: Tensor

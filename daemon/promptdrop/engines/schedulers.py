@@ -1,7 +1,7 @@
-"""Which scheduler takes an image from noise to latents: diffusers' own, fitted to the pipeline.
+"""The schedulers, which lead an image from noise to latents: diffusers' own, fitted to the pipeline.
 
-ZImagePipeline hands every scheduler `sigmas` and `mu` (pipeline_z_image.py:482) and passes none a
-generator. Only flow-match Euler is ready for that, so the others take their noise levels from it:
+ZImagePipeline gives every scheduler `sigmas` and `mu` (pipeline_z_image.py:482) and none a generator.
+Only flow-match Euler takes these, so the others take their noise levels from it:
 the checkpoint's shift and the model's timesteps are then the same for all, whatever its
 scheduler_config.json says.
 """
@@ -53,10 +53,10 @@ class _CheckpointLevels:
 
 
 class _LogSignalLevels(_CheckpointLevels):
-    """For solvers that step in log((1 - sigma) / sigma): pure noise has none that is finite.
+    """For solvers that step in log((1 - sigma) / sigma), which is infinite for pure noise.
 
-    UniPC would solve a linear system with an infinity in it, which each device's library does its
-    own way. Anything from 1e-6 to 1e-3 changed no error against the exact solution by 1% at 4 to 9 steps.
+    UniPC would solve a linear system with an infinity in it, which libraries of devices do in different
+    ways. Anything from 1e-6 to 1e-3 changed no error against the exact solution by 1% at 4 to 9 steps.
     """
 
     def _take(self, levels: torch.Tensor, timesteps: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ class DPMSolver(_LogSignalLevels, DPMSolverMultistepScheduler):  # type: ignore[
     """DPM-Solver++(2M) of Lu et al. (2022), arXiv 2211.01095, and its SDE variant."""
 
     def step(self, *arguments: Any, **options: Any) -> Any:
-        """The noise of the SDE variant comes from the image's own generator."""
+        """Do a step; the SDE variant draws its noise from the image's own generator."""
         return super().step(*arguments, generator=self.generator, **options)
 
 
@@ -79,7 +79,7 @@ class Heun(_CheckpointLevels, FlowMatchHeunDiscreteScheduler):  # type: ignore[m
     """Algorithm 1 of Karras et al. (2022), arXiv 2206.00364, without churn."""
 
     def _take(self, levels: torch.Tensor, timesteps: torch.Tensor) -> None:
-        """Every level but the first and the final 0 is looked at twice: 2N - 1 evaluations."""
+        """Repeat every level but the first and the final 0: there are 2N - 1 evaluations."""
         inner = levels[1:-1].repeat_interleave(2)  # [2N - 2]
         self.sigmas = torch.cat([levels[:1], inner, levels[-1:]])  # [2N]
         self.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])  # [2N - 1]
@@ -94,7 +94,7 @@ _NEW: dict[str, Callable[[], Any]] = {
 
 
 def checkpoint_scheduler(pipe: Any, directory: Path) -> Any:
-    """The scheduler a pipeline was loaded with. Raises ModelError: it is not flow-match Euler."""
+    """The scheduler that a pipeline was loaded with. Raises ModelError: it is not flow-match Euler."""
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         raise ModelError(
             f"{directory}/scheduler: is a {type(pipe.scheduler).__name__};"
@@ -104,10 +104,10 @@ def checkpoint_scheduler(pipe: Any, directory: Path) -> Any:
 
 
 def scheduler_for(name: str, checkpoint: Any, generator: Any) -> Any:
-    """The scheduler of one image, by its name in job.SCHEDULERS; no other image leaves a trace.
+    """Make the scheduler of one batch, by its name in nouns.SCHEDULERS.
 
-    checkpoint: the model's own scheduler, which is `euler`. generator: the image's, going on from
-    where its latents were drawn; a list where several images are one batch.
+    checkpoint: the model's own scheduler, which is `euler`. generator: the image's, from which its latents
+    have been drawn; a list for several images.
     """
     if name == "euler":
         return checkpoint

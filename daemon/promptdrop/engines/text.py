@@ -1,4 +1,4 @@
-"""Prompts to what the transformer takes: templated, cut to fit, encoded, and kept."""
+"""From prompts to embeddings: put into the template, cut to fit, encoded, and kept."""
 
 from collections import OrderedDict
 from functools import partial
@@ -17,7 +17,7 @@ SHORTEST_GRAPH = 64  # tokens
 
 
 def templated(tokenizer: Any, text: str) -> str:
-    """A prompt as the text encoder sees it (pipeline_z_image.py:218-226)."""
+    """Put a prompt into the chat template, as the library does (pipeline_z_image.py:218-226)."""
     messages = [{"role": "user", "content": text}]
     return str(
         tokenizer.apply_chat_template(
@@ -27,15 +27,15 @@ def templated(tokenizer: Any, text: str) -> str:
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens of the templated text."""
+    """Count the tokens of a text, the template included."""
     return len(tokenizer(templated(tokenizer, text)).input_ids)
 
 
 def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
-    """As much of the user's text as fits once templated, and how many tokens that is, templated.
+    """Cut the user's text to what fits, the template included. Returns it, and its number of tokens.
 
-    A text that fits is returned as it is. Cuts lie between characters of the text and never touch
-    the template: the library's own truncation would drop the template's end.
+    A text that fits is returned as it is. Cuts are made between characters of the text and never in the
+    template, the end of which the library's own truncation would drop.
 
     Raises EngineError: it does not fit and `prompt.overflow` is refuse.
     """
@@ -60,32 +60,32 @@ def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
 class Embedding(NamedTuple):
     """A prompt as the transformer takes it."""
 
-    text: str  # what the encoder was given
-    tokens: int  # of that, templated
+    text: str  # that the encoder was given
+    tokens: int  # of that text, the template included
     truncated: bool
     embeds: Tensor  # [tokens, width], as ZImagePipeline.encode_prompt returns it
 
 
 class Embeddings:
-    """What the text encoder makes of prompts; a repeated one is neither cut nor encoded again.
+    """Encodes prompts, and keeps the embeddings for prompts that are repeated.
 
-    At most EMBEDDINGS_BYTES, the least lately used go first.
+    At most EMBEDDINGS_BYTES are kept; the least recently used go first.
     """
 
     def __init__(self, pipe: Any, padded: bool) -> None:
-        """padded: encode as the library does, to the same bits."""
+        """padded: encode padded, as the library does; the result is the library's, bit for bit."""
         self._pipe, self._padded = pipe, padded
         self.graphs: EncoderGraphs | None = None
         self._kept: OrderedDict[tuple[str, Prompt], Embedding] = OrderedDict()
         self._bytes = 0
 
     def warm_up(self, max_tokens: int) -> None:
-        """Record the graphs, if there are to be any, of up to so many tokens."""
+        """Capture the CUDA graphs for up to so many tokens, if graphs are used."""
         if self.graphs:
             self.graphs.warm_up(max_tokens)
 
     def of(self, text: str, prompt: Prompt) -> Embedding:
-        """Of a user's text. Raises EngineError: it is too long and must not be cut."""
+        """The embedding of a user's text. Raises EngineError: it is too long and must not be cut."""
         key = text, prompt
         if key not in self._kept:
             fitting, tokens = fit(self._pipe.tokenizer, text, prompt)
@@ -111,12 +111,12 @@ class Embeddings:
 
 
 def size_of(text: str, embeds: Tensor) -> int:
-    """Bytes of a kept embedding: at most 4 for a character."""
+    """The bytes of a kept embedding, and of its text at 4 a character."""
     return embeds.nbytes + 4 * len(text)
 
 
 def encoded(encoder: Any, ids: Tensor) -> Tensor:
-    """What the text encoder makes of a prompt alone, ids [1, T]: [T, width].
+    """Encode one prompt without padding, ids [1, T]. Returns [T, width].
 
     The library pads to max_sequence_length, masks the padding and cuts it off
     (pipeline_z_image.py:228-244). No token sees a later one, so without it the result is the same
@@ -147,14 +147,14 @@ class EncoderGraphs:
                 )
 
     def warm_up(self, max_tokens: int) -> None:
-        """Record all graphs that prompts of up to so many tokens need."""
+        """Capture all graphs that prompts of up to so many tokens need."""
         for length in [SHORTEST_GRAPH << n for n in range(16)]:
             self._graph(length)
             if length >= max_tokens:
                 return
 
     def encoded(self, ids: Tensor) -> Tensor:
-        """Of ids [1, T] on the CPU: [T, width]. Nothing here waits for the device."""
+        """Encode ids [1, T], which are on the CPU. Returns [T, width], without waiting for the device."""
         tokens = ids.shape[1]
         length = max(SHORTEST_GRAPH, 1 << (tokens - 1).bit_length())
         graph, inputs, hidden = self._graph(length)
@@ -164,7 +164,7 @@ class EncoderGraphs:
 
     @torch.no_grad()
     def _graph(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """A graph of so many tokens, its inputs [1, length] and what it makes of them."""
+        """The graph for so many tokens, its inputs [1, length] and its outputs [length, width]."""
         if length not in self._graphs:
             inputs = torch.zeros(1, length, dtype=torch.long, device=self._encoder.device)
             here = torch.cuda.current_stream()

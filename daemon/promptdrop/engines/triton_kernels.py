@@ -1,6 +1,6 @@
-"""The functions of `kernels.py` on a GPU.
+"""The functions of `kernels.py` on a GPU, in Triton.
 
-A program of each kernel has one row, that is one token, in its registers; of `gated_products` a tile.
+Each program of a kernel has one row, that is one token, in its registers; one of `gated_products` a tile.
 """
 
 import functools
@@ -14,8 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from promptdrop.engines.rows import FP8, LARGEST, SMALLEST_SCALE, Branch, Norm, Rows, Scaled
 
-# Of a matrix product: rows, and columns of each weight, that one program has in registers, and how much
-# of the inner dimension in a step. Others were 2 to 40% slower.
+# The rows of a matrix product, and the columns of each weight, that a program has in registers, and how
+# much of the inner dimension in one step. Other values were 2 to 40% slower.
 TILE, DEPTH = 128, 64
 # Rows, from which on a CPU's launching of a whole evaluation (36 ms with `gated_products`, else 20) is
 # hidden behind the GPU's 43 ms.
@@ -132,7 +132,7 @@ def _rows(x: Tensor, branch: Branch | None, norm: Norm | None, fp8: bool) -> tup
 
 
 def _empty(x: Tensor, fp8: bool) -> Rows:
-    """Where a kernel writes rows like those of x."""
+    """Allocate the rows that a kernel writes, of the shape of x."""
     return _scaled_rows(x) if fp8 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

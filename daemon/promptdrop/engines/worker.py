@@ -1,8 +1,8 @@
-"""The engine process: load, warm up, render until told to stop. It may die at any moment.
+"""The main loop of the engine process: load, warm up, render until told to stop.
 
-Started by the daemon as `python -m promptdrop.engines.worker FD`, with the configuration as the first
-message on FD. Any exception that is not one of ours escapes and ends this process: after an
-unknown CUDA error every later call fails too, so the only cure is a new process.
+The daemon starts it as `python -m promptdrop.engines.worker FD`; the configuration is the first message
+on FD. An exception that is not one of ours escapes and ends this process: after an unknown CUDA error
+every later call fails too, and only a new process helps.
 """
 
 import ctypes
@@ -60,25 +60,26 @@ _STAGE_SECONDS = 1.0  # warm-up reports its steps at most this often
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One that is asked for, and the descriptor of its memory."""
+    """An image that was asked for, and the descriptor of the memory for its pixels."""
 
     render: Render
     memory: int
 
     def is_like(self, other: "Image") -> bool:
-        """Whether they may be rendered together."""
+        """Whether the two may be rendered together."""
         kind = self.render.kind
         return kind is not None and kind == other.render.kind
 
 
 class Line:
-    """The engine's end of the pipe. Read by a thread, so that a Cancel overtakes the render in hand."""
+    """The engine's end of the pipe. A thread reads it, so that a Cancel overtakes the image in hand."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, on_end: Callable[[], None]) -> None:
+        """on_end: called, in that thread, once the daemon has closed its end."""
+        self._connection, self._on_end = connection, on_end
         self._waiting: deque[Image | CountTokens | Stop] = deque()
-        self._arriving: list[Image] = []  # until a Begin has followed
-        self._cancelled: set[int] = set()  # images that were begun
+        self._arriving: list[Image] = []  # images that wait for a Begin
+        self._cancelled: set[int] = set()  # tickets of images that were begun
         self._changed = threading.Condition()
         self._sending = threading.Lock()
 
@@ -87,12 +88,15 @@ class Line:
         threading.Thread(target=self._read, name="inbound", daemon=True).start()
 
     def send(self, answer: Answer) -> None:
-        """From any thread."""
+        """Send an answer.
+
+        Thread: any.
+        """
         with self._sending:
             self._connection.send(answer)
 
     def next(self, most: int) -> list[Image] | CountTokens | Stop:
-        """Wait for the next request: one image, and with it, up to `most`, all there are of its kind."""
+        """Wait for the next request. An image comes with others of its kind, at most `most` in all."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             first = self._waiting[0]
@@ -105,12 +109,12 @@ class Line:
             return images
 
     def coming(self, most: int) -> list[Image]:
-        """The images that would be next if no other came."""
+        """The images that would be rendered next if no other came."""
         with self._changed:
             return self._first_images(most)
 
     def is_cancelled(self, ticket: int) -> bool:
-        """Whether the daemon does not want this image any more."""
+        """Whether the daemon has cancelled this image, which was begun."""
         return ticket in self._cancelled
 
     def _first_images(self, most: int) -> list[Image]:
@@ -118,6 +122,7 @@ class Line:
         return [one for one in images if one is images[0] or one.is_like(images[0])][:most]
 
     def _read(self) -> None:
+        """The thread that reads requests."""
         try:
             while True:
                 message = self._connection.recv()
@@ -128,16 +133,17 @@ class Line:
                 else:
                     self._let_begin(*([] if isinstance(message, Begin) else [message]))
         except (EOFError, OSError):
-            os._exit(0)  # the daemon is gone; nobody wants what is being rendered
+            self._on_end()
 
     def _let_begin(self, *requests: CountTokens | Stop) -> None:
+        """Let the images that have arrived be rendered, and then these requests be answered."""
         with self._changed:
             self._waiting += [*self._arriving, *requests]
             self._changed.notify()
         self._arriving = []
 
     def _cancel(self, ticket: int) -> None:
-        """What has not begun is given back now, however long the image in hand takes."""
+        """Give an image that was not begun back at once; remember it if it was begun."""
         with self._changed:
             for request in self._waiting:
                 if isinstance(request, Image) and request.render.ticket == ticket:
@@ -151,11 +157,11 @@ class Line:
 
 
 class Ahead:
-    """Encodes the texts of the images that come next while others are in hand.
+    """Encodes the texts of the images that come next, while others are rendered.
 
-    By the thread and on the stream of their steps: no other is needed. On CUDA a step's callback
-    runs when the device has just begun a whole evaluation, so that it does not wait for an encoding
-    to be launched, which takes longer than the encoding itself. One at each step, lest it runs dry.
+    It does so in the step callback, on the same thread and CUDA stream. The callback runs when the device
+    has just begun a whole evaluation, so that the device does not wait for the launches of an encoding,
+    which take longer than the encoding itself. One text a step, so that the device has work all the time.
     """
 
     def __init__(self, warm: Engine, line: Line, most: int) -> None:
@@ -164,18 +170,18 @@ class Ahead:
 
     @property
     def has_prepared(self) -> bool:
-        """Whether time of the images in hand went into others."""
+        """Whether any text was encoded in the time of the images in hand."""
         return bool(self._prepared)
 
     def coming(self) -> Image | None:
-        """One that is still to be prepared; none that may be poison."""
+        """The next image whose text is to be encoded. Images that may be poison are left out."""
         for image in self._line.coming(self._most):
             if image.render.kind is not None and image.render.ticket not in self._prepared:
                 return image
         return None
 
     def prepare(self, image: Image) -> None:
-        """Whatever this raises may be that image's fault."""
+        """Encode an image's text. An error here may be that image's fault."""
         self._prepared.add(image.render.ticket)
         self._warm.prepare(image.render.spec, image.render.prompt)
 
@@ -190,13 +196,22 @@ def main(fd: int) -> None:
     connection = Connection(fd)
     config: Config = connection.recv()
     log.set_up(config.log.level, config.log.format)
-    line = Line(connection)
+    # Once the daemon is gone, nobody wants what is being rendered.
+    serve(config, Line(connection, on_end=lambda: os._exit(0)))
+
+
+def serve(config: Config, line: Line) -> None:
+    """Load the engine, warm it up, and answer requests until a Stop.
+
+    Raises SystemExit: the engine cannot start; the daemon was told why.
+    """
     line.listen()
     warm = _start(config, line.send)
-    _serve(warm, Nvml(warm.info.device_index), line, config.engine.batch)
+    _answer(warm, Nvml(warm.info.device_index), line, config.engine.batch)
 
 
 def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
+    """Load the engine and warm it up. Raises SystemExit: it cannot start."""
     try:
         loaded = engine.load(config, lambda text: send(Stage(text)))
         loaded.warm_up(_reporter(send))
@@ -214,6 +229,7 @@ def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
 
 
 def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
+    """An on_step for the warm-up: a sign of life, at most once in _STAGE_SECONDS."""
     last = 0.0
 
     def report() -> None:
@@ -225,7 +241,8 @@ def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
     return report
 
 
-def _serve(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
+def _answer(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
+    """Answer requests until a Stop."""
     while not isinstance(request := line.next(most), Stop):
         if isinstance(request, CountTokens):
             line.send(Tokens(request.ticket, tuple(warm.count_tokens(list(request.prompts)))))
@@ -245,7 +262,7 @@ def _serve(warm: Engine, nvml: Nvml, line: Line, most: int) -> None:
 
 
 def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line, most: int) -> None:
-    """Render images together; one that is cancelled meanwhile is rendered all the same, for nobody."""
+    """Render images together, and answer for each. One that is cancelled meanwhile is still rendered."""
     tickets = [image.render.ticket for image in images]
     for ticket in tickets:
         line.send(Began(ticket, len(images)))
@@ -256,7 +273,7 @@ def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line, most: int
     try:
         results = _results(warm, images, line, seconds, ahead)
     except ImageCancelled:
-        pass  # as `is_cancelled` says of each
+        pass  # all were cancelled, which is answered below
     except ImageTimeout:
         many = f" for {len(images)} images together" if len(images) > 1 else ""
         error = f"took longer than {seconds:g} s{many} (timeout_seconds)"
@@ -277,7 +294,10 @@ def _render(warm: Engine, nvml: Nvml, images: list[Image], line: Line, most: int
 def _results(
     warm: Engine, images: list[Image], line: Line, seconds: float, ahead: Ahead
 ) -> list[Rendering | Failed]:
-    """What came of each. Raises ImageTimeout, EngineError: of all; ImageCancelled: nobody wants one."""
+    """Render images together. Returns the result of each.
+
+    Raises ImageTimeout, EngineError: all of them failed. ImageCancelled: all of them were cancelled.
+    """
     tickets = [image.render.ticket for image in images]
     deadline = time.monotonic() + seconds
 
@@ -286,7 +306,7 @@ def _results(
         line.send(Step(tickets[0], step, steps, prepares=coming is not None))
         if all(map(line.is_cancelled, tickets)):
             raise ImageCancelled
-        if time.monotonic() > deadline:  # an alarm that a destructor or bare except swallowed
+        if time.monotonic() > deadline:  # the alarm was swallowed by a destructor or a bare except
             raise ImageTimeout
         if coming:
             ahead.prepare(coming)
@@ -304,7 +324,7 @@ def _results(
 
 @contextmanager
 def _pixels(image: Image) -> Iterator[memoryview]:
-    """The memory that came with it, uint8 [height, width, 3]."""
+    """Map the memory for an image's pixels: uint8 [height, width, 3]."""
     size = image.render.spec.height * image.render.spec.width * 3
     with mmap.mmap(image.memory, size) as pixels, memoryview(pixels) as buffer:
         yield buffer
@@ -312,7 +332,7 @@ def _pixels(image: Image) -> Iterator[memoryview]:
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """SIGALRM after `seconds`: raises within Python code; a C call delays it to its end."""
+    """Have SIGALRM sent after `seconds`. It raises in Python code; a C call delays it until it returns."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -325,10 +345,10 @@ def _raise_timeout(number: int, frame: object) -> NoReturn:
 
 
 def die_with_parent() -> None:
-    """SIGKILL us when the daemon's main thread ends, even while a C call holds the GIL."""
+    """Have the kernel kill this process when the daemon's main thread ends, even in a C call."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() == 1:
-        os._exit(0)  # it ended before we asked
+        os._exit(0)  # the daemon had ended before the call
 
 
 if __name__ == "__main__":

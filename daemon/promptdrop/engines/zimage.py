@@ -188,7 +188,7 @@ class ZImageEngine:
             self.renderer.texts(spec, prompt)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
-        """How many tokens each prompt has once templated, uncut."""
+        """Count the tokens of each prompt, the template included and nothing cut."""
         return [count_tokens(self.model.pipe.tokenizer, text) for text in prompts]
 
     def empty_cache(self) -> None:
