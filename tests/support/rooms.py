@@ -16,7 +16,7 @@ from promptdrop.errors import RequestError
 from promptdrop.intake.intake import Intake, Survey
 from promptdrop.intake.taking import settings_of
 from promptdrop.loop import Loop
-from promptdrop.nouns import EngineInfo, Request
+from promptdrop.nouns import Request
 from promptdrop.pool.link import EngineLink
 from promptdrop.pool.messages import Answer, Began, Ready, Render
 from promptdrop.pool.pool import Pool, Slot
@@ -37,8 +37,7 @@ from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.status import Composer
 from promptdrop.supervisor.work import Work
 from specs import spec
-
-INFO = EngineInfo("gradient", None, "float32", "none", False, "cpu")
+from spools import INFO, claimed, put
 
 
 class ScriptedEngine:
@@ -192,10 +191,8 @@ class Rooms:
 
     def drop(self, path: str) -> Unresolved:
         """Drop SUB/FILE and claim it."""
-        sub, _, file = path.rpartition("/")
-        (self.spool.paths.inbox / sub).mkdir(exist_ok=True, parents=True)
-        (self.spool.paths.inbox / path).write_text("a red fox\n")
-        return claim.claim(self.spool, sub, file)
+        put(self.spool, path)
+        return claimed(self.spool, path)
 
     def job(self, path: str = "a.txt", images: int = 1, priority: int = 0, **fields: Any) -> Job:
         """Drop a file and resolve it to a job that nobody has accepted yet."""
