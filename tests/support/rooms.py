@@ -32,6 +32,7 @@ from promptdrop.supervisor.status import Composer
 from promptdrop.supervisor.work import Work
 from scripted import INFO, ScriptedBackend, ScriptedEngine
 from specs import spec
+from spools import claimed, put
 
 
 class Rooms:
@@ -90,10 +91,8 @@ class Rooms:
 
     def drop(self, path: str) -> Unresolved:
         """Drop SUB/FILE and claim it."""
-        sub, _, file = path.rpartition("/")
-        (self.spool.paths.inbox / sub).mkdir(exist_ok=True, parents=True)
-        (self.spool.paths.inbox / path).write_text("a red fox\n")
-        return claim.claim(self.spool, sub, file)
+        put(self.spool, path)
+        return claimed(self.spool, path)
 
     def job(self, path: str = "a.txt", images: int = 1, priority: int = 0, **fields: Any) -> Job:
         """Drop a file and resolve it to a job that nobody has accepted yet."""
