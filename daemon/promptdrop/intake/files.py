@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from promptdrop import fs, names
 
@@ -15,17 +14,9 @@ NOT_OURS = (
 )  # withdrawn, or unreadable for us
 
 
-class Found(NamedTuple):
-    """A regular file that is a job or a cancel mark by its name."""
-
-    sub: str  # folder below the inbox, "" at the root
-    entry: os.DirEntry[str]
-    siblings: set[str]  # names in the same folder, its own included
-
-    @property
-    def path(self) -> str:
-        """SUB/FILE."""
-        return below(self.sub, self.entry.name)
+# A regular file that is a job or a cancel mark by its name: the folder below the inbox ("" at the
+# root), its entry, and all names in that folder. A plain tuple, as there may be 100,000 of them.
+Found = tuple[str, os.DirEntry[str], set[str]]
 
 
 def below(sub: str, name: str) -> str:
@@ -51,8 +42,8 @@ def job_files(root: Path, recursive: bool) -> Iterator[Found]:
             if _is_folder(entry):
                 if recursive and _is_entered(entry, sub, device):
                     folders.append(below(sub, entry.name))
-            elif _has_our_name(entry.name) and _may_be_file(entry):
-                yield Found(sub, entry, siblings)
+            elif _is_ours(entry.name) and _may_be_file(entry):
+                yield sub, entry, siblings
 
 
 def strangers(root: Path) -> Iterator[tuple[str, str]]:
@@ -73,7 +64,7 @@ def strangers(root: Path) -> Iterator[tuple[str, str]]:
                 yield path, "not a regular file"
 
 
-def _has_our_name(name: str) -> bool:
+def _is_ours(name: str) -> bool:
     return names.is_job_name(name) or names.is_cancel(name)
 
 

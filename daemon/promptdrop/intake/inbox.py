@@ -89,14 +89,15 @@ class Inbox:
         found: set[str] = set()
         cancels: dict[str, float] = {}
         for file in job_files(self.root, recursive):
-            path = file.path
-            if names.is_cancel(file.entry.name):
+            sub, entry, _ = file
+            path = below(sub, entry.name)
+            if names.is_cancel(entry.name):
                 cancels[path] = self._cancels.get(path, now)
                 continue
             found.add(path)
             if path in self._seen and self._seen[path].offered:
                 continue
-            verdict = self._examine(file, now, watch)
+            verdict = self._examine(path, file, now, watch)
             if verdict is None:
                 continue
             next_look = min(next_look, verdict.again)
@@ -105,7 +106,7 @@ class Inbox:
             else:
                 seen = self._seen[path]
                 seen.offered = True
-                offer = Offer(file.sub, file.entry.name, seen.signature, now, verdict.why)
+                offer = Offer(sub, entry.name, seen.signature, now, verdict.why)
                 arrived.append((seen.since, path, offer))
         for path in self._seen.keys() - found:
             del self._seen[path]  # taken or withdrawn
@@ -128,20 +129,20 @@ class Inbox:
         """Forget an offered file: it was taken, was withdrawn or has changed, and then settles anew."""
         self._seen.pop(path, None)
 
-    def _examine(self, file: Found, now: float, watch: Watch) -> Verdict | None:
+    def _examine(self, path: str, file: Found, now: float, watch: Watch) -> Verdict | None:
         """Look at one file and judge it. Returns None if it was withdrawn meanwhile."""
+        _, entry, siblings = file
         try:
-            status = file.entry.stat(follow_symlinks=False)
+            status = entry.stat(follow_symlinks=False)
         except NOT_OURS:
             return None
         except OSError as e:  # one sick file stops no other
             return Verdict(f"cannot be looked at: {e.strerror}")
-        seen = self._note(file.path, signature(status), now)
-        name = file.entry.name
-        if watch.ready_suffix is not None and name + watch.ready_suffix not in file.siblings:
-            seen.obstacle = f"waiting for {name}{watch.ready_suffix}"
+        seen = self._note(path, signature(status), now)
+        if watch.ready_suffix is not None and entry.name + watch.ready_suffix not in siblings:
+            seen.obstacle = f"waiting for {entry.name}{watch.ready_suffix}"
             return Verdict(seen.obstacle)
-        return _judge(file.entry.path, seen, now, watch)
+        return _judge(entry.path, seen, now, watch)
 
     def _note(self, path: str, signature: Signature, now: float) -> Seen:
         """Count one more look; a file that has changed is seen for the first time."""
