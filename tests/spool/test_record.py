@@ -8,9 +8,9 @@ import pytest
 
 from promptdrop.spool import record
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
-from promptdrop.spool.paths import REQUEST
+from promptdrop.spool.paths import CANCELLED, REQUEST
 from promptdrop.spool.spool import Spool
-from spools import SETTINGS, claimed_job
+from spools import SETTINGS, claimed_job, finish
 
 
 def again(spool: Spool, job: Job) -> Job:
@@ -128,3 +128,22 @@ def test_what_is_no_record_is_empty(tmp_path: Path) -> None:
     names = ("torn", "list", "deep", "empty", "pipe", "link", "gone", "list/inner")
 
     assert [record.read_json(tmp_path / name) for name in names] == [{}] * len(names)
+
+
+def test_a_cancel_is_recorded_though_the_job_is_taken_just_then(spool: Spool) -> None:
+    """The loop moves a job to active while the clerk records its cancel: no trouble with a disk."""
+    job = claimed_job(spool, "a.txt")
+    job.home.rename(job.paths.home("active", job.id))  # and job.place does not say so yet
+    record.cancel(job)
+    job.place = "active"
+
+    assert (job.home / CANCELLED).exists()
+
+
+def test_a_cancel_of_a_job_that_has_ended_records_nothing(spool: Spool) -> None:
+    """Its folder is gone, and is not made again."""
+    job = claimed_job(spool, "a.txt")
+    finish(spool, job)
+    record.cancel(job)
+
+    assert not job.home.exists()

@@ -127,12 +127,18 @@ def fail_image(job: Job, number: int, error: str) -> None:
 
 
 def cancel(job: Job) -> None:
-    """Remember durably that nobody wants the rest of this job.
+    """Remember durably that nobody wants the rest of this job, unless it has ended.
+
+    The loop may take the job meanwhile, from pending to active; there it is recorded then.
 
     Thread: clerk.
     """
-    if fs.exists(job.home):
-        fs.write_durably(job.home / CANCELLED, b"")
+    for home in (job.home, job.paths.home("active", job.id)):
+        try:
+            fs.write_durably(home / CANCELLED, b"")
+            return
+        except FileNotFoundError:
+            pass
 
 
 def _write_begun(job: Job, number: int, attempts: int, deaths: int) -> None:
