@@ -316,7 +316,8 @@ def test_fetch_to_a_folder(tmp_path: Path) -> None:
              "--hub", "huggingface", "--to", str(folder)],
             capture_output=True, text=True, check=False,
             env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                 "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+                 "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                 "HF_HUB_OFFLINE": "0"},  # other tests of this process have imported the engine
         )  # fmt: skip
         server.shutdown()
 
