@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 
-from promptdrop.nouns import Latency, Rendering
 from promptdrop.pool.messages import Failed, Rendered
 from promptdrop.spool import record
 from promptdrop.spool.job import DEATHS_FAILED, Job
 from promptdrop.supervisor.work import Running
-from rooms import INFO, Rooms
+from rooms import Rooms
 from specs import spec
+from spools import INFO, RENDERING
 
 MakeRooms = Callable[..., Rooms]
-RENDERING = Rendering(
-    "a red fox in the snow", 20, False, 2, Latency(1.0, 2.0, 3.0, 4.0), (1.0, 1.0)
-)
 
 
 def taken(rooms: Rooms, images: int = 1) -> Running:
@@ -180,7 +177,7 @@ def test_a_rendered_image_is_published(rooms: Rooms) -> None:
     assert sorted(path.name for path in (rooms.spool.paths.outbox / "a").iterdir()) == [
         "a-0001.json", "a-0001.png", "job.json", "request.txt",
     ]  # fmt: skip
-    assert rooms.images.window.summary().p50_ms == 10.0
+    assert rooms.images.window.summary().p50_ms == round(RENDERING.latency_ms.render, 1)
 
 
 @pytest.mark.parametrize(("images", "attempts", "alone"), [(1, 1, set()), (2, 0, {1})])
