@@ -187,7 +187,7 @@ class Campaign:
 
     def _pause_or_resume(self) -> None:
         folder = self.daemon.own / "control"
-        if control.is_paused(folder):
+        if (folder / control.PAUSE).exists():
             control.resume(folder)
         else:
             self.done["pause"] += 1
