@@ -14,6 +14,8 @@ from harness import Daemon
 from promptdrop.spool.spool import Spool
 from spools import init_spool
 
+LONGEST = {"test_compiling.py", "test_crash.py", "test_sandbox.py"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--quick: what `make quick` runs."""
@@ -34,6 +36,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None if quick.may_be_quick(collection_path) else True
     is_test = collection_path.name.startswith("test_")
     return True if is_test and not quick.is_quick(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

@@ -87,6 +87,19 @@ def write_quickly(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.replace(name, path)
 
 
+def touch_durably(path: Path) -> None:
+    """Make an empty file that survives a power cut, in one step; it may stand already."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        e.filename = str(path)  # a message must say where
+        raise
+    finally:
+        os.close(fd)
+    sync_directory(path.parent)
+
+
 def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
     """Write `data` durably under a hidden name in `directory`, to be renamed later."""
     with temporary(directory, mode, keep=True) as (file, name):

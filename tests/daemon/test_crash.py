@@ -169,6 +169,9 @@ def a_retry_and_a_cancel(daemon: Daemon) -> None:
     (daemon.failed / "wrong.txt").write_text('--prompt "x" --seed 6 --width 64\n')
     assert daemon.run("pause").returncode == 0
     daemon.start()
+    # The engine has its hands full until the cancel has been carried out.
+    daemon.drop("hold.txt", '--prompt "!wait spool/failed/never.txt.error.json" --seed 9\n')
+    daemon.until_log("job.claimed", file="hold.txt")
     daemon.drop("never.txt", '--prompt "never" --seed 7\n')
     daemon.until_log("job.claimed", file="never.txt")
     daemon.stop()

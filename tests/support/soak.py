@@ -27,6 +27,7 @@ import psutil
 
 from harness import Daemon, merged, until
 from promptdrop.spool import control
+from promptdrop.spool.control import PAUSE
 from promptdrop.spool.failed import failures
 
 SETTINGS: dict[str, Any] = {
@@ -187,7 +188,7 @@ class Campaign:
 
     def _pause_or_resume(self) -> None:
         folder = self.daemon.own / "control"
-        if (folder / control.PAUSE).exists():
+        if (folder / PAUSE).exists():
             control.resume(folder)
         else:
             self.done["pause"] += 1

@@ -135,7 +135,7 @@ def cancel(job: Job) -> None:
     """
     for home in (job.home, job.paths.home("active", job.id)):
         try:
-            fs.write_durably(home / CANCELLED, b"")
+            fs.touch_durably(home / CANCELLED)
             return
         except FileNotFoundError:
             pass
