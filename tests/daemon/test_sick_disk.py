@@ -5,58 +5,23 @@ behind its back, as another machine does on a share.
 """
 
 import errno
-import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import disks
-from disks import Faulty
+from disks import Faulty, drop_behind, nothing_was_charged
 from harness import Daemon, until
 from promptdrop.loop import SLOW_SECONDS, Loop
 
 Make = Callable[..., Daemon]
 CURE_SECONDS = 0.5 + 15  # watch.rescan_seconds of the tests, and what a loaded machine takes
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Faulty]:
-    """A disk that fails as it is told."""
-    home = tmp_path / "disk"
-    home.mkdir()
-    with disks.faulty(home) as made:
-        yield made
-
-
-@pytest.fixture
-def sick(make_daemon: Make, disk: Faulty) -> Daemon:
-    """A daemon whose whole spool is on that disk; not started."""
-    return make_daemon({"root": str(disk.path / "spool")})
-
-
-def drop_behind(disk: Faulty, name: str, text: str) -> None:
-    """A file comes into the inbox without passing through the mount."""
-    new = disk.behind / "spool" / f".{name}"
-    new.write_text(text)
-    new.rename(disk.behind / "spool" / "inbox" / name)
-
-
-def nothing_was_charged(daemon: Daemon) -> None:
-    """No attempt, no failure; each job done once; no leftovers of ours."""
-    assert daemon.log("image.failed") == []
-    for path in daemon.outbox.rglob("job.json"):
-        job = json.loads(path.read_bytes())
-        assert job["outcome"] == "done"
-        assert [s["job"]["attempt"] for s in daemon.sidecars(path.parent.name)] == [1]
-    # status.json is replaced while we look: its temporary comes and goes.
-    until(lambda: not list(daemon.outbox.rglob(".*")), "an outbox without temporaries")
 
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE")
@@ -168,6 +133,23 @@ def test_what_cannot_be_looked_at_is_not_taken_for_gone(sick: Daemon, disk: Faul
     assert sick.stop() == 0
 
 
+@pytest.mark.parametrize("operation", ["open", "read"])
+def test_a_command_that_cannot_be_read_is_not_lost(
+    sick: Daemon, disk: Faulty, operation: str
+) -> None:
+    """It is carried out once the disk gives it: a failed read does not say that it is no command."""
+    sick.drop("a.txt", "!raise once\n")
+    sick.drain()
+    disk.fail(operation, match=r"/control/.*[.]json")
+    assert sick.run("retry", "a.txt").returncode == 0
+    sick.start()
+    sick.until_log("disk.trouble")
+    disk.heal()
+    sick.until_log("job.retried")
+
+    assert sick.stop() == 0
+
+
 def test_one_sick_file_stops_no_other(sick: Daemon, disk: Faulty) -> None:
     """A file that cannot even be looked at waits with the reason; others are rendered."""
     sick.start().until_ready()
@@ -265,100 +247,6 @@ def test_an_outbox_that_turns_read_only_is_waited_out(make_daemon: Make, tmp_pat
         assert daemon.job("a")["outcome"] == "done"
         assert daemon.log("image.failed") == []
         assert daemon.stop() == 0
-
-
-@pytest.mark.parametrize("moment", ["idle", "rendering"])
-def test_a_spool_that_is_unmounted_and_mounted_again(
-    sick: Daemon, disk: Faulty, moment: str
-) -> None:
-    """The empty mount point is not taken for the inbox; the spool is locked anew when it is back."""
-    go = sick.home / "go"
-    sick.start().until_ready()
-    if moment == "rendering":
-        drop_behind(disk, "a.txt", f"!wait {go}\n")
-        sick.until_begun()
-    disk.unmount()
-    go.touch()
-    sick.until_log("disk.trouble")
-    (disk.path / "spool" / "inbox").mkdir(parents=True)
-    (disk.path / "spool" / "inbox" / "wrong.txt").write_text("not me\n")
-    drop_behind(disk, "b.txt", "a dog\n")
-    trouble = len(sick.log("disk.trouble"))
-    until(lambda: len(sick.log("disk.trouble")) >= trouble, "another look")
-    left = sorted(p.name for p in (disk.path / "spool").rglob("*"))
-    shutil.rmtree(disk.path / "spool")
-    disk.mount()
-
-    assert sick.job("b")["outcome"] == "done"
-    assert left == ["inbox", "wrong.txt"]
-    if moment == "rendering":
-        assert sick.job("a")["outcome"] == "done"
-    second = sick.run("run", "--drain")
-    assert second.returncode == 75
-    nothing_was_charged(sick)
-    assert sick.stop() == 0
-
-
-def test_a_start_before_the_spool_is_mounted_makes_no_spool(
-    make_daemon: Make, disk: Faulty, tmp_path: Path
-) -> None:
-    """It ends with a sentence that helps, and leaves the mount point of /etc/fstab empty."""
-    daemon = make_daemon({"root": str(disk.path / "spool")})
-    fstab = tmp_path / "fstab"
-    fstab.write_text(f"# <device> <place>\nserver:/spool {disk.path} nfs defaults 0 0\n")
-    if not os.path.exists("/etc/fstab"):
-        pytest.skip("there is no /etc/fstab to put another in the place of")
-    shell = f'mount --bind {fstab} /etc/fstab && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", shell, "sh", *daemon.command("run", "--drain")]
-    disk.unmount()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    left = list(disk.path.iterdir())
-    disk.mount()
-
-    assert done.returncode == 1
-    assert f"{disk.path} is in /etc/fstab and not mounted" in done.stderr
-    assert left == []
-    assert daemon.drain().returncode == 0
-
-
-def test_an_outbox_unmounted_while_an_image_is_saved(make_daemon: Make, tmp_path: Path) -> None:
-    """It is published when the outbox is back, not into the empty mount point."""
-    home = tmp_path / "disk"
-    home.mkdir()
-    with disks.faulty(home) as disk:
-        daemon = make_daemon({"paths": {"outbox": str(disk.path)}})
-        daemon.outbox = disk.path
-        daemon.start().until_ready()
-        daemon.drop("first.txt", "a cat\n")
-        assert daemon.job("first")["outcome"] == "done"
-        go = daemon.home / "go"
-        daemon.drop("a.txt", f"!wait {go}\n")
-        daemon.until_begun()
-        disk.unmount()
-        go.touch()
-        status = daemon.until_status("not mounted", lambda s: "not mounted" in str(s["reason"]))
-        left = list(disk.path.iterdir())
-        disk.mount()
-
-        assert status["state"] == "waiting"
-        assert left == []
-        assert daemon.job("a")["outcome"] == "done"
-        nothing_was_charged(daemon)
-        assert daemon.stop() == 0
-
-
-def test_an_inbox_deleted_and_made_again(daemon: Daemon) -> None:
-    """Waited for, never made by the daemon, and watched again at once."""
-    daemon.start().until_ready()
-    shutil.rmtree(daemon.inbox)
-    daemon.until_status("missing", lambda s: "inbox" in str(s["reason"]))
-    seen = daemon.inbox.exists()
-    daemon.inbox.mkdir()
-    daemon.drop("a.txt", "a cat\n")
-
-    assert not seen
-    assert daemon.job("a")["outcome"] == "done"
-    assert daemon.stop() == 0
 
 
 def test_trouble_is_logged_once_and_its_cure_too(sick: Daemon, disk: Faulty) -> None:

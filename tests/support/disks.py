@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness import until
+from harness import Daemon, until
 
 FAULTY_DISK = str(Path(__file__).with_name("faulty_disk.py"))
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # ioctl_fs.h
@@ -171,3 +171,21 @@ def faulty(home: Path) -> Iterator[Faulty]:
     finally:
         if os.path.ismount(disk.path):
             disk.unmount()
+
+
+def drop_behind(disk: Faulty, name: str, text: str) -> None:
+    """A file comes into the inbox without passing through the mount."""
+    new = disk.behind / "spool" / f".{name}"
+    new.write_text(text)
+    new.rename(disk.behind / "spool" / "inbox" / name)
+
+
+def nothing_was_charged(daemon: Daemon) -> None:
+    """No attempt, no failure; each job done once; no leftovers of ours."""
+    assert daemon.log("image.failed") == []
+    for path in daemon.outbox.rglob("job.json"):
+        job = json.loads(path.read_bytes())
+        assert job["outcome"] == "done"
+        assert [s["job"]["attempt"] for s in daemon.sidecars(path.parent.name)] == [1]
+    # status.json is replaced while we look: its temporary comes and goes.
+    until(lambda: not list(daemon.outbox.rglob(".*")), "an outbox without temporaries")

@@ -73,6 +73,8 @@ def why_paused(paths: Paths) -> str | None:
 def read(folder: Path) -> tuple[Command, ...]:
     """The first commands that are not `done`; what is no command is removed.
 
+    Raises OSError: the disk is in trouble. Every command stays.
+
     Thread: scanner.
     """
     commands: list[Command] = []
@@ -101,12 +103,17 @@ def done(folder: Path, file: str) -> None:
 
 
 def _parse(path: Path) -> Command | None:
-    """The command in a file; None if it is none: anybody of the group may write here."""
+    """The command in a file; None if it is none, since anybody of the group may write here.
+
+    Raises OSError: the disk did not give it, so that nobody can tell.
+    """
     try:
         data, _ = untrusted.read_plain(path, _LIMIT)
         document = json.loads(data)
         kind, targets = _KINDS[document["command"]], document["targets"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (untrusted.NotPlain, FileNotFoundError, PermissionError):
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         return None
