@@ -23,7 +23,8 @@ from harness import Daemon, until
 from promptdrop.loop import SLOW_SECONDS, Loop
 
 Make = Callable[..., Daemon]
-CURE_SECONDS = 0.5 + 15  # watch.rescan_seconds of the tests, and what a loaded machine takes
+WATCH = {"settle_seconds": 0.05, "rescan_seconds": 0.1}
+CURE_SECONDS = 0.1 + 15  # watch.rescan_seconds of the tests, and what a loaded machine takes
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def disk(tmp_path: Path) -> Iterator[Faulty]:
 @pytest.fixture
 def sick(make_daemon: Make, disk: Faulty) -> Daemon:
     """A daemon whose whole spool is on that disk; not started."""
-    return make_daemon({"root": str(disk.path / "spool")})
+    return make_daemon({"root": str(disk.path / "spool"), "watch": WATCH})
 
 
 def drop_behind(disk: Faulty, name: str, text: str) -> None:
