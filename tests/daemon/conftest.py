@@ -10,6 +10,7 @@ from disks import Faulty
 from harness import Daemon
 
 Make = Callable[..., Daemon]
+WATCH = {"settle_seconds": 0.05, "rescan_seconds": 0.1}
 
 
 @pytest.fixture
@@ -24,4 +25,4 @@ def disk(tmp_path: Path) -> Iterator[Faulty]:
 @pytest.fixture
 def sick(make_daemon: Make, disk: Faulty) -> Daemon:
     """A daemon whose whole spool is on that disk; not started."""
-    return make_daemon({"root": str(disk.path / "spool")})
+    return make_daemon({"root": str(disk.path / "spool"), "watch": WATCH})

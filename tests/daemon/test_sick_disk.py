@@ -21,7 +21,7 @@ from harness import Daemon, until
 from promptdrop.loop import SLOW_SECONDS, Loop
 
 Make = Callable[..., Daemon]
-CURE_SECONDS = 0.5 + 15  # watch.rescan_seconds of the tests, and what a loaded machine takes
+CURE_SECONDS = 0.1 + 15  # watch.rescan_seconds of the tests, and what a loaded machine takes
 
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE")
