@@ -127,12 +127,15 @@ def _configured(optional: bool) -> dict[str, Any]:
     return keys
 
 
-class Defaults(create_model("Defaults", __base__=Section, **_configured(optional=False))):  # type: ignore[misc]  # of the table
+class Defaults(create_model("Defaults", __base__=Section, **_configured(optional=False))):  # type: ignore[misc]  # its base is made of FIELDS
     """`defaults`: the values of fields that a job file does not give."""
 
 
-class Folder(create_model("Folder", __base__=Section, **_configured(optional=True))):  # type: ignore[misc]  # of the table
-    """A preset: the defaults for one sub-folder of the inbox and those below it. None: not given."""
+class Folder(create_model("Folder", __base__=Section, **_configured(optional=True))):  # type: ignore[misc]  # its base is made of FIELDS
+    """A preset: the defaults for one sub-folder of the inbox and those below it.
+
+    A key that is not given is None.
+    """
 
     size: Annotated[str, Field(pattern=SIZE)] | None = None
     format: Literal[FORMATS] | None = None  # type: ignore[valid-type]  # one list, in nouns.py
@@ -287,9 +290,9 @@ class Config(Section):
         return self
 
     def in_folder(self, sub: str) -> "Config":
-        """The configuration for a file in this sub-folder: with its presets, the innermost winning.
+        """Return the configuration for a file in this sub-folder, presets of its folders included.
 
-        Names are compared as clients of a share do: without case, in NFC.
+        The innermost preset wins. Names are compared as clients of a share do: without case, in NFC.
         """
         presets = {names.fold(name): preset for name, preset in self.folders.items()}
         config, above = self, ""

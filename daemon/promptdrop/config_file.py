@@ -103,7 +103,7 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
 
 
 def _values(tree: yaml12.Mapping) -> dict[str, Any]:
-    """Return plain values; modes and names stay text, as 0664 would lose its zero."""
+    """Return plain values. Modes, ids and revisions stay text: as a number, 0664 would lose its zero."""
     values: dict[str, Any] = {}
     for key, node in tree.items.items():
         value = yaml12.plain(node)
@@ -119,7 +119,10 @@ def _values(tree: yaml12.Mapping) -> dict[str, Any]:
 
 
 def _may_be_null(section: str, key: str) -> bool:
-    """Whether null is a value of this key; for others it stands for a value that was forgotten."""
+    """Whether a null is left for the validation to judge.
+
+    It is dropped only where null is allowed and is not the default.
+    """
     field = Config.model_fields.get(section)
     kind = field.annotation if field else None
     known = (
@@ -137,7 +140,7 @@ def _explain(file: Path, tree: yaml12.Mapping, error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where}: {key!r} is required and has no default"
     expected = re.sub(r"^(Value error|Assertion failed), ", "", error["msg"])
-    if not path:  # of several keys together: the text names them
+    if not path:  # the error of several keys together, whose text names them
         return f"{file}: {expected}"
     return f"{where}: {key}: {error['input']!r}: {expected[:1].lower()}{expected[1:]}"
 

@@ -20,7 +20,7 @@ class PromptdropError(Exception):
 
 
 class UsageError(PromptdropError):
-    """The command line names something that does not exist, or that fits twice."""
+    """The command line names something that does not exist, or that is ambiguous."""
 
     exit_status = 2
 
@@ -47,7 +47,7 @@ class DiskTrouble(PromptdropError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason why a job file is refused. `line` counts from 1; None: of the file as a whole."""
+    """One reason why a job file is refused. `line` counts from 1; it is None if the whole file is meant."""
 
     message: str
     line: int | None = None

@@ -35,7 +35,7 @@ class JobField:
     limits: Mapping[str, Any] | None = None  # as pydantic spells them: ge, le, multiple_of ...
     words: tuple[str, ...] = ()  # the values, where only these are taken
     check: Callable[[Any], Any] | None = None  # raises ValueError for what no limit can say
-    items: str | None = None  # a list is taken, too, or only: each of its items is of this field
+    items: str | None = None  # the field that each item of a list is of; None: no list is taken
     expected: str  # ends the refusal "width=100 is not ..."
     description: str = ""  # in the JSON Schema; `expected` if it is empty
     examples: tuple[Any, ...] = ()  # in the JSON Schema
@@ -204,7 +204,9 @@ FIELDS: dict[str, JobField] = {
 
 IMAGE_FIELDS = tuple(name for name, field in FIELDS.items() if not field.top_only)
 TEXT_FIELDS = frozenset(name for name, field in FIELDS.items() if field.kind is str)
-OPTIONS = {name: field for name, field in FIELDS.items() if field.option}  # of two commands
+OPTIONS = {
+    name: field for name, field in FIELDS.items() if field.option
+}  # of `generate` and `submit`
 INTEGERS = frozenset(name for name, field in FIELDS.items() if field.kind is int)
 
 
@@ -216,7 +218,7 @@ def type_of(name: str) -> Any:
     if field.items is None:
         return _single(field)
     item = _single(FIELDS[field.items])
-    many = Annotated[list[item], Field(min_length=1, fail_fast=True)]  # type: ignore[valid-type]  # of the table
+    many = Annotated[list[item], Field(min_length=1, fail_fast=True)]  # type: ignore[valid-type]  # made of FIELDS
     return many if field.kind is list else item | many
 
 

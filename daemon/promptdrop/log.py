@@ -25,7 +25,7 @@ _SETTLE_SECONDS = 1.0
 
 
 def set_up(level: str, form: str) -> None:
-    """Set up the log; again, to change it. form: auto, console or json."""
+    """Set up the log, or change how it is set up. form: auto, console or json."""
     # watchdog warns that events were late or lost; the periodic scan finds the files anyway.
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
@@ -97,10 +97,10 @@ class _Output:
             try:
                 if lost:
                     print(f"{lost} lines of the log are lost: nobody read them", file=sys.stderr)
-                sys.stderr.write(text)  # the stderr of now: rich wraps it
+                sys.stderr.write(text)  # looked up each time, since rich replaces it
                 sys.stderr.flush()
             except (OSError, ValueError):
-                pass  # stderr is closed or on a full disk: nobody can be told
+                pass  # stderr is closed or on a full disk: there is nowhere to report it
             with self._changed:
                 if self._lines and self._lines[0] is text:
                     self._lines.popleft()

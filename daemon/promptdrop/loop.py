@@ -1,4 +1,4 @@
-"""The daemon's one wait, and the threads that touch disks for it.
+"""The daemon's event loop, and the threads that touch disks for it.
 
 Work that may block runs in a room, a small pool of threads; what follows from it runs on the loop.
 Trouble with a disk is never a result: the same work is tried again until the disk is cured.
@@ -22,11 +22,11 @@ PUBLISHERS = 4  # images being encoded and saved at once
 TROUBLE = (OSError, DiskTrouble)
 
 # scanner: looks at the inbox. reader: parses drops. clerk: moves jobs, one after another.
-# publisher: encodes and saves images. herald: writes the outbox's status, which may be on a share
-# that hangs; then it alone waits.
+# publisher: encodes and saves images. herald: writes the status in the outbox; where that is on a
+# share that hangs, no other thread waits.
 Room = Literal["scanner", "reader", "clerk", "publisher", "herald"]
 SLOW_SECONDS = 15.0  # a piece of work that takes longer is reported
-CLOSE_SECONDS = 5.0  # ... and at the end it is not waited for any longer than this
+CLOSE_SECONDS = 5.0  # ... and is waited for at most so long when the daemon ends
 
 
 class Loop:
@@ -38,7 +38,9 @@ class Loop:
         self._again: list[Callable[[], None]] = []  # starts each of these once more
         self._told: set[str] = set()  # reasons that were logged since all was well
         self._futures: set[Future[Any]] = set()
-        self._at_work: dict[object, tuple[Room, float]] = {}  # in the threads -> since when
+        self._at_work: dict[
+            object, tuple[Room, float]
+        ] = {}  # work in the rooms -> its room, and when it began
         self._retry_at = float("inf")
         self._closed = False
         self._results: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -76,7 +78,7 @@ class Loop:
             pass  # drained
 
     def run_results(self) -> None:
-        """Take in what the threads have done, and start stalled work again that is due."""
+        """Run what follows from work that the threads have done; start stalled work that is due again."""
         while not self._results.empty():
             self._results.get()()
         if time.monotonic() >= self._retry_at:
@@ -132,7 +134,10 @@ class Loop:
         again()
 
     def close(self) -> bool:
-        """Let running work end, drop what has not begun. False: a disk that hangs keeps some."""
+        """Wait for running work, and drop work that has not begun.
+
+        Returns False if some work still runs after CLOSE_SECONDS, because a disk hangs.
+        """
         self._closed = True
         for room in self._rooms.values():
             room.shutdown(wait=False, cancel_futures=True)
@@ -164,5 +169,5 @@ def reason_of(error: BaseException) -> str:
         return error.strerror or str(error)
     where = Path(os.fsdecode(error.filename))
     if where.name.startswith(fs.TEMPORARY):
-        where = where.parent  # its name is another at every try
+        where = where.parent  # a temporary has another name at every try
     return f"{names.printable(str(where))}: {error.strerror or error}"

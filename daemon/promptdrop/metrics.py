@@ -19,7 +19,7 @@ class RollingWindow:
         self._images.append((moment, render_ms, utilization))
 
     def summary(self) -> Window:
-        """Sum up: true quantiles, the rate over the window's span, the mean utilization."""
+        """Return exact quantiles, the rate over the window's span and the mean utilization."""
         renders = [render for _, render, _ in self._images]
         utilizations = [u for _, _, u in self._images if u is not None]
         p50, p95, p99 = percentiles(renders)
@@ -35,7 +35,7 @@ class RollingWindow:
 
 
 class Nvml:
-    """The driver's own figures of a device; asked in the engine's process, on its host."""
+    """Asks the driver for figures of a device, in the engine's process and on its host."""
 
     def __init__(self, index: int | None) -> None:
         self._handle: Any = None
@@ -51,7 +51,7 @@ class Nvml:
             pass  # a driver without NVML (a container, MIG): the figures are None
 
     def utilization_percent(self) -> float | None:
-        """Percent of the last sample period in which a kernel ran."""
+        """Return the percentage of the last sample period in which a kernel ran."""
         if self._handle is None:
             return None
         try:
@@ -61,7 +61,7 @@ class Nvml:
 
 
 def gpu_count() -> int:
-    """Number of GPUs that a process of ours may use; 0 without a driver."""
+    """Count the GPUs that a process of ours may use; 0 without a driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
@@ -75,7 +75,7 @@ def gpu_count() -> int:
 
 
 def percentiles(values: list[float]) -> tuple[float | None, float | None, float | None]:
-    """True p50, p95, p99 of milliseconds; None without values."""
+    """Return the exact p50, p95 and p99 of these milliseconds; each is None if there are none."""
     if not values:
         return None, None, None
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""Which file names are jobs, and how a dropped name becomes one that every client can store."""
+"""Decide which file names are jobs, and make names that every client can store."""
 
 import difflib
 import os
@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 
 JOB_SUFFIXES = (".txt", ".prompt", ".yaml", ".yml", ".json", ".jsonl", ".csv")
-CANCEL_SUFFIX = ".cancel"  # dropped beside or after a job file, withdraws its job
+CANCEL_SUFFIX = ".cancel"  # NAME.cancel in the inbox withdraws the job of NAME
 PAUSE = "PAUSE"  # at the top of the inbox: no new image is begun
 NAME_BYTES = 80  # of a job's folder name, so that suffixes and temporaries still fit into 255
 
@@ -72,7 +72,7 @@ def printable(name: str) -> str:
     try:
         text = os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
-        text = name  # half a surrogate pair: of a command, no file has such a name
+        text = name  # half a surrogate pair, from a command line: no file has such a name
     return "".join(
         c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(c)[1:-1]
         for c in text
@@ -105,7 +105,7 @@ def safe(stem: str) -> str:
 
 
 def numbered(stem: str, suffix: str, n: int, limit: int = 255) -> str:
-    """Return `cat.txt` for n = 1, `cat~2.txt` for n = 2; of `limit` bytes at most, the stem is cut."""
+    """Return `cat.txt` for n = 1, `cat~2.txt` for n = 2; the stem is cut to fit into `limit` bytes."""
     tail = f"~{n}{suffix}" if n > 1 else suffix
     return cut(stem, limit - len(os.fsencode(tail))) + tail
 

@@ -1,4 +1,4 @@
-"""What everybody talks about: the image that is asked for, the request, the engine, the rendering."""
+"""The nouns of the whole package: the image that is asked for, the request, the engine, the rendering."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class ImageSpec(NamedTuple):
     """One image that a job asks for, every default filled in. A job may have 10,000, so a tuple.
 
     width, height: pixels, multiples of 16. seed: 0 to 2**63-1, None until the job has an id.
-    timeout_seconds: counted from the moment the engine begins the image. An attribute that is
-    added has a default: jobs that were recorded before do not have it.
+    timeout_seconds: counted from the moment the engine begins the image. A new attribute needs a
+    default, because jobs that were recorded before lack it.
     """
 
     image: int  # counts from 1 within the job
@@ -105,7 +105,9 @@ class Rendering:
     latency_ms: Latency
     steps_ms: tuple[float, ...]
     batch: int = 1  # how many images were denoised together
-    compiled: bool = False  # all of it: a size that was not warmed is decoded as the library does
+    compiled: bool = (
+        False  # whether all of it was compiled; a size that was not warmed up is decoded uncompiled
+    )
     utilization_percent: float | None = None  # NVML's, of the device
     memory_allocated_mib: float | None = None  # None where there is no device memory to count
     memory_reserved_mib: float | None = None

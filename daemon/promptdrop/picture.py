@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 # 1024x1024, two cores, zlib-ng: a photo-like picture takes 170 ms and 1.82 MB at level 1, 425 ms
-# and 1.56 MB at level 6; a smooth one 31 ms and 58 ms. A render takes 700 ms: disk is cheaper.
+# and 1.56 MB at level 6; a smooth one 31 ms and 58 ms. A render takes 700 ms: time is dearer than disk.
 PNG_COMPRESS_LEVEL = 1
 AVIF_SPEED = 8  # 0 to 10; 156 ms instead of 665 ms at the default 6, and 2% more bytes
 
@@ -45,7 +45,7 @@ def encode(
     quality: int,
     infotext: str | None,
 ) -> bytes:
-    """The picture file of `pixels`: uint8 [height, width, 3], RGB.
+    """Encode `pixels` (uint8 [height, width, 3], RGB) as a picture file.
 
     format: `png`, `jpeg`, `webp`, `avif`. quality: 1 to 100, ignored for png.
     infotext: None for a file without any metadata. A JPEG holds 64 KiB of it, as UTF-16: a longer
@@ -102,7 +102,7 @@ def placeholder(width: int, height: int, text: str) -> bytes:
 
 
 def _png_metadata(infotext: str) -> dict[str, Any]:
-    """Options of `Image.save`."""
+    """Return the options of `Image.save` for a PNG with this infotext."""
     info = PngInfo()
     info.add_text("parameters", infotext)  # tEXt, or iTXt where Latin-1 does not do
     info.add_itxt("XML:com.adobe.xmp", XMP.decode())
@@ -110,7 +110,7 @@ def _png_metadata(infotext: str) -> dict[str, Any]:
 
 
 def _metadata(infotext: str, format: str) -> dict[str, Any]:  # noqa: A002 - as in encode
-    """Options of `Image.save` for the other formats."""
+    """Return the options of `Image.save` for another format with this infotext."""
     exif = _exif(infotext)
     if format == "jpeg" and len(exif) > JPEG_EXIF_BYTES:
         exif = _exif(_cut(infotext, JPEG_EXIF_BYTES - len(_exif(""))))
@@ -118,7 +118,7 @@ def _metadata(infotext: str, format: str) -> dict[str, Any]:  # noqa: A002 - as 
 
 
 def _cut(infotext: str, limit: int) -> str:
-    """The infotext in at most `limit` bytes of UTF-16: its last line stays, the rest is cut."""
+    """Cut the infotext to at most `limit` bytes of UTF-16; its last line stays."""
     head, _, last = infotext.rpartition("\n")
     tail = f"{_CUT}\n{last}"
     room = limit - len(_utf16(tail))

@@ -19,7 +19,7 @@ VERSION = f"promptdrop {__version__}"  # ... and its `version`
 
 
 class Record(BaseModel):
-    """A frozen piece of a document; numbers are finite, what cannot be had is null."""
+    """A frozen part of a document. Numbers are finite; a value that is not known is null."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -64,7 +64,7 @@ def _asked() -> dict[str, Any]:
     }  # both stand in every sidecar
 
 
-class SidecarRequest(create_model("SidecarRequest", __base__=Record, **_asked())):  # type: ignore[misc]  # of ImageSpec
+class SidecarRequest(create_model("SidecarRequest", __base__=Record, **_asked())):  # type: ignore[misc]  # its base is made of ImageSpec
     pass
 
 
@@ -285,7 +285,7 @@ SCHEMAS: Mapping[str, type[Record]] = {"image": Sidecar, "job": JobSummary, "sta
 
 
 def to_bytes(record: Record) -> bytes:
-    """The document as it is written: UTF-8, indented, a newline at the end."""
+    """Return the document as it is written: UTF-8, indented, a newline at the end."""
     text = json.dumps(record.model_dump(mode="json"), ensure_ascii=False, indent=1, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
 

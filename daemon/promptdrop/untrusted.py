@@ -1,4 +1,4 @@
-"""Files and folders that others may swap while we look: no link is followed, nothing blocks."""
+"""Open files and folders that others may swap meanwhile, without following links or blocking."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
 
 
 class NotPlain(OSError):
-    """Not a regular file, or swapped for another while it was opened."""
+    """The path is no regular file, or was swapped for another while it was opened."""
 
 
 def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
@@ -26,7 +26,7 @@ def read_plain(path: Path, limit: int | None) -> tuple[bytes, os.stat_result]:
         try:
             data = file.read() if limit is None else file.read(limit + 1)  # never trust st_size
         except OSError as e:
-            e.filename = str(path)  # of a read; a message must say where
+            e.filename = str(path)  # read(2) names no file, and a message must
             raise
         return data, os.fstat(file.fileno())
 
@@ -73,7 +73,7 @@ def below(root: Path, sub: str) -> Iterator[Path]:
 
 
 def signature(status: os.stat_result) -> Signature:
-    """The numbers of a file of which one changes when its content does."""
+    """Return numbers of a file, at least one of which changes when its content does."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -117,7 +117,9 @@ def fetch(model_id: str, hub: Hub, revision: str | None, destination: Path | Non
             from huggingface_hub import snapshot_download
 
             directory = snapshot_download(model_id, revision=revision, local_dir=local_dir)
-    except Exception as e:  # two hubs over requests and httpx: every failure here is one of theirs
+    except (
+        Exception
+    ) as e:  # the hubs' libraries raise errors of requests and httpx: all mean that it failed
         raise ModelError(
             f"{model_id}, revision {revision or 'default'}: could not be fetched from"
             f" {HUB_NAMES[hub]}; is the network reachable and the name right?"
@@ -209,13 +211,13 @@ def _folder_named(config: Config) -> Path:
 
 
 def _only_folder(snapshots: Path) -> list[Path]:
-    """The only revision there is, for when none is named. Empty if there are several."""
+    """Return the only revision there is, to be used if none is named; empty if there are several."""
     folders = _folders(snapshots)
     return folders if len(folders) == 1 else []
 
 
 def _several(place: Path) -> str:
-    """A hint at the revisions there are, for a place that lacks only the right one."""
+    """Return a hint that lists the revisions there are, where only the wanted one is missing."""
     if place.parent.name != "snapshots" or not (folders := _folders(place.parent)):
         return ""
     return f" (model.revision may be: {', '.join(folder.name for folder in folders)})"

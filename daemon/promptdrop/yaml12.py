@@ -23,7 +23,7 @@ _INT = re.compile(r"[-+]?[0-9]+\Z")
 _RADIX = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
-_MAX_DIGITS = 400  # no number of ours is longer; int() refuses 4,300 itself
+_MAX_DIGITS = 400  # no field takes a longer number; int() refuses more than 4,300 digits
 
 Plain = bool | int | float | str | None
 
@@ -183,7 +183,9 @@ def _add_node(builder: Builder, event: Any, line: int) -> Node | None:
     if event.anchor:
         raise YamlError(f"anchors are not allowed: &{_short(event.anchor)}", line)
     if event.tag:
-        shown = repr(_short(event.tag))[1:-1]  # %1b in a tag is an escape character by now
+        shown = repr(_short(event.tag))[
+            1:-1
+        ]  # PyYAML has turned %1b in a tag into an escape character
         raise YamlError(f"tags are not allowed: {shown}", line)
     if type(event) is yaml.ScalarEvent:
         return builder.scalar(Scalar(event.value, not event.style, line))

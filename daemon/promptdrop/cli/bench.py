@@ -1,4 +1,4 @@
-"""`promptdrop bench`: the user's own configuration, images back to back, without spool and files."""
+"""`promptdrop bench`: time the configured engine, images back to back, without spool and files."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ def declare_bench(parser: argparse.ArgumentParser) -> None:
 class _Measured(NamedTuple):
     renderings: list["Rendering"]
     window: "Window"
-    images_per_second: float  # of all, from the first's begin to the last's end
+    images_per_second: float  # from the start of the first image to the end of the last
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`promptdrop check`: what job files ask for, or why they would be refused."""
+"""`promptdrop check`: show what job files ask for, or why they would be refused."""
 
 import argparse
 import os

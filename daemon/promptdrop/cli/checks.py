@@ -1,4 +1,4 @@
-"""The checks of `promptdrop doctor`: one function each, of all that can be told without the model."""
+"""The checks of `promptdrop doctor`, one function each; none of them loads the model."""
 
 import os
 import stat
@@ -34,7 +34,7 @@ Check = Callable[[Spool], Iterator[Finding]]
 
 
 def examine(settings: Config) -> Iterator[Finding]:
-    """Make every check of this configuration; what one raises is a bad finding."""
+    """Make every check of this configuration. An error that a check raises is a bad finding."""
     spool = Spool(settings)
     for what, check in _checks(spool):
         try:
@@ -44,7 +44,7 @@ def examine(settings: Config) -> Iterator[Finding]:
 
 
 def _checks(spool: Spool) -> Iterator[tuple[str, Check]]:
-    """The checks in the order of the report, each with the name of what it looks at."""
+    """Yield the checks in the order of the report, each with the name of what it looks at."""
     yield "configuration", check_configuration
     yield "folders", check_folders
     if spool.paths.inbox.is_dir():
@@ -62,12 +62,12 @@ def _checks(spool: Spool) -> Iterator[tuple[str, Check]]:
 
 
 def check_configuration(spool: Spool) -> Iterator[Finding]:
-    """The file was loaded, so it is valid."""
+    """Name the configuration file; it is valid, since it was loaded."""
     yield Finding("ok", "configuration", f"{spool.config.file}")
 
 
 def check_folders(spool: Spool) -> Iterator[Finding]:
-    """Each of the four folders is there, for us to read and write, with enough free space."""
+    """Check that each of the four folders is there, can be read and written, and has enough space."""
     folders = {
         "inbox": spool.paths.inbox,
         "state": spool.paths.state,
@@ -94,7 +94,7 @@ def _folder(what: str, path: Path, min_free_mib: int) -> Finding:
 
 
 def check_file_system(spool: Spool) -> Iterator[Finding]:
-    """Inbox and state folder are on one file system."""
+    """Check that inbox and state folder are on one file system."""
     if (
         spool.paths.state.is_dir()
         and spool.paths.inbox.stat().st_dev != spool.paths.state.stat().st_dev
@@ -107,14 +107,14 @@ def check_file_system(spool: Spool) -> Iterator[Finding]:
 
 
 def check_claims(spool: Spool) -> Iterator[Finding]:
-    """Files can be moved out of the inbox and each of its sub-folders."""
+    """Check that files can be moved out of the inbox and each of its sub-folders."""
     for folder, _ in fs.walk(spool.paths.inbox):
         if why := why_not_moved(Path(folder)):
             yield Finding("bad", "inbox", why)
 
 
 def check_groups(spool: Spool) -> Iterator[Finding]:
-    """Outbox and failed belong to the inbox's group, whose members fetch and delete."""
+    """Check that outbox and failed belong to the inbox's group, whose members fetch and delete."""
     group = spool.paths.inbox.stat().st_gid
     for what, path in (("outbox", spool.paths.outbox), ("failed", spool.paths.failed)):
         if path.is_dir() and path.stat().st_gid != group:
@@ -126,14 +126,14 @@ def check_groups(spool: Spool) -> Iterator[Finding]:
 
 
 def check_watch(spool: Spool) -> Iterator[Finding]:
-    """How the inbox is watched: inotify or poll, and why."""
+    """Say how the inbox is watched: inotify or poll, and why."""
     watch = spool.config.watch
     how = watch_mode(watch.mode, mounts.file_system(spool.paths.inbox))[1]
     yield Finding("ok", "watch", f"{how}; a look every {watch.rescan_seconds:g} s")
 
 
 def check_strangers(spool: Spool) -> Iterator[Finding]:
-    """Files in the inbox that will never be taken, and why; the first 20."""
+    """Name the first 20 files in the inbox that will never be taken, and say why."""
     for n, (stranger, why) in enumerate(strangers(spool.paths.inbox)):
         if n == _STRANGERS_SHOWN:
             yield Finding("note", "inbox", "... and more")
@@ -142,7 +142,7 @@ def check_strangers(spool: Spool) -> Iterator[Finding]:
 
 
 def check_model(spool: Spool) -> Iterator[Finding]:
-    """The model's files are there, and its engine can be had. Raises ModelError, ConfigError."""
+    """Check that the files of the model are there. Raises ModelError."""
     settings = spool.config
     engine.require(settings)
     if settings.model.id in engine.ENGINES:
@@ -154,7 +154,7 @@ def check_model(spool: Spool) -> Iterator[Finding]:
 
 
 def check_cluster(spool: Spool) -> Iterator[Finding]:
-    """The cluster's head answers. Hosts have models and devices of their own, and check them at loading.
+    """Check that the cluster's head answers. Each host checks its own model and device at loading.
 
     Raises ConfigError: ray is missing.
     """
@@ -174,7 +174,7 @@ def check_cluster(spool: Spool) -> Iterator[Finding]:
 
 
 def check_device(spool: Spool) -> Iterator[Finding]:
-    """The device is there, can do `engine.quantization`, and there are as many as engines.
+    """Check that the device is there and can do `engine.quantization`, and that no engine lacks one.
 
     Raises ConfigError.
     """
@@ -226,6 +226,6 @@ def _nvidia_devices() -> list[_Gpu]:
 
 
 def check_daemon(spool: Spool) -> Iterator[Finding]:
-    """Whether a daemon runs; either is well."""
+    """Say whether a daemon runs; neither answer is bad."""
     pid = spool.lock.daemon_pid()
     yield Finding("ok", "daemon", f"running, pid {pid}" if pid is not None else "not running")

@@ -1,4 +1,7 @@
-"""Work with a spool from outside the daemon: drop, read what it wrote, wait. No socket, no torch."""
+"""Use a spool from outside the daemon: drop files, read what it has written, wait for jobs.
+
+Everything goes through files; there is no socket.
+"""
 
 import os
 import re
@@ -24,11 +27,11 @@ _ERRORS_SHOWN = 3
 
 @dataclass(slots=True)
 class Dropped:
-    """A file that was put into the inbox. Its inode stays its own through every rename."""
+    """A file that was put into the inbox. Its inode identifies it, because every rename keeps it."""
 
     path: str  # SUB/FILE
     inode: int
-    moment: str  # timestamp of the drop; what ended before it is another job
+    moment: str  # timestamp of the drop; a job that ended before it is another one
     job_id: str | None = None  # once it is resolved
     folder: str | None = None
     where: Literal["inbox", "being claimed", "in hand", "gone"] = "inbox"
@@ -77,7 +80,7 @@ def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
 
 
 def _rename_to_free_name(source: Path, folder: Path, file: str) -> str:
-    """Rename to FILE, FILE~2, FILE~3 ...: the first that is free, which is returned."""
+    """Rename to the first free name of FILE, FILE~2, FILE~3 ... Returns that name."""
     stem, suffix = names.split(file)
     n = 1
     while True:
@@ -113,7 +116,7 @@ def _status_document(spool: Spool) -> dict[str, Any] | None:
 
 
 def pictures(spool: Spool, folder: str) -> Iterator[tuple[Path, Sidecar]]:
-    """The published images of an outbox folder in order, each with its sidecar."""
+    """Yield the published images of an outbox folder in order, each with its sidecar."""
     home = spool.paths.outbox / folder
     documents = [
         read_json(entry.path) for entry in fs.entries(home) if entry.name.endswith(".json")
@@ -128,7 +131,7 @@ def pictures(spool: Spool, folder: str) -> Iterator[tuple[Path, Sidecar]]:
 
 
 def jobs_in_hand(spool: Spool) -> Iterator[InHand]:
-    """The jobs that are resolved and not finished: pending ones, then active ones, by id."""
+    """Yield the jobs that are resolved and not finished: pending ones, then active ones, by id."""
     for state in paths.IN_HAND:
         for home in sorted(spool.paths.homes(state)):
             if job := _in_hand(home):
@@ -155,7 +158,7 @@ def wait(
     """Wait until the jobs of all dropped files have ended; return how, in the drops' order.
 
     `on_poll(status, open)` is called at every look; status is None while no daemon runs.
-    Raises PromptdropError: a file is nowhere any more (withdrawn by somebody).
+    Raises PromptdropError: a file is no longer in the spool, because somebody withdrew it.
     """
     ends: dict[int, Ended] = {}
     homes: dict[str, InHand | None] = {}
@@ -180,7 +183,7 @@ def wait(
 
 
 def _look_at_homes(spool: Spool, homes: dict[str, InHand | None]) -> None:
-    """Bring the jobs in hand up to date, each record read once; one not resolved yet is None."""
+    """Update `homes`: the name of each job's folder -> the job, None until it is resolved."""
     there = {os.path.basename(home): home for home in spool.paths.homes(*paths.IN_HAND)}
     for name in homes.keys() - there.keys():
         del homes[name]
@@ -197,7 +200,7 @@ def _locate(spool: Spool, one: Dropped, homes: Mapping[str, InHand | None], now:
     elif job:
         one.where, one.job_id, one.folder = "in hand", job.id, job.folder
     elif not all(homes.values()):
-        one.where = "being claimed"  # perhaps one of those without a record
+        one.where = "being claimed"  # its job may be one of those without a record
     else:
         one.where = "gone"
     if one.where != "gone":

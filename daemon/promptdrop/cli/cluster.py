@@ -1,4 +1,4 @@
-"""`promptdrop cluster status` and `release`: the hosts of `engine.backend: ray`, and their engines."""
+"""`promptdrop cluster status` and `release`: show the hosts of `engine.backend: ray`, end engines."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`promptdrop run`, `pause` and `resume`: the daemon itself."""
+"""`promptdrop run`, `pause` and `resume`: run the daemon, and hold it."""
 
 import argparse
 import os

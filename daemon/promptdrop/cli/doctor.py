@@ -1,4 +1,4 @@
-"""`promptdrop doctor`: what would keep this configuration from working, one line each."""
+"""`promptdrop doctor`: print what would keep this configuration from working, one line each."""
 
 import argparse
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Which jobs a NAME on the command line fits."""
+"""Find the jobs that a NAME on the command line fits."""
 
 from dataclasses import dataclass
 

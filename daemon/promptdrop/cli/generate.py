@@ -1,4 +1,4 @@
-"""`promptdrop generate`: images now, through the daemon that runs, else through a private one."""
+"""`promptdrop generate`: render images now, through the running daemon, else through a private one."""
 
 import argparse
 import json
@@ -85,9 +85,9 @@ def _output(given: str | None) -> Path | None:
 
 
 def _job(prompts: list[str], fields: dict[str, Any], output: Path | None) -> bytes:
-    """Make a JSON job file; the ending of a file to write decides the format.
+    """Make a JSON job file. The suffix of an output file decides the format.
 
-    Raises UsageError: `--format` is another one.
+    Raises UsageError: `--format` contradicts the suffix.
     """
     from promptdrop.cli.targets import FORMAT_OF_SUFFIX
 

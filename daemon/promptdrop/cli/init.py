@@ -1,4 +1,4 @@
-"""`promptdrop init`: a commented config.yaml and the folders of its spool."""
+"""`promptdrop init`: write a commented config.yaml, and make the folders of its spool."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`promptdrop retry` and `cancel`: jobs by their names."""
+"""`promptdrop retry` and `cancel`: resume or withdraw jobs that are named."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`promptdrop model demo`, `fetch` and `path`: a model's files."""
+"""`promptdrop model demo`, `fetch` and `path`: write, download and find the files of a model."""
 
 import argparse
 from pathlib import Path
@@ -51,7 +51,7 @@ def path(arguments: argparse.Namespace) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    """Declare which model of which hub."""
+    """Declare the arguments that name a model and its hub."""
     parser.add_argument("id", metavar="ID")
     parser.add_argument("--hub", choices=("modelscope", "huggingface"), default="modelscope")
     parser.add_argument("--revision")

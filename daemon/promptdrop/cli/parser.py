@@ -191,7 +191,7 @@ COMMANDS: tuple[Command | Group, ...] = (
 
 
 def build() -> argparse.ArgumentParser:
-    """Make the parser of the whole command line; `command` of what it parses is the function to run."""
+    """Make the parser of the whole command line. `command` in its result is the function to run."""
     parser = argparse.ArgumentParser(
         prog="promptdrop",
         description="Drop prompt files into a folder, find images in another.",

@@ -13,7 +13,7 @@ from promptdrop.supervisor.supervisor import Supervisor
 def render(settings: Config, folder: Path, data: bytes, name: str) -> tuple[Spool, client.Ended]:
     """Drain one job on a spool in `folder`; returns the spool and how the job ended.
 
-    Raises PromptdropError: nothing came of it, such as an engine that cannot load.
+    Raises PromptdropError: there is no image, for example because the engine cannot load.
     """
     private = _private(settings, folder)
     log.set_up("error", settings.log.format)

@@ -1,4 +1,4 @@
-"""A bar of images on stderr, and what somebody who waits for jobs is told.
+"""A progress bar of images on stderr, and messages to people who wait for jobs.
 
 rich is imported where it draws: piped commands start without it.
 """
@@ -51,7 +51,7 @@ class Bar:
 
 @contextmanager
 def bar(is_wanted: bool = True) -> Iterator[Bar | None]:
-    """A bar for as long as the block runs; None where none is wanted or stderr is no terminal."""
+    """Show a bar while the block runs. Yields None if none is wanted or stderr is no terminal."""
     if not is_wanted or not sys.stderr.isatty():
         yield None
         return
@@ -76,14 +76,14 @@ def bar(is_wanted: bool = True) -> Iterator[Bar | None]:
 
 
 class Follower:
-    """Shows how dropped files get on: on a bar, and as a line on stderr when a reason to wait changes."""
+    """Shows the progress of dropped files on a bar, and on stderr why they wait when that changes."""
 
     def __init__(self, bar: Bar | None) -> None:
         self._bar = bar
         self._said = ""
 
     def __call__(self, status: "Status | None", drops: Sequence["Dropped"]) -> None:
-        """Show one look at the daemon's status (None: no daemon runs) and the files still open."""
+        """Show the daemon's status (None: no daemon runs) and the files whose jobs have not ended."""
         why = _why_waiting(status, drops)
         if why and why != self._said:
             terminal.complain(why)
@@ -97,7 +97,7 @@ class Follower:
 
 
 def _why_waiting(status: "Status | None", drops: Sequence["Dropped"]) -> str:
-    """Why nothing happens for these files, or the empty string."""
+    """Say why nothing happens for these files; the empty string if something does."""
     if status is None:
         return "no daemon runs on this spool; the job waits for: promptdrop run"
     if status.reason:

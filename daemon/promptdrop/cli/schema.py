@@ -1,4 +1,4 @@
-"""`promptdrop schema`: the JSON Schema of what is dropped, and of what other programs read."""
+"""`promptdrop schema`: print the JSON Schema of job files, sidecars, job.json or the status."""
 
 import argparse
 import json

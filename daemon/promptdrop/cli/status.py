@@ -1,4 +1,4 @@
-"""`promptdrop status`: the daemon's own account of itself, as rows or as JSON."""
+"""`promptdrop status`: print the status that the daemon has written, as rows or as JSON."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def _print_status(document: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Print the status as JSON with all that the daemon wrote, or for people."""
+    """Print the status: as JSON with everything that the daemon wrote, or as rows for people."""
     from promptdrop import records
     from promptdrop.cli import terminal
 
@@ -64,7 +64,7 @@ def _complain_of_no_daemon(spool: "Spool", arguments: argparse.Namespace) -> int
 
 
 def rows(status: "Status") -> Iterator[Row]:
-    """The lines that people see, in order: (name, text)."""
+    """Yield the rows that people see, in order: (name, text)."""
     yield "state", status.state + (f": {status.reason}" if status.reason else "")
     for engine in status.engines:
         yield from _engine_rows(engine, are_several=len(status.engines) > 1)

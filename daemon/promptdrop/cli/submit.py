@@ -1,4 +1,4 @@
-"""`promptdrop submit`: job files and prompts into the inbox, and their end if somebody waits."""
+"""`promptdrop submit`: put job files and prompts into the inbox, and wait for their end if asked."""
 
 import argparse
 import json
@@ -50,7 +50,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the image options. Raises UsageError: there is nothing they are for."""
+    """Return the image options. Raises UsageError: there is no job, or no prompt that they are for."""
     if not arguments.files and not arguments.prompts:
         raise UsageError("expected a FILE or --prompt TEXT")
     fields = options.fields(arguments)

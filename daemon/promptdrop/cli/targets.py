@@ -1,4 +1,4 @@
-"""Where `generate` puts its images."""
+"""Copy the images of `generate` to the file or folder of `--output`."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ FORMAT_OF_SUFFIX = {
 
 
 class Targets:
-    """The one file that was asked for, or new names in a folder."""
+    """Copies images to the one file that was asked for, or under new names into a folder."""
 
     def __init__(self, output: Path | None, are_several: bool) -> None:
         """Make the folder. Raises UsageError: `output` is a file for several, or of no format."""

@@ -1,7 +1,7 @@
-"""The Ray actor on a host of the cluster. It says which promptdrop is installed there.
+"""The Ray actor on a host of the cluster, which says what version of promptdrop is installed there.
 
-Its code comes with it: the gateway has Ray pickle this module by value, so that it runs on a host whose
-promptdrop has other modules. For the same reason it imports nothing of promptdrop at its top, and `hello`
+The gateway has Ray pickle this module by value, so that it runs on a host whose promptdrop has other
+modules. For the same reason it imports nothing of promptdrop at its top, and `hello`
 answers with types that every version can read.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class HostActor:
-    """Keeps an EngineHost, if its promptdrop is the daemon's. Called from the cluster, several at once."""
+    """Keeps an EngineHost, if promptdrop has the daemon's version here. Several calls may run at once."""
 
     def __init__(self, version: str) -> None:
         """version: the daemon's. Raises ImportError: the installed package is broken."""
@@ -25,7 +25,7 @@ class HostActor:
             self._host = EngineHost()
 
     def hello(self) -> tuple[str, int, str]:
-        """Name of the host, process id, installed version. Answered once the actor has a host."""
+        """Return host name, process id and installed version. Answered once the actor has a host."""
         return socket.gethostname(), os.getpid(), self._version
 
     def attach(self, settings: Any) -> Any:

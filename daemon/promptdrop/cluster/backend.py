@@ -17,10 +17,10 @@ from promptdrop.pool.link import EngineLink
 from promptdrop.pool.messages import PACKET, Connected, Kill, Open, Release, Trouble
 from promptdrop.pool.pool import Slot
 
-KNOCK_SECONDS = 1.0  # for the head to answer, and between two looks whether it does
+KNOCK_SECONDS = 1.0  # for the head to answer, and between two checks that it does
 RELEASE_SECONDS = 10.0  # for the gateway to give the devices back
 CONNECT_SECONDS = 180.0  # for the gateway to connect: Ray itself gives up sooner
-SILENCE_SECONDS = 15.0  # a gateway that has not said anything for so long hangs
+SILENCE_SECONDS = 15.0  # a gateway that has not said anything for so long counts as hung
 
 
 def require_ray() -> None:
@@ -36,7 +36,7 @@ def knock(address: str) -> None:
 
 
 def actor_prefix(own: Path) -> str:
-    """The prefix of the names of a spool's actors, by which the daemon's next life finds them.
+    """Return the prefix of the names of a spool's actors, by which the daemon's next life finds them.
 
     It is random and kept in the spool, because the names of machines are not unique and may change.
 
@@ -49,7 +49,7 @@ def actor_prefix(own: Path) -> str:
 
 
 class RemoteLife:
-    """A Life on another host. It has ended when the socket has, whoever closed it."""
+    """A Life on another host. It has ended when its socket is closed, by whichever end."""
 
     is_lost = True  # unless the relay reports that the engine alone has ended
 
@@ -85,7 +85,7 @@ class RemoteLife:
 
 
 class RayCluster:
-    """A Backend that owns the gateway process, and begins it anew when the cluster was lost."""
+    """A Backend that owns the gateway process, and restarts it when the cluster was lost."""
 
     def __init__(self, settings: Config, outlives: bool = True) -> None:
         """outlives: engines stay warm for the daemon's next life.
@@ -112,16 +112,18 @@ class RayCluster:
         self._silent_at = 0.0  # when the gateway is given up unless it says something
 
     def wanted(self, slots: list[Slot]) -> int:
-        """With `auto`, one more than have found a host: it waits for the next one.
+        """Count the slots. With `auto`, one more than have found a host: that one waits for the next.
 
-        Never fewer than the actors that were left, so that all of them are found again.
+        Never fewer than the actors that earlier lives left, so that all of them are found again.
         """
         if self._workers != "auto":
             return self._workers
         return max(self._left, sum(1 for slot in slots if slot.link and slot.link.host) + 1)
 
     def begin(self, slot: Slot, settings: Config) -> EngineLink:
-        settings = settings.model_copy(update={"folders": {}})  # of any length, and not for engines
+        settings = settings.model_copy(
+            update={"folders": {}}
+        )  # engines need no presets, and there may be any number
         if settings.model.device != "cpu":  # Ray shows each engine the device that it is to use
             model = settings.model.model_copy(update={"device": "cuda"})
             settings = settings.model_copy(update={"model": model})
@@ -138,7 +140,7 @@ class RayCluster:
         return link
 
     def is_hopeless(self, slots: list[Slot]) -> bool:
-        """Never: a host may come at any time."""
+        """Return False: a host may come at any time."""
         return False
 
     def readers(self) -> list[int]:
@@ -160,7 +162,7 @@ class RayCluster:
                 return
             self._reason = "the way there hangs"
         except OSError:
-            pass  # reset by its end
+            pass  # the gateway's end has reset the connection
         self._lose(now)
 
     def next_deadline(self) -> float:
@@ -185,13 +187,16 @@ class RayCluster:
             self._control.close()
 
     def _leaving(self) -> tuple[str, ...]:
-        """The actors to end with the daemon: one that waits for a host would take it from others."""
+        """Return the actors to end with the daemon.
+
+        An actor that waits for a host is always one of them: it would take the host from others.
+        """
         if not self._outlives:
             return tuple(self._found | self._links.keys())
         return tuple(actor for actor, link in self._links.items() if link.host is None)
 
     def _begin(self, now: float) -> None:
-        """Start a gateway. Called in the daemon's main thread, which PR_SET_PDEATHSIG follows."""
+        """Start a gateway, from the daemon's main thread: the kernel ends it with that thread."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._prefix = actor_prefix(self._own)
@@ -229,7 +234,7 @@ class RayCluster:
             self._reason = message.reason
 
     def _find(self, actors: tuple[str, ...]) -> None:
-        """Remember which actors earlier lives have left, and end those that are too many."""
+        """Remember which actors earlier lives have left, and end those beyond `engine.workers`."""
         numbers = {actor: int(actor.rpartition("-")[2]) for actor in actors}
         self._found |= numbers.keys()
         self._left = max(numbers.values(), default=0)

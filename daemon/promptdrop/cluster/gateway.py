@@ -1,4 +1,4 @@
-"""The daemon's way into a Ray cluster: a process of its own.
+"""The daemon's connection to a Ray cluster, in a process of its own.
 
 Ray ends a driver whose cluster is lost; here it ends only this process. The daemon starts it as
 `python -m promptdrop.cluster.gateway FD ADDRESS PREFIX`. FD is a socket of packets, on which the daemon
@@ -117,7 +117,7 @@ def connect(address: str) -> None:
 
 
 def actors(prefix: str) -> tuple[str, ...]:
-    """The names of all actors with this prefix, with a host or without. Raises RayError."""
+    """List the names of all actors with this prefix, with a host or without. Raises RayError."""
     return tuple(sorted(name for name in list_named_actors() if name.startswith(prefix)))
 
 
@@ -156,11 +156,11 @@ def _watch_head(control: socket.socket) -> None:
 
 
 class Relay:
-    """Carries one engine's link over the cluster. It ends when either end does."""
+    """Carries one engine's link over the cluster, until the daemon or the engine ends."""
 
     def __init__(self, opened: Open, link: socket.socket, actor: Any) -> None:
         """actor: the one that an earlier engine has left, or None."""
-        # The actor, for the next engine. Ray ends an actor that is not detached and has no handle.
+        # The actor, kept for the next engine: Ray ends one without handles, unless it is detached.
         self.left: Any = None
         self._opened = opened
         self._link = link
@@ -188,12 +188,12 @@ class Relay:
             end([self._actor])
 
     def _run(self) -> None:
-        """The relay's thread: place the actor, relay until an end, clean up."""
+        """Run the relay, in its own thread: place the actor, relay until one end closes, clean up."""
         inbound = threading.Thread(target=self._pass_on, name="inbound", daemon=True)
         try:
             if host := self._place():
                 self._relay(host, inbound)
-        except (RayError, OSError, ValueError) as e:  # ValueError: a name that has just died
+        except (RayError, OSError, ValueError) as e:  # ValueError: the named actor has just died
             self._send(Gone(reason_of(e), is_lost=True))
         self._listener = None
         self._link.shutdown(socket.SHUT_RDWR)
@@ -205,7 +205,10 @@ class Relay:
         self._link.detach()
 
     def _place(self) -> Host | None:
-        """Find the actor, or make it and wait until it has a host. None: the link is closed."""
+        """Find the actor, or make it and wait until it has a host.
+
+        Returns None if the daemon has closed the link, or the actor does not answer.
+        """
         gpus = self._opened.gpus
         if not self._actor:
             actor: Any = ray.remote(actor_module.HostActor)
@@ -226,7 +229,7 @@ class Relay:
                 answer = ray.get(hello, timeout=PLACE_SECONDS)
                 return answer if isinstance(answer, Host) else Host(*answer)
             except GetTimeoutError:
-                # Ray Data asks so, too: there is no public way but Ray's dashboard.
+                # Private, but Ray Data uses it, too; the only public way is Ray's dashboard.
                 has_host = self._actor._get_local_state() == ActorTableData.ActorState.ALIVE
                 silent = silent + PLACE_SECONDS if has_host else 0.0
                 if stage and not has_host:
@@ -241,7 +244,7 @@ class Relay:
         """Attach to the actor, and pass its answers on until it or the daemon ends."""
         self._send(Placed(host.name, host.pid))
         if host.version != __version__:
-            # Its code is loaded: a new installation needs a new process.
+            # The actor has loaded that version: another one needs a new process.
             end([self._actor])
             theirs, ours = host.version, __version__
             reason = f"runs promptdrop {theirs}, this daemon {ours}; install the same version there"
@@ -263,7 +266,7 @@ class Relay:
                     return
 
     def _listen(self, host: Host) -> list[Said]:
-        """What the engine has said. A host that does not answer is reported as lost."""
+        """Return what the engine has said. A host that does not answer is reported as lost."""
         heard = self._actor.listen.remote(self._listener, LISTEN_SECONDS)
         try:
             said: list[Said] = ray.get(heard, timeout=2 * LISTEN_SECONDS)
@@ -314,7 +317,7 @@ class Relay:
 
 
 def reason_of(error: Exception) -> str:
-    """The one line of an error of Ray's that says what happened."""
+    """Return the line of one of Ray's errors that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and "Error: " in lines[-1]:  # a traceback's end
         return lines[-1]

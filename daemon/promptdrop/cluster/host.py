@@ -70,7 +70,7 @@ class EngineHost:
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
     def attach(self, settings: Config) -> int:
-        """Make this caller the one that is heard. Returns its number.
+        """Make this caller the listener, who alone is heard from now on. Returns its number.
 
         An engine of the same settings that runs is kept, warm as it is: its running images are
         cancelled and not reported. Otherwise a new engine is started.
@@ -100,7 +100,7 @@ class EngineHost:
                 self._wake()
 
     def listen(self, listener: int, seconds: float) -> list[Said]:
-        """What the engine has said since the last call; waits at most so long for something."""
+        """Return what the engine has said since the last call; wait at most `seconds` for something."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while (left := deadline - time.monotonic()) > 0:
@@ -114,7 +114,10 @@ class EngineHost:
             return said
 
     def kill(self, listener: int) -> None:
-        """Kill the engine process, or begin none. Its answers and its end are still reported."""
+        """Kill the engine process; if it has not begun, do not begin it.
+
+        Its answers and its end are still reported.
+        """
         with self._changed:
             if listener != self._listener:
                 return
@@ -137,10 +140,10 @@ class EngineHost:
         try:
             os.write(self._wake_write, b"\0")
         except BlockingIOError:
-            pass  # it is awake
+            pass  # the pipe is full of wake-ups already
 
     def _keep(self) -> None:
-        """The keeper's thread. An exception ends the actor, and with it the engine.
+        """Run the keeper, in its own thread. An exception ends the actor, and with it the engine.
 
         Otherwise the daemon would wait for an engine that nobody keeps.
         """
@@ -163,7 +166,7 @@ class EngineHost:
         try:
             os.read(self._wake_read, 4096)
         except BlockingIOError:
-            pass  # it was the engine
+            pass  # the engine woke us, not a caller
         with self._changed:
             self._hear()
             if self._next and not self._link:
@@ -207,7 +210,7 @@ class EngineHost:
         while self._wanted:
             wanted = self._wanted.popleft()
             if self._link is None:
-                pass  # it died; its Gone is reported
+                pass  # the engine died, and its end is reported as Gone
             elif isinstance(wanted, Render):
                 self._link.render(wanted.ticket, wanted, now)
             elif isinstance(wanted, Begin):
@@ -219,7 +222,7 @@ class EngineHost:
 
 
 def _makings(settings: Config | None) -> tuple[Any, ...] | None:
-    """The settings that an engine is made of. It may stay if only others have changed."""
+    """Return the settings that an engine depends on; if only others have changed, it may stay."""
     if settings is None:
         return None
     engine = settings.engine
@@ -229,6 +232,6 @@ def _makings(settings: Config | None) -> tuple[Any, ...] | None:
 
 
 def _cache_folder() -> Path:
-    """The folder for compiled code on this host, where there is no spool."""
+    """Return the folder for compiled code on this host, where there is no spool."""
     ours = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]  # systemd's CacheDirectory=
     return Path(ours or Path.home() / ".cache" / "promptdrop")

@@ -25,9 +25,9 @@ class Node:
 
 
 def nodes(address: str) -> list[Node]:
-    """Every host that the cluster knows, living ones first; earlier lives of a host are left out.
+    """List every host that the cluster knows, living ones first, without earlier lives of a host.
 
-    Raises PromptdropError: it cannot be reached.
+    Raises PromptdropError: the cluster cannot be reached.
     """
     with _connected(address):
         found = [_node(node) for node in ray.nodes()]  # type: ignore[no-untyped-call]  # ray's
