@@ -27,7 +27,7 @@ TILE = 512  # px, the largest side of a tile
 
 
 def compile_decoder(decoder: Any, sizes: int) -> None:
-    """Have the decoder compiled at the first use of each of so many sizes."""
+    """Have the decoder compiled at the first use of each size. sizes: how many there are."""
     limit = torch._dynamo.config.recompile_limit  # graphs of one function
     torch._dynamo.config.recompile_limit = max(limit, 2 * sizes)
     rewrite(decoder)
@@ -36,7 +36,7 @@ def compile_decoder(decoder: Any, sizes: int) -> None:
 
 
 def rewrite(decoder: nn.Module) -> None:
-    """Swap in modules that the compiler makes faster code of; uncompiled they compute the same."""
+    """Replace modules by ones that compile to faster code; uncompiled they compute the same."""
     for module in decoder.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = ChannelGroupNorm
@@ -54,7 +54,7 @@ class ChannelGroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, ...]."""
+        """Norm x [B, C, ...]."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
         wide, places = x.float(), list(range(2, x.ndim))
@@ -72,14 +72,14 @@ class ChannelGroupNorm(nn.GroupNorm):
 
 
 class TransposedUpsample(Upsample2D):  # type: ignore[misc]  # diffusers has no types
-    """Each pixel doubled and convolved 3x3, as one transposed convolution of 4x4 when compiled.
+    """Doubles each pixel and convolves 3x3; when compiled, as one transposed convolution of 4x4.
 
-    Most of the nine weights meet the same pixel as another: four products are left, and the doubled image
-    is never written.
+    In the doubled image most of the nine weights meet the same pixel as another. Added up beforehand they
+    leave four products, and the doubled image is never written.
     """
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None) -> Tensor:
-        """hidden_states [B, C, H, W], to [B, C, 2 H, 2 W]."""
+        """Upsample hidden_states [B, C, H, W] to [B, C, 2 H, 2 W]."""
         if output_size is not None or not torch.compiler.is_compiling():
             return super().forward(hidden_states, output_size)  # type: ignore[no-any-return]
         weight, bias = self.conv.weight, self.conv.bias  # [out, in, 3, 3], [out]
@@ -104,7 +104,7 @@ class WideAttention(AttnProcessor2_0):  # type: ignore[misc]  # diffusers has no
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states [B, C, H, W]."""
+        """Let the pixels of hidden_states [B, C, H, W] attend to each other."""
         if not torch.compiler.is_compiling():
             return super().__call__(attn, hidden_states)  # type: ignore[no-any-return]  # diffusers
         x = hidden_states.flatten(2)  # [B, C, H W]

@@ -36,17 +36,17 @@ def find_device(wanted: str) -> torch.device:
 
 
 def name_of(device: torch.device) -> str:
-    """`NVIDIA H200`, `cpu`."""
+    """Return the name of a device, such as `NVIDIA H200` or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """CUDA's compute capability; None on the CPU."""
+    """Return CUDA's compute capability; None on the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def nvml_index(device: torch.device) -> int | None:
-    """The number that NVML gives the device; None if there is none.
+    """Return the number that NVML gives the device; None if there is none.
 
     NVML counts all GPUs, torch those of CUDA_VISIBLE_DEVICES: the UUID is the same in both.
     """
@@ -63,9 +63,9 @@ def nvml_index(device: torch.device) -> int | None:
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether to compile, by `engine.compile`; auto: on a GPU, where Triton and a C compiler are.
+    """Whether to compile, by `engine.compile`. `auto`: on a GPU, if Triton and a C compiler are there.
 
-    Raises ConfigError: it is on, and they are not.
+    Raises ConfigError: `on`, and something that compiling needs is missing.
     """
     wanted, lacking = config.engine.compile, kernels.missing() if device.type == "cuda" else None
     if (capability := capability_of(device)) and capability < CAPABILITY:
@@ -78,7 +78,7 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 
 def memory_used(device: torch.device) -> dict[str, Any]:
-    """The memory fields of a Rendering; the peak is since the image began."""
+    """Return the memory fields of a Rendering; the peak is since the image began."""
     if device.type != "cuda":
         return {}
     return {
@@ -89,7 +89,7 @@ def memory_used(device: torch.device) -> dict[str, Any]:
 
 
 class Clock:
-    """Marks on the device's own time line, read only once the work between them is done."""
+    """Sets marks on the device's own time line, to be read once the work between them is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.lags = device.type == "cuda"  # work is queued: a mark lies in the device's future

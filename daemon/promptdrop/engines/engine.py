@@ -50,7 +50,7 @@ class Engine(Protocol):
     def prepare(self, spec: ImageSpec, prompt: Prompt) -> None:
         """Encode the texts of an image that comes next; called by the on_step of those in hand.
 
-        Errors are ignored here: the image's own `render` meets them again.
+        Errors are ignored here: the image's own `render` raises them again.
         """
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
@@ -78,7 +78,7 @@ def batches(specs: Iterable[ImageSpec], most: int) -> Iterator[list[ImageSpec]]:
 
 
 def warm_up_spec(config: Config, size: str, prompt: str) -> ImageSpec:
-    """An image of the default settings, to be thrown away."""
+    """Make the spec of an image with the default settings, which is rendered and thrown away."""
     width, height = width_height(size)
     return ImageSpec(
         image=1,

@@ -58,7 +58,9 @@ def through(blocks: Iterable[Any], x: Tensor, positions: Positions, adaln: Tenso
     """
     branch = None
     for block in blocks:
-        for hook in block._forward_pre_hooks.values():  # they bring weights that are offloaded
+        for (
+            hook
+        ) in block._forward_pre_hooks.values():  # these hooks bring weights that are offloaded
             hook(block, ())
         fp8 = isinstance(block.attention.to_q, Fp8Linear)
         scale, gate, mlp_scale, mlp_gate = modulation(block, adaln)  # each [dim]
@@ -90,12 +92,12 @@ def modulation(block: Any, adaln: Tensor | None) -> Sequence[Tensor | None]:
 
 
 def norm_of(norm: Any, scale: Tensor | None = None) -> Norm:
-    """The norm of a module, as kernels take it."""
+    """Return the norm of a module as kernels take it."""
     return Norm(norm.weight, norm.eps, scale)
 
 
 def branch_of(y: Tensor, norm: Any, gate: Tensor | None) -> Branch:
-    """What is added to the input, as kernels take it."""
+    """Return the branch that a block adds to its input, as kernels take it."""
     return Branch(y, norm.weight, norm.eps, gate)
 
 
@@ -201,8 +203,10 @@ class FastForward:
         return [unpatchify(x, rows, columns) for x in torch.split(patches, rows * columns)]
 
     def _caption(self, texts: list[Tensor], rotaries: list[Rotary]) -> Tensor:
-        """The refined texts [sum of L, dim]. All evaluations of an image share them, because the noise
-        level does not go in."""
+        """Return the refined texts [sum of L, dim].
+
+        They are kept: all evaluations of an image share them, as they do not depend on the noise level.
+        """
         key = tuple((id(text), text._version) for text in texts)
         if key not in self._captions:
             model = self._transformer
@@ -217,7 +221,7 @@ class FastForward:
         return self._captions[key].refined
 
     def _rotary(self, rows: int, columns: int, length: int) -> Rotary:
-        """The cosines and sines of a shape; kept, because all images of the shape use them."""
+        """Return the cosines and sines of a shape, which are kept for all images of the shape."""
         key = rows, columns, length
         if key not in self._rotaries:
             embed, device = self._transformer.rope_embedder, self._transformer.device
@@ -284,13 +288,13 @@ def together(transformer: Any, forward: FastForward) -> Iterator[None]:
 def join_weights(transformer: Any) -> None:
     """Put each pair of weights that `kernels.gated_products` multiplies by into one storage.
 
-    Raises torch.OutOfMemoryError: there is no room for one pair beside all.
+    Raises torch.OutOfMemoryError: there is no room for a copy of one pair.
     """
     for block in transformer.modules():
         if isinstance(block, FeedForward) and not isinstance(block.w1, Fp8Linear):
             both = torch.stack([block.w1.weight.data, block.w3.weight.data])  # [2, hidden, dim]
             block.w1.weight.data, block.w3.weight.data = both
-    torch.cuda.empty_cache()  # the pieces that are free now fit nothing else
+    torch.cuda.empty_cache()  # the freed pieces are too small for anything else
 
 
 def meet_text_lengths(

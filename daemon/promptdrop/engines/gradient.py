@@ -67,7 +67,7 @@ class GradientEngine:
         """Render images, or do what their prompts' first words say.
 
         `!raise` and `!constant` fail their image alone, `!slow SECONDS` slows each step of all,
-        `!late-FAULT SECONDS` too, and does FAULT after the first; `!together` fails a batch of
+        `!late-FAULT SECONDS` slows them, too, and does FAULT after the first step; `!together` fails a batch of
         several; all other faults are the whole engine's.
         """
         begun = [
@@ -93,7 +93,7 @@ class GradientEngine:
         """Do what `!text-FAULT` says."""
         if spec.prompt.startswith("!text-"):
             fault, arguments = _scripted(spec.prompt)
-            with suppress(EngineError):  # found again, and charged, when the image is begun
+            with suppress(EngineError):  # raised again, and charged, when the image is begun
                 _image_fault(fault.removeprefix("text-"), arguments)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
@@ -122,7 +122,7 @@ def fit(text: str, prompt: Prompt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Drawing:
-    """An image that was begun."""
+    """An image that was begun, and the fault that its prompt scripts."""
 
     spec: ImageSpec
     buffer: memoryview
@@ -192,7 +192,7 @@ def _adding(offset: int) -> bytes:
 
 
 def _scripted(text: str) -> tuple[str, list[str]]:
-    """The fault a text begins with and the words after it; `once-` is settled here."""
+    """Return the fault that a text begins with and the words after it; `once-` is resolved here."""
     words = text.split()
     if not words or not words[0].startswith("!"):
         return "", words
@@ -227,12 +227,12 @@ def _image_fault(fault: str, arguments: list[str]) -> None:
         _spin()
     elif fault == "oom":
         _eat_memory()
-    elif fault == "write":  # for ever, if the file system is frozen
+    elif fault == "write":  # hangs while the file system is frozen
         Path(arguments[0]).write_bytes(b"x")
     elif fault == "close":
         os.close(_pipe())
         _hang()
-    elif fault == "half":  # the length of a message, and never the message
+    elif fault == "half":  # sends the length of a message without the message
         os.write(_pipe(), struct.pack("!i", 1000) + b"half")
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "huge":

@@ -76,7 +76,7 @@ def gated(gate: Tensor, up: Tensor, fp8: bool) -> Rows:
 
 
 def gated_products(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
-    """Compute silu(x w1') * (x w3'), x [S, dim], each weight [hidden, dim]; fused if fast."""
+    """Compute silu(x w1') * (x w3'), x [S, dim], each weight [hidden, dim]; fused if that is faster."""
     if x.is_cuda and IS_FUSED and triton_kernels.is_fast(x, w1, w3):
         return triton_kernels.gated_products(x, w1, w3)
     return gated(F.linear(x, w1), F.linear(x, w3), fp8=False)  # type: ignore[return-value]  # not fp8
@@ -104,7 +104,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor
 
 
 def missing() -> str | None:
-    """Name what Triton lacks here to build kernels for a GPU (triton/runtime/build.py); None: nothing."""
+    """Say what Triton needs to build GPU kernels and does not find (triton/runtime/build.py), or None."""
     if not find_spec("triton"):
         return "Triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):

@@ -1,4 +1,4 @@
-"""From a checkpoint's files to a model on a device, ready to render."""
+"""Load a checkpoint's files into a model on a device, ready to render."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,9 @@ class Model:
     info: EngineInfo
 
     def offload_to(self, offload: str) -> None:
-        """Stream one component more. Raises OSError: the host has too little memory for it."""
+        """Stream one more component. Raises OSError: the host has too little memory for it."""
         component = memory.OFFLOADS[offload][-1]
-        self.embeddings.graphs = None  # they were captured with the weights where they were
+        self.embeddings.graphs = None  # captured with the addresses that the weights had
         self.offload = offload
         memory.stream(getattr(self.pipe, component), self.device)
 
@@ -137,13 +137,13 @@ def _place(
 
 
 class PipelineOnDevice(ZImagePipeline):  # type: ignore[misc]  # diffusers has no types
-    """A pipeline that knows where it runs."""
+    """A pipeline that has its device in an attribute."""
 
     _execution_device: torch.device | None = None
 
 
 class TransformerOfDtype(ZImageTransformer2DModel):  # type: ignore[misc]  # diffusers has no types
-    """A transformer that knows the dtype of its weights."""
+    """A transformer that has the dtype of its weights in an attribute."""
 
     dtype: torch.dtype | None = None
 

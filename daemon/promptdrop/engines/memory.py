@@ -1,12 +1,12 @@
-"""Where the model's weights are kept: on the device, or on the host, from where they are streamed.
+"""Keep the model's weights on the device, or on the host and stream them from there.
 
 A component is streamed block by block: its blocks' matrices stay in pinned host memory and arrive on
 the device one after another, the next block's while one block runs. Everything else stays on the device,
 except for the text encoder's table of embeddings: a prompt needs a few of its rows, which are looked up
 on the host. Without compiling, the pixels are the same to the bit.
 
-diffusers.hooks.apply_group_offloading (0.42.1) is similar, and was not taken: it pins a
-copy of all blocks before it lets go of the first, each tensor rounded up to a power of two by torch
+diffusers.hooks.apply_group_offloading (0.42.1) is similar and is not used: it pins a
+copy of all blocks before it frees the first, each tensor rounded up to a power of two by torch
 (17.3 GiB beside the 11.5 that the transformer was loaded into); it sends what is no block, that table of
 742 MiB too, there and back with every call; and it replaces `forward`, as `forward.together` does.
 """
@@ -28,7 +28,7 @@ MIB = 1024 * 1024
 GIB = 1024 * MIB
 ALIGNMENT = 512  # bytes, as torch's own allocations have it: kernels are chosen by it
 
-# Each streams these, from the fastest to the one that needs least of the device.
+# The components that each mode streams, from the fastest to the one that needs least device memory.
 OFFLOADS: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "text_encoder": ("text_encoder",),
@@ -48,7 +48,7 @@ class Footprint:
     """The bytes that a component takes on the device."""
 
     whole: int
-    streamed: int  # two blocks, and what is no block
+    streamed: int  # two blocks, and everything that is in no block
 
 
 def footprint(component: nn.Module) -> Footprint:
@@ -60,7 +60,7 @@ def footprint(component: nn.Module) -> Footprint:
 
 
 def needs(footprints: Mapping[str, Footprint], working: int) -> dict[str, int]:
-    """The bytes needed on the device, for each of OFFLOADS; footprints: by component."""
+    """Return the bytes needed on the device for each of OFFLOADS. footprints: by component."""
     return {
         offload: working
         + sum(
@@ -84,7 +84,7 @@ def plan(free: int, need: Mapping[str, int]) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """The bytes of a CUDA device that this process can have, those that it has already included."""
+    """Return the bytes of a CUDA device that this process can have, including those it has already."""
     free, total = torch.cuda.mem_get_info(device)
     fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every torch
     limit = int(total * fraction_of(device)) if fraction_of else total
@@ -148,13 +148,13 @@ def stream(component: nn.Module, device: torch.device) -> None:
 
 
 def blocks(component: nn.Module) -> list[nn.Module]:
-    """The blocks of a component, in the order in which they run: they are streamed."""
+    """List the blocks of a component, which are streamed, in the order in which they run."""
     lists = [child for child in component.children() if isinstance(child, nn.ModuleList)]
     return [block for each in lists for block in each]
 
 
 def tables(component: nn.Module) -> list[nn.Embedding]:
-    """The embeddings of a component, which are looked up on the host."""
+    """List the embeddings of a component, which are looked up on the host."""
     return [child for child in component.children() if isinstance(child, nn.Embedding)]
 
 
@@ -184,7 +184,7 @@ class Streamed:
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
             self._arrived = [torch.cuda.Event(), torch.cuda.Event()]  # type: ignore[no-untyped-call]  # torch's
             unpin = weakref.finalize(self, unpinned, self._kept)
-            unpin.atexit = False  # then the driver does
+            unpin.atexit = False  # when the process ends, the driver unpins
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._before, index))
 
@@ -205,7 +205,7 @@ class Streamed:
             self._fetch(following, slots)
 
     def _make_slots(self) -> Tensor:
-        """Make the slots at the first use, where running out of memory is handled as an image's."""
+        """Make the slots at the first use, where running out of memory is handled as in any image."""
         self.leave()
         slots = torch.empty(2, max(map(len, self._kept)), dtype=torch.uint8, device=self._device)
         for index, block in enumerate(self._blocks):
@@ -231,12 +231,12 @@ class Streamed:
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a module, each once."""
+    """List the parameters and buffers of a module, each once."""
     return [*{id(t): t for t in (*module.parameters(), *module.buffers())}.values()]
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
-    """The tensors of a block that are streamed: its matrices.
+    """List the tensors of a block that are streamed: its matrices.
 
     Norms and biases, a few KiB, stay on the device: FastForward uses a block's last norm when the next
     block has begun.
@@ -245,12 +245,12 @@ def matrices(module: nn.Module) -> list[Tensor]:
 
 
 def space(module: nn.Module) -> int:
-    """The bytes that a module's matrices take one behind the other, aligned."""
+    """Count the bytes that a module's matrices take one behind the other, aligned."""
     return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in matrices(module))
 
 
 def views(memory: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Lay tensors of the same shapes, strides and dtypes out in memory, uint8 [bytes]."""
+    """Yield views of `memory`, uint8 [bytes], with the shapes, strides and dtypes of these tensors."""
     begin = 0
     for tensor in like:
         strides = torch.empty_like(tensor, device="meta").stride()  # without gaps
@@ -290,7 +290,7 @@ def unpinned(pinned: Sequence[Tensor]) -> None:
 
 
 def first_sentence(error: Exception) -> str:
-    """The sentence of an error of torch that says what happened; the others are advice."""
+    """Return the first sentence of an error of torch, which says what happened; the rest is advice."""
     return str(error).partition(". ")[0]
 
 
@@ -301,9 +301,9 @@ def hold(device: torch.device, mib: int | None) -> None:
     """
     if mib is None or device.type != "cuda":
         return
-    blocks = []  # a block may come out of the cache, so that it adds nothing
+    blocks = []  # kept, since one that comes out of the cache adds nothing
     try:
-        # torch would empty the cache before it says that it cannot: asked first, we keep that.
+        # Asked first: torch would empty the cache before it says that there is too little.
         if (free := free_bytes(device)) < mib * MIB:
             raise torch.OutOfMemoryError(f"this process can have {free // MIB} MiB in all")
         while (missing := mib * MIB - torch.cuda.memory_reserved(device)) > 0:

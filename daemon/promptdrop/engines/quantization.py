@@ -35,7 +35,7 @@ class Fp8Linear(nn.Module):
 
     def _product(self, rows: Scaled) -> Tensor:
         """Multiply rows [S, in]. Returns [S, out]."""
-        if not self.weight.is_cuda:  # torch 2.11 knows no scales of rows there
+        if not self.weight.is_cuda:  # torch 2.11 has no product with row scales on the CPU
             sums = rows.values.float() @ self.weight.float().t()
             return (sums * rows.scales * self.scales).to(self.dtype)
         return torch._scaled_mm(

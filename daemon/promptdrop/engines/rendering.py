@@ -1,4 +1,4 @@
-"""From a batch's prompts to pixels: the same calls, in the same order, as ZImagePipeline's own.
+"""Render a batch's prompts to pixels, with the same calls in the same order as ZImagePipeline.
 
 Shapes: latents are float32 [B, 16, H/8, W/8] of a batch of B images, pixels uint8 [H, W, 3]. Line
 numbers of diffusers are those of 0.42.1.
@@ -53,7 +53,7 @@ class Denoising:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An image's pixels on the device, not yet judged."""
+    """An image's pixels on the device, not yet checked by `_unsound`."""
 
     pixels: torch.Tensor  # [H, W, 3]
     sound: torch.Tensor  # [3], see `_unsound`
@@ -91,7 +91,7 @@ class Renderer:
 
         A shape that no graph was compiled for runs uncompiled.
         """
-        if self._model.is_compiled and self.is_warm:  # a context manager, as is what follows
+        if self._model.is_compiled and self.is_warm:  # both branches return a context manager
             return torch.compiler.set_stance("eager_on_recompile")
         return contextlib.nullcontext()
 
@@ -147,7 +147,7 @@ class Renderer:
         return Encoded(spec, buffer, *texts, begin, self._clock.mark())
 
     def texts(self, spec: ImageSpec, prompt: Prompt) -> tuple[Embedding, Embedding | None]:
-        """The embeddings of the prompt and, with guidance, of the negative prompt.
+        """Return the embeddings of the prompt and, with guidance, of the negative prompt.
 
         Raises EngineError: one of the texts is too long and must not be cut.
         """
@@ -195,7 +195,7 @@ class Renderer:
         An image that is alone and not compiled goes through the library's own forward: its pixels are
         the library's, bit for bit.
         """
-        if images > 1 and not self._model.is_compiled:  # a context manager, as is what follows
+        if images > 1 and not self._model.is_compiled:  # both branches return a context manager
             return together(self._pipe.transformer, self._model.forward)
         return contextlib.nullcontext()
 
@@ -262,7 +262,7 @@ class Renderer:
 
 
 def size_of(spec: ImageSpec) -> str:
-    """`1024x768`, as `engine.warmup` names sizes."""
+    """Return the size as `engine.warmup` names it, such as `1024x768`."""
     return f"{spec.width}x{spec.height}"
 
 
@@ -275,7 +275,7 @@ def _seed(spec: ImageSpec) -> int:
 def _unsound(
     latents_finite: bool, decoded_finite: bool, several_colours: bool
 ) -> EngineError | None:
-    """Why an image must not be published: it would be black or blank. None if it is sound."""
+    """Say why an image must not be published: it would be black or blank. None if it is sound."""
     if not latents_finite:
         return EngineError("the latents are not finite (NaN or infinity) after denoising")
     if not decoded_finite:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-# A row of zeros has no scale of its own: 0 / 0 would be NaN, and then everything is.
+# A row of zeros has no scale of its own: 0 / 0 would be NaN, which spreads to the whole image.
 SMALLEST_SCALE = 2.0**-100
 
 

@@ -1,4 +1,4 @@
-"""The schedulers, which lead an image from noise to latents: diffusers' own, fitted to the pipeline.
+"""Fit diffusers' schedulers, which lead an image from noise to latents, to the pipeline.
 
 ZImagePipeline gives every scheduler `sigmas` and `mu` (pipeline_z_image.py:482) and none a generator.
 Only flow-match Euler takes these, so the others take their noise levels from it:
@@ -53,10 +53,10 @@ class _CheckpointLevels:
 
 
 class _LogSignalLevels(_CheckpointLevels):
-    """For solvers that step in log((1 - sigma) / sigma), which is infinite for pure noise.
+    """Noise levels for solvers that step in log((1 - sigma) / sigma), which is infinite for pure noise.
 
-    UniPC would solve a linear system with an infinity in it, which libraries of devices do in different
-    ways. Anything from 1e-6 to 1e-3 changed no error against the exact solution by 1% at 4 to 9 steps.
+    UniPC would solve a linear system with an infinity in it, with results that differ between devices.
+    Anything from 1e-6 to 1e-3 changed no error against the exact solution by 1% at 4 to 9 steps.
     """
 
     def _take(self, levels: torch.Tensor, timesteps: torch.Tensor) -> None:
@@ -94,7 +94,7 @@ _NEW: dict[str, Callable[[], Any]] = {
 
 
 def checkpoint_scheduler(pipe: Any, directory: Path) -> Any:
-    """The scheduler that a pipeline was loaded with. Raises ModelError: it is not flow-match Euler."""
+    """Return the scheduler of a loaded pipeline. Raises ModelError: it is not flow-match Euler."""
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         raise ModelError(
             f"{directory}/scheduler: is a {type(pipe.scheduler).__name__};"

@@ -1,4 +1,4 @@
-"""From prompts to embeddings: put into the template, cut to fit, encoded, and kept."""
+"""Turn prompts into embeddings: put them into the template, cut, encode, and keep the results."""
 
 from collections import OrderedDict
 from functools import partial
@@ -32,7 +32,7 @@ def count_tokens(tokenizer: Any, text: str) -> int:
 
 
 def fit(tokenizer: Any, text: str, prompt: Prompt) -> tuple[str, int]:
-    """Cut the user's text to what fits, the template included. Returns it, and its number of tokens.
+    """Cut the user's text so that it fits together with the template. Returns it and its token count.
 
     A text that fits is returned as it is. Cuts are made between characters of the text and never in the
     template, the end of which the library's own truncation would drop.
@@ -73,7 +73,7 @@ class Embeddings:
     """
 
     def __init__(self, pipe: Any, padded: bool) -> None:
-        """padded: encode padded, as the library does; the result is the library's, bit for bit."""
+        """padded: pad prompts as the library does; the result is then the library's, bit for bit."""
         self._pipe, self._padded = pipe, padded
         self.graphs: EncoderGraphs | None = None
         self._kept: OrderedDict[tuple[str, Prompt], Embedding] = OrderedDict()
@@ -85,7 +85,7 @@ class Embeddings:
             self.graphs.warm_up(max_tokens)
 
     def of(self, text: str, prompt: Prompt) -> Embedding:
-        """The embedding of a user's text. Raises EngineError: it is too long and must not be cut."""
+        """Return the embedding of a user's text. Raises EngineError: it is too long and must not be cut."""
         key = text, prompt
         if key not in self._kept:
             fitting, tokens = fit(self._pipe.tokenizer, text, prompt)
@@ -111,7 +111,7 @@ class Embeddings:
 
 
 def size_of(text: str, embeds: Tensor) -> int:
-    """The bytes of a kept embedding, and of its text at 4 a character."""
+    """Count the bytes of a kept embedding, and of its text at 4 a character."""
     return embeds.nbytes + 4 * len(text)
 
 
@@ -138,7 +138,7 @@ class EncoderGraphs:
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        # 145 norms of seven kernels each become one each, which rounds less often: 8.8 ms became 6.5.
+        # 145 norms take one kernel each instead of seven, which rounds less often: 6.5 ms, not 8.8.
         for module in encoder.modules():
             if type(module).__name__ == "Qwen3RMSNorm":
                 weight, eps = module.weight, module.variance_epsilon
@@ -164,13 +164,13 @@ class EncoderGraphs:
 
     @torch.no_grad()
     def _graph(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """The graph for so many tokens, its inputs [1, length] and its outputs [length, width]."""
+        """Return the graph for `length` tokens, its inputs [1, length] and its outputs [length, width]."""
         if length not in self._graphs:
             inputs = torch.zeros(1, length, dtype=torch.long, device=self._encoder.device)
             here = torch.cuda.current_stream()
             beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
             beside.wait_stream(here)
-            with torch.cuda.stream(beside):  # what is set up at a first use cannot be recorded
+            with torch.cuda.stream(beside):  # a first use sets things up, which cannot be captured
                 encoded(self._encoder, inputs)
             here.wait_stream(beside)
             graph = torch.cuda.CUDAGraph()

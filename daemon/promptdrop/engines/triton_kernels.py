@@ -1,6 +1,7 @@
 """The functions of `kernels.py` on a GPU, in Triton.
 
-Each program of a kernel has one row, that is one token, in its registers; one of `gated_products` a tile.
+Each program of a kernel has one row, that is one token, in its registers; a program of `gated_products`
+has a tile.
 """
 
 import functools
@@ -14,11 +15,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from promptdrop.engines.rows import FP8, LARGEST, SMALLEST_SCALE, Branch, Norm, Rows, Scaled
 
-# The rows of a matrix product, and the columns of each weight, that a program has in registers, and how
-# much of the inner dimension in one step. Other values were 2 to 40% slower.
+# TILE: the rows of a matrix product, and the columns of each weight, that a program has in registers.
+# DEPTH: how much of the inner dimension it multiplies in one step. Other values were 2 to 40% slower.
 TILE, DEPTH = 128, 64
-# Rows, from which on a CPU's launching of a whole evaluation (36 ms with `gated_products`, else 20) is
-# hidden behind the GPU's 43 ms.
+# The number of rows from which on a CPU's launches of a whole evaluation (36 ms with `gated_products`,
+# else 20) are hidden behind the GPU's 43 ms.
 MANY = 2048
 
 
@@ -87,21 +88,23 @@ def gated_products(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
 
 
 def is_fast(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether `gated_products` can take these and is the faster way: on Hopper, by measurement, unless
-    the rows are so few that launching it, which takes a CPU longer, is not hidden behind the GPU's work."""
+    """Whether `gated_products` can take these and is faster: on Hopper, by measurement, with many rows.
+
+    With few rows, its launch, which takes the CPU longer, is not hidden behind the GPU's work.
+    """
     return (
         len(x) >= MANY
         and joined(w1, w3)
         and x.dtype == w1.dtype
         and x.dtype.itemsize == 2
-        and all(n % 8 == 0 for n in w1.shape)  # TMA has rows begin at 16 bytes
+        and all(n % 8 == 0 for n in w1.shape)  # TMA needs rows that begin at a multiple of 16 bytes
         and torch.version.hip is None  # AMD has a 9.0, too
         and (_properties(x.device).major, _properties(x.device).minor) == (9, 0)
     )
 
 
 def joined(w1: Tensor, w3: Tensor) -> bool:
-    """Whether the weights are two of one storage, w3 behind w1."""
+    """Whether both weights lie in one storage, w3 behind w1."""
     one, other = (w.untyped_storage().data_ptr() for w in (w1, w3))
     return one == other and w3.storage_offset() > w1.storage_offset()
 
@@ -112,7 +115,9 @@ def _properties(device: torch.device) -> Any:
 
 
 def _multiprocessors(x: Tensor) -> int:
-    return int(_properties(x.device).multi_processor_count) if x.is_cuda else 2  # of an interpreter
+    return (
+        int(_properties(x.device).multi_processor_count) if x.is_cuda else 2
+    )  # Triton's interpreter
 
 
 def _rows(x: Tensor, branch: Branch | None, norm: Norm | None, fp8: bool) -> tuple[Tensor, Rows]:
@@ -147,7 +152,7 @@ def _block(columns: int) -> int:
 
 @triton.jit
 def _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8: tl.constexpr):
-    """A row of float32, as the next product takes it."""
+    """Write a row of float32 as the next product takes it."""
     if FP8:
         scale = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
         tl.store(scales + row, scale)
@@ -158,20 +163,24 @@ def _write(value, out, scales, row, column, largest, smallest, COLUMNS, FP8: tl.
 
 @triton.jit
 def _rounded(value, like):
-    """float32 that is what the library has there, in the dtype that `like` points to."""
+    """Round a float32 to the dtype that `like` points to, as the library does there."""
     return value.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _gated(opening, value, dtype: tl.constexpr):
-    """silu(opening) * value in float32, all that goes in of dtype, as is the silu in the library."""
+    """Compute silu(opening) * value in float32. The silu is rounded to dtype, as in the library."""
     return (opening * tl.sigmoid(opening)).to(dtype).to(tl.float32) * value
 
 
 @triton.jit
 def _in_bands(tile, tiles, down, BAND: tl.constexpr = 11):
-    """Row and column of a tile: down a band of so many rows, then the next column, so that programs that
-    run together share what they read. Of Hopper's 132, 12 columns of 11: 2.6% faster than 8."""
+    """Return row and column of a tile.
+
+    Tiles are numbered down a band of BAND rows, then down the next column of the band, so that programs
+    that run together share what they read. Hopper's 132 programs are 12 columns of 11: 2.6% faster than
+    with bands of 8.
+    """
     across = tiles // down
     first = tile // (BAND * across) * BAND
     high = min(down - first, BAND)
@@ -220,7 +229,7 @@ def _norm_rotate(
     square = tl.sum(value * value, axis=1)[:, None]
     value = _rounded(value * tl.rsqrt(square / (2 * HALF) + eps), x)
     value = _rounded(value * tl.load(weight + channel).to(tl.float32), x)
-    # Whole lines are loaded and stored; a pair stands in one thread's registers already.
+    # Whole lines are loaded and stored; a pair is in the registers of one thread already.
     even, odd = tl.split(tl.reshape(value, (PADDED, HALF, 2)))
     turn = tl.load(freqs + row * (2 * HALF) + channel)
     cosine, sine = tl.split(tl.reshape(turn, (1, HALF, 2)))
@@ -245,8 +254,10 @@ def _gate(
 
 @triton.jit
 def _gated_products(x, weights, out, rows, hidden, dim, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """A tile of both products at once is one 128 x 256 product of the tensor cores; a program does
-    several tiles, and loads for the next one while it stores."""
+    """Compute tiles of both products at once, as one 128 x 256 product of the tensor cores.
+
+    A program does several tiles, and loads for the next one while it stores.
+    """
     down = tl.cdiv(rows, TILE)
     tiles = down * tl.cdiv(hidden, TILE)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):

@@ -72,7 +72,7 @@ class Image:
 
 
 class Line:
-    """The engine's end of the pipe. A thread reads it, so that a Cancel overtakes the image in hand."""
+    """The engine's end of the pipe. A thread reads it, so that a Cancel is seen during a render."""
 
     def __init__(self, connection: Connection, on_end: Callable[[], None]) -> None:
         """on_end: called, in that thread, once the daemon has closed its end."""
@@ -109,7 +109,7 @@ class Line:
             return images
 
     def coming(self, most: int) -> list[Image]:
-        """The images that would be rendered next if no other came."""
+        """Return the images that would be rendered next if no other came."""
         with self._changed:
             return self._first_images(most)
 
@@ -122,7 +122,7 @@ class Line:
         return [one for one in images if one is images[0] or one.is_like(images[0])][:most]
 
     def _read(self) -> None:
-        """The thread that reads requests."""
+        """Read requests, in a thread of its own, until the daemon closes its end."""
         try:
             while True:
                 message = self._connection.recv()
@@ -136,14 +136,14 @@ class Line:
             self._on_end()
 
     def _let_begin(self, *requests: CountTokens | Stop) -> None:
-        """Let the images that have arrived be rendered, and then these requests be answered."""
+        """Queue the images that have arrived, then these requests."""
         with self._changed:
             self._waiting += [*self._arriving, *requests]
             self._changed.notify()
         self._arriving = []
 
     def _cancel(self, ticket: int) -> None:
-        """Give an image that was not begun back at once; remember it if it was begun."""
+        """Answer at once if the image has not begun; otherwise remember that it is cancelled."""
         with self._changed:
             for request in self._waiting:
                 if isinstance(request, Image) and request.render.ticket == ticket:
@@ -161,7 +161,7 @@ class Ahead:
 
     It does so in the step callback, on the same thread and CUDA stream. The callback runs when the device
     has just begun a whole evaluation, so that the device does not wait for the launches of an encoding,
-    which take longer than the encoding itself. One text a step, so that the device has work all the time.
+    which take longer than the encoding itself. It encodes one text a step, so that the device has work all the time.
     """
 
     def __init__(self, warm: Engine, line: Line, most: int) -> None:
@@ -174,7 +174,7 @@ class Ahead:
         return bool(self._prepared)
 
     def coming(self) -> Image | None:
-        """The next image whose text is to be encoded. Images that may be poison are left out."""
+        """Return the next image whose text is to be encoded. Images that may be poison are left out."""
         for image in self._line.coming(self._most):
             if image.render.kind is not None and image.render.ticket not in self._prepared:
                 return image
@@ -229,7 +229,7 @@ def _start(config: Config, send: Callable[[Answer], None]) -> Engine:
 
 
 def _reporter(send: Callable[[Answer], None]) -> Callable[[], None]:
-    """An on_step for the warm-up: a sign of life, at most once in _STAGE_SECONDS."""
+    """Make an on_step for the warm-up that sends a sign of life, at most once in _STAGE_SECONDS."""
     last = 0.0
 
     def report() -> None:

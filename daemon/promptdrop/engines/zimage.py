@@ -1,4 +1,4 @@
-"""Z-Image on torch and diffusers: warming up, and what is done when memory runs out.
+"""The engine for Z-Image on torch and diffusers: warms up, and recovers when memory runs out.
 
 Runs in the engine process, or in a script's own.
 """
@@ -32,7 +32,7 @@ CompileErrors = TorchDynamoException, subprocess.CalledProcessError  # the latte
 
 
 class OutOfMemory(Exception):
-    """Too little device memory for what was tried; less may do."""
+    """An attempt needed more device memory than there is; another that needs less may work."""
 
 
 class ZImageEngine:
@@ -46,10 +46,9 @@ class ZImageEngine:
         self.info = self.model.info
 
     def warm_up(self, on_step: Callable[[], None]) -> None:
-        """Render every size of `engine.warmup` with the default settings, alone and in the largest
-        batch; calls on_step at every step.
+        """Render every size of `engine.warmup` with the default settings, alone and in a full batch.
 
-        When compiling, it evaluates every text length too. Nothing is compiled afterwards: other
+        It calls on_step at every step. When compiling, it evaluates every text length too. Nothing is compiled afterwards: other
         sizes are decoded as the library does it.
 
         Raises EngineStartError: such an image cannot be rendered.
@@ -62,12 +61,12 @@ class ZImageEngine:
         self._reserve()
 
     def _warm_up(self, on_step: Callable[[], None]) -> None:
-        """Meet every size; if that fails, once more without the cache of compiled code."""
+        """Render every size; if that fails, again without the cache of compiled code."""
         try:
             self._meet_sizes(on_step)
         except (EngineStartError, torch.OutOfMemoryError):
             raise
-        except Exception as e:  # code that is read from a broken cache fails in any way there is
+        except Exception as e:  # code from a broken cache may raise anything
             if not (self.model.has_cache and compile_cache.discard(f"warming up failed: {e!r}")):
                 raise
             self._meet_sizes(on_step)
@@ -144,11 +143,11 @@ class ZImageEngine:
         return [EngineError(f"out of device memory at {size_of(specs[0])}: {reason}")]
 
     def _rungs(self, images: int) -> Iterator[tuple[str, Any]]:
-        """The attempts to make, the cheapest first: each cure's name and a context to render in."""
+        """Yield the attempts to make, the cheapest first: the cure's name and a context to render in."""
         yield "", contextlib.nullcontext()
         yield "the cache was emptied", contextlib.nullcontext()
         if images > 1:
-            return  # its halves take less
+            return  # the batch is halved instead
         yield "the image is decoded in tiles", tiled(self.model.pipe.vae)
         later = [*memory.OFFLOADS][[*memory.OFFLOADS].index(self.model.offload) + 1 :]
         for offload in later:
@@ -181,7 +180,7 @@ class ZImageEngine:
     def prepare(self, spec: ImageSpec, prompt: Prompt) -> None:
         """Encode the texts of an image that comes next; called by the on_step of those in hand.
 
-        Errors are ignored here: the image's own `render` meets them again. Without compiling this
+        Errors are ignored here: the image's own `render` raises them again. Without compiling this
         gains nothing, because the library's padded encoding waits for the device.
         """
         with contextlib.suppress(EngineError, torch.OutOfMemoryError):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from promptdrop import fs, names
 
-SUB_BYTES = 1024  # longest path below the inbox that is entered: it must fit below our folders too
+SUB_BYTES = (
+    1024  # of the longest path that is entered below the inbox: it must fit below our folders, too
+)
 NOT_OURS = (
     FileNotFoundError,
     NotADirectoryError,

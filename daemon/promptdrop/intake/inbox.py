@@ -1,6 +1,7 @@
-"""Decide which files of the inbox are complete. Events only mean "look now"; the scan is the truth.
+"""Decide which files of the inbox are complete. Events only mean "look now"; the scan decides.
 
-Completeness is quiet time on our own clock: modification times are old after rsync or unzip, and
+A file is complete once it has not changed for a while by our own clock: modification times are old
+after rsync or unzip, and
 CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), inotify(7).
 """
 
@@ -32,7 +33,7 @@ class Offer:
 
     @property
     def path(self) -> str:
-        """SUB/FILE."""
+        """SUB/FILE, below the inbox."""
         return below(self.sub, self.file)
 
 
@@ -64,10 +65,12 @@ class Scan:
     started: float  # monotonic seconds
     offers: tuple[Offer, ...]
     waiting: dict[str, str]  # SUB/FILE -> why it is not taken yet
-    blocked: dict[str, str]  # of these, what no time will cure: not ready, not to be moved
+    blocked: dict[
+        str, str
+    ]  # those of `waiting` that time does not cure: no ready marker, or cannot be moved
     next_look: float  # monotonic seconds; inf: nothing is due
     found: int  # job files, taken or not
-    cancels: dict[str, float]  # SUB/NAME.cancel of what is not in the inbox -> first seen
+    cancels: dict[str, float]  # SUB/NAME.cancel whose file is not in the inbox -> first seen
 
 
 @dataclass(slots=True)
@@ -111,22 +114,24 @@ class Inbox:
         for path in self._seen.keys() - found:
             del self._seen[path]  # taken or withdrawn
         blocked = {path: why for path, why in waiting.items() if self._is_blocked(path, why)}
-        offers = tuple(offer for _, _, offer in sorted(arrived))  # a path comes once
+        offers = tuple(
+            offer for _, _, offer in sorted(arrived)
+        )  # by age, then path: each path comes once
         cancels = self._hold_back(cancels, found, waiting, now)
         return Scan(now, offers, waiting, blocked, next_look, len(found), cancels=cancels)
 
     def object(self, path: str, objection: str) -> None:
-        """Let an offered file wait that would be refused: it may still be arriving."""
+        """Make an offered file wait that would be refused, because it may still be arriving."""
         if seen := self._seen.get(path):
             seen.objection, seen.offered = objection, False
 
     def block(self, path: str, obstacle: str, until: float) -> None:
-        """Let an offered file wait that cannot be moved out; it is offered again at `until`."""
+        """Make an offered file wait that cannot be moved out; it is offered again at `until`."""
         if seen := self._seen.get(path):
             seen.obstacle, seen.obstacle_until, seen.offered = obstacle, until, False
 
     def put_back(self, path: str) -> None:
-        """Forget an offered file: it was taken, was withdrawn or has changed, and then settles anew."""
+        """Forget an offered file that was taken, withdrawn or changed; a changed one settles anew."""
         self._seen.pop(path, None)
 
     def _examine(self, path: str, file: Found, now: float, watch: Watch) -> Verdict | None:
@@ -164,7 +169,7 @@ class Inbox:
         held = set(_named(cancels, found))
         for path in held:
             waiting[path] = "waits until the file it names is taken"
-            cancels[path] = now  # its own time begins when that is gone
+            cancels[path] = now  # how long the mark stands counts from when that file is gone
         self._cancels = cancels
         return {path: since for path, since in cancels.items() if path not in held}
 

@@ -24,12 +24,12 @@ from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.spool import Spool
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
-SCAN_SHARE = 0.25  # of a core, at most, that looks may take while a big inbox keeps changing
+SCAN_SHARE = 0.25  # the part of a core that looks may take while a big inbox keeps changing
 TAKING = 16  # files being read or claimed at once; the others wait for their turn
 
 
 class Desk(Protocol):
-    """Where everything that comes in is reported, on the loop: the supervisor."""
+    """The supervisor, as this folder knows it. Everything that comes in is reported to it on the loop."""
 
     config: Config
 
@@ -40,27 +40,27 @@ class Desk(Protocol):
         """Take over a claimed file that cannot be a job."""
 
     def surveyed(self, survey: "Survey") -> None:
-        """Hear what the last look has found, before any of its files is taken."""
+        """Act on what the last look has found, before any of its files is taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """One look at everything outside: the inbox, the control folder, the disks."""
+    """The result of one look at the inbox, the control folder and the disks."""
 
     scan: Scan | None  # None: the inbox could not be read
     trouble: str | None  # with a disk, in words
     paused: str | None  # why no new image is begun, and how to go on
-    commands: tuple[control.Command, ...]  # as they lay there; one may be carried out by now
+    commands: tuple[control.Command, ...]  # as found; one may have been carried out since
     lanes: dict[str, list[Offer]]  # the scan's offers, by the lane whose turn it may be
     cost: float  # CPU seconds
 
 
 class Intake:
-    """Takes files out of the inbox. Looks when woken and when time comes; `look` never blocks."""
+    """Takes files out of the inbox. It looks when it is woken and at intervals; `look` never blocks."""
 
     def __init__(self, loop: Loop, spool: Spool, desk: Desk) -> None:
         self.waiting: dict[str, str] = {}  # SUB/FILE -> why it is not taken yet
-        self.watch = "not yet"  # how, in words
+        self.watch = "not yet"  # how the inbox is watched, in words
         self.obstacle: str | None = None  # why nothing that is left can be taken
         self.last_activity = 0.0  # when something was last taken or put back
         self._loop, self._spool, self._desk = loop, spool, desk
@@ -91,7 +91,7 @@ class Intake:
         return max(min(self._next_scan, soon), self._rested)
 
     def is_quiet(self) -> bool:
-        """Whether the last look began after everything else and found no job file."""
+        """Whether the last look began after the last activity and found no job file."""
         quiet = self._quiet_since is not None and self._quiet_since >= self.last_activity
         if not quiet:
             self._woken = True
@@ -214,7 +214,7 @@ class Intake:
             )
 
     def _took(self) -> None:
-        """Give the next file its turn: one is taken, or not after all."""
+        """Give the next file its turn, after one that was taken, refused or left in the inbox."""
         self._offered -= 1
         self._taking -= 1
         self._take_turns()

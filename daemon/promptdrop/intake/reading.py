@@ -19,7 +19,7 @@ def read_job_file(
 ) -> Request | RequestError | None:
     """Read a dropped file. Returns its Request, or the error it is refused with.
 
-    Returns None: it is gone, or has changed meanwhile or since `signature` was taken.
+    Returns None if it is gone, or has changed while it was read or since `signature` was taken.
 
     Thread: any.
     """

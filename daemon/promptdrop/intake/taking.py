@@ -1,4 +1,4 @@
-"""Take one file: read it, claim it, resolve it. Each runs in a room, and again after disk trouble."""
+"""Take one file: read it, claim it, resolve it. Each step runs in a room, again after disk trouble."""
 
 import errno
 import time
@@ -27,7 +27,9 @@ def read(spool: Spool, offer: Offer) -> Request | RequestError | None:
 
 
 def claim(spool: Spool, offer: Offer) -> Unresolved | str | None:
-    """Move an offered file out of the inbox. None: it was withdrawn. A text: why it cannot be moved.
+    """Move an offered file out of the inbox.
+
+    Returns None if it was withdrawn, or a text that says why it cannot be moved.
 
     Thread: clerk.
     """
@@ -93,7 +95,7 @@ def _twin(spool: Spool, claimed: Unresolved) -> str | None:
 
 
 def _is_as_offered(claimed: Unresolved, offer: Offer) -> bool:
-    """Whether inode, size and mtime are the same: the rename itself changed only ctime.
+    """Whether inode, size and mtime are as they were; ctime was changed by the rename itself.
 
     Thread: clerk.
     """

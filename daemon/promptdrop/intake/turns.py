@@ -1,4 +1,4 @@
-"""Decide whose file is taken next: lanes have turns, so that a crowd keeps nobody waiting."""
+"""Decide whose file is taken next: lanes take turns, so that a full one does not hold up the others."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from promptdrop.intake.inbox import Offer
 class Turns:
     """Offers that wait to be taken: in turn between lanes, within a lane by arrival.
 
-    Whoever drops ten thousand files does not keep another's single one waiting.
+    Somebody who drops ten thousand files does not keep the single file of another waiting.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Turns:
 def by_lane(offers: Iterable[Offer], policy: str) -> dict[str, list[Offer]]:
     """Sort offers into lanes: one for each top-level sub-folder (fair), or one for all (fifo).
 
-    There may be very many of them, too many for the loop.
+    It runs off the loop, because there may be very many of them.
 
     Thread: scanner.
     """

@@ -1,4 +1,4 @@
-"""Hear of changes in the inbox. An event only means "look now"; the periodic scan finds the rest."""
+"""Notice changes in the inbox. An event only means "look now"; the periodic scan finds the rest."""
 
 import os
 from collections.abc import Callable

@@ -74,7 +74,7 @@ class Publication:
         settings, folder = self.job.settings, self.job.outbox_folder
         fs.make_directories(folder, settings.folder_mode, below=self.job.paths.outbox)
         self._sha256 = hashlib.sha256(self._data).hexdigest()
-        # Once: state that cannot be written all night must not fill the outbox meanwhile.
+        # Once: while the state folder cannot be written, retries must not fill the outbox.
         if self._temporary is None or not fs.exists(self._temporary):
             self._temporary = fs.write_temporary(folder, self._data, settings.file_mode)
         self._save_ms += (time.monotonic() - began) * 1e3
@@ -95,7 +95,7 @@ class Publication:
             )
 
     def _record(self, temporary: str) -> dict[str, Any]:
-        """The sidecar to be, and what `complete` needs besides."""
+        """Return the record of a publication: its sidecar, and what `complete` needs besides."""
         record = self._sidecar().model_dump(mode="json")
         return {**record, "temporary": temporary, "error": self.error}
 
@@ -124,13 +124,13 @@ class Publication:
 
 
 def complete(job: Job, number: int) -> str:
-    """Finish a publication whose record stands; returns the image's file name. Repeatable.
+    """Finish a publication whose record is written; returns the image's file name. Repeatable.
 
     Thread: publisher, clerk.
     """
     publishing = job.record_path(number, "publishing")
     published = job.record_path(number, "published")
-    if not fs.exists(publishing):  # all is done but for the last step
+    if not fs.exists(publishing):  # renamed to `published` before a crash or error
         return _remember(job, number, json.loads(published.read_bytes()))
     record = json.loads(publishing.read_bytes())
     began = time.monotonic()
@@ -161,7 +161,7 @@ def recover(job: Job) -> None:
 
 
 def infotext(spec: ImageSpec, model: str) -> str:
-    """The `parameters` text that image tools read."""
+    """Return the `parameters` text that image tools read."""
     fields = {
         "Steps": spec.steps,
         "Sampler": SAMPLERS[spec.scheduler],
@@ -193,7 +193,7 @@ def _give_name(job: Job, number: int, record: dict[str, Any]) -> dict[str, Any]:
         try:
             if fs.exists(
                 _sidecar_of(image)
-            ):  # of an image of another format: one stem, one sidecar
+            ):  # that of an image of another format: a stem has one sidecar
                 raise FileExistsError
             fs.rename(temporary, image)
         except FileExistsError:
@@ -206,7 +206,7 @@ def _give_name(job: Job, number: int, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sidecar_of(image: Path) -> Path:
-    """NAME.json beside NAME.png."""
+    """Return the path NAME.json beside NAME.png."""
     return image.with_name(f"{image.stem}.json")
 
 

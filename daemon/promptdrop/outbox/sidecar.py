@@ -18,7 +18,7 @@ from promptdrop.spool.job import Job
 
 
 def of_job(job: Job, spec: ImageSpec, attempt: int) -> SidecarJob:
-    """Which image of which job it is, and at which attempt it came."""
+    """The image's place in its job, and the attempt that made it."""
     return SidecarJob(
         id=job.id,
         name=job.name,
@@ -83,7 +83,7 @@ def of_device(engine: EngineInfo, engine_name: str | None, rendering: Rendering 
 def latency(
     settled: Settled, rendering: Rendering | None, started: float, save_ms: float
 ) -> LatencyMs:
-    """How long each part took. `total` is not known before the image is visible.
+    """The time that each part took. `total` is not known before the image is visible.
 
     started: the image's first step of work, monotonic seconds.
     """
@@ -101,5 +101,5 @@ def latency(
 
 
 def rounded(milliseconds: float | None) -> float | None:
-    """To a tenth of a millisecond."""
+    """Round to a tenth of a millisecond; None stays None."""
     return None if milliseconds is None else round(milliseconds, 1)

@@ -1,4 +1,4 @@
-"""The daemon's handle on one life of an engine, wherever it runs: speak, notice silence, kill.
+"""The daemon's link to one life of an engine, wherever it runs: talk to it, notice silence, kill it.
 
 Nothing here waits for the engine, which may stop in the middle of a message or read none. At the other
 end is a multiprocessing.connection.Connection, whose frames are a length and a pickle.
@@ -62,7 +62,7 @@ class Held:
 
 @dataclass(slots=True)
 class Limits:
-    """How long the engine may be silent, in seconds. Made anew each time, so SIGHUP can change them."""
+    """Seconds that the engine may be silent. Made anew for each check, so that SIGHUP can change them."""
 
     load: float  # until it is warm
     grace: float  # after an image's timeout
@@ -83,10 +83,10 @@ class Life(Protocol):
         """Whether it is dead. Answers that it sent before may still be read."""
 
     def how_it_ended(self) -> str:
-        """The end in words, for log and job: `killed by SIGSEGV`, `exit status 3`."""
+        """Say how it ended, for log and job: `killed by SIGSEGV`, `exit status 3`."""
 
     def kill(self) -> None:
-        """End it at once; returns at once."""
+        """End it at once, without waiting for its end."""
 
     def reap(self, seconds: float) -> bool:
         """Kill it, wait at most so long for its end, and close. False: it does not end."""
@@ -135,7 +135,7 @@ class EngineLink:
         return self.life.has_ended()
 
     def how_it_ended(self) -> str:
-        """The end in words: `killed by SIGSEGV`, `the host gpu7 is gone`."""
+        """Say how it ended: `killed by SIGSEGV`, `the host gpu7 is gone`."""
         return self.gone.how if self.gone else self.life.how_it_ended()
 
     @property
@@ -202,10 +202,10 @@ class EngineLink:
         except BlockingIOError:
             pass  # it reads slowly, or not at all; `writers` says when to go on
         except OSError:
-            self._forget_unsent()  # it is dead; the loop notices it by its pidfd
+            self._forget_unsent()  # it is dead; `has_ended` will tell
 
     def answers(self, now: float) -> Iterator[Answer]:
-        """The answers since the last call. Each of them moves the engine's deadline.
+        """Yield the answers since the last call. Each of them moves the engine's deadline.
 
         An engine that sends anything else is broken, and is killed.
         """
@@ -224,7 +224,7 @@ class EngineLink:
                 yield answer
 
     def overdue(self, now: float, limits: Limits) -> str | None:
-        """The reason to kill the engine now; None if there is none."""
+        """Return the reason to kill the engine now; None if there is none."""
         if now > self._closed_at + REAP_SECONDS:
             return "closed its end of the pipe and did not end"
         if not self.is_ready:
@@ -241,8 +241,10 @@ class EngineLink:
         return None
 
     def next_deadline(self, limits: Limits) -> float:
-        """The time, on the daemon's monotonic clock, before which `overdue` and `outlives_kill` stay as
-        they are if nothing happens."""
+        """Return the earliest time, on the daemon's monotonic clock, at which a limit passes.
+
+        Before it, `overdue` and `outlives_kill` stay as they are if nothing happens.
+        """
         if self.killed:
             return self._killed_at + REAP_SECONDS
         deadlines = [self._closed_at + REAP_SECONDS]
@@ -273,7 +275,7 @@ class EngineLink:
         return self.life.reap(REAP_SECONDS)
 
     def _begun(self) -> list[tuple[Held, float]]:
-        """The images being rendered, and when they began."""
+        """List the images being rendered, each with when it began."""
         images = self.in_hand.values()
         return [(held, held.began) for held in images if held.began is not None]
 
@@ -301,7 +303,7 @@ class EngineLink:
             return  # reset by its death; `has_ended` will say how
 
     def _next_frame(self, now: float) -> bytes | None:
-        """The bytes of the next answer; None if it is not whole yet."""
+        """Return the bytes of the next answer; None if it is not whole yet."""
         if len(self._heard) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._heard)

@@ -30,7 +30,7 @@ class Render:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Begin: no more is sent now that an image could be rendered together with."""
+    """Begin to render: for now, no other image is sent that could join a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +207,6 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why the cluster cannot be reached, or was lost. The gateway ends."""
+    """The cluster cannot be reached, or was lost. The gateway ends."""
 
     reason: str

@@ -1,4 +1,4 @@
-"""The daemon's engines: how many there are, and one life of each after another.
+"""The daemon's engines: start as many as are wanted, and begin a new life of each that ends.
 
 A Backend decides where they run; the supervisor decides what follows from their answers and deaths.
 """
@@ -24,7 +24,7 @@ DEPTH = 2  # batches in an engine: the one being rendered and the next, so the d
 
 @dataclass(slots=True)
 class Slot:
-    """The place of one engine, which has one life after another there."""
+    """The place of one engine, which may have several lives, one after another."""
 
     number: int  # from 1
     link: EngineLink | None = None  # to this life of its engine; None between two lives
@@ -44,7 +44,7 @@ class Slot:
 
     @property
     def warm(self) -> EngineLink | None:
-        """The link to its engine, if that takes images."""
+        """The link to its engine, if the engine takes images."""
         link = self.link
         return link if link and link.is_ready and not link.killed else None
 
@@ -59,13 +59,13 @@ class Ended:
 
 
 class Backend(Protocol):
-    """Where engines run."""
+    """Starts engines, as child processes or on the hosts of a cluster."""
 
     may_begin: bool  # whether an engine may begin now
     trouble: str | None  # why none may begin, if that is not as it should be
 
     def wanted(self, slots: list[Slot]) -> int:
-        """How many slots there shall be; never fewer than there are now."""
+        """Return how many slots there shall be; never fewer than there are now."""
 
     def begin(self, slot: Slot, settings: Config) -> EngineLink:
         """Begin a new life of a slot's engine.
@@ -84,7 +84,7 @@ class Backend(Protocol):
         """Take in what has happened, and begin again what has ended."""
 
     def next_deadline(self) -> float:
-        """The time, on the daemon's monotonic clock, at which `hear` is to be called at the latest."""
+        """Return when `hear` is to be called at the latest, on the daemon's monotonic clock."""
 
     def close(self) -> None:
         """Let go of everything, because the daemon ends."""
@@ -179,7 +179,7 @@ class Pool:
 
     @property
     def limits(self) -> Limits:
-        """How long an engine may be silent, by the configuration of now."""
+        """How long an engine may be silent, by the current configuration."""
         section = self.settings.engine
         return Limits(
             section.load_timeout_seconds,
@@ -189,7 +189,7 @@ class Pool:
         )
 
     def next_deadline(self) -> float:
-        """The time, on the daemon's monotonic clock, at which `hear` is to be called at the latest."""
+        """Return when `hear` is to be called at the latest, on the daemon's monotonic clock."""
         due, limits = [self._backend.next_deadline()], self.limits
         for slot in self.slots:
             if slot.link is None:
@@ -218,14 +218,16 @@ class Pool:
     ) -> Iterator[tuple[Slot, EngineLink, Answer | Ended]]:
         """Yield what one engine has said, and whether it has ended; kill it if it is overdue."""
         link.flush()
-        ended = link.has_ended()  # before reading: what it said last is heard first
+        ended = (
+            link.has_ended()
+        )  # asked first, so that its last answers are read before its end is told
         was_killed = link.killed
         for answer in link.answers(now):
             yield slot, link, answer
         if ended:
             link.reap()
             slot.link = None
-            if slot.due <= now:  # else it rests
+            if slot.due <= now:  # otherwise it rests until then
                 slot.trouble, slot.due = None, now
             yield slot, link, Ended()
             return
@@ -254,14 +256,14 @@ class Pool:
         log.get().info("engine.starting", engine=slot.name, pid=slot.link.pid, life=slot.lives)
 
     def has_room(self) -> Slot | None:
-        """The warm slot with the fewest images in hand, if it takes one more."""
+        """Return the warm slot with the fewest images in hand, if it takes one more."""
         warm = [(len(slot.warm.in_hand), slot) for slot in self.slots if slot.warm]
         most = DEPTH * self.settings.engine.batch
         least, slot = min(warm, key=lambda pair: pair[0], default=(most, None))
         return slot if least < most else None
 
     def share(self) -> None:
-        """Give engines without work what others have not begun yet; called when no image waits.
+        """Give idle engines the images that others have not begun yet; called when no image waits.
 
         The images are asked back here; the supervisor sends them again once they have come.
         """
@@ -285,7 +287,7 @@ class Pool:
         self.is_unloaded = True
         for slot in self.slots:
             if slot.link:
-                slot.is_unloading, slot.lives = True, 0  # the next life replaces none
+                slot.is_unloading, slot.lives = True, 0  # the next life counts as the first
                 slot.link.kill(UNLOADED, now)
 
     @property
@@ -296,11 +298,11 @@ class Pool:
         )
 
     def first_warm(self) -> EngineLink | None:
-        """A warm engine, to ask it something; None if there is none."""
+        """Return the link to a warm engine, to ask it something; None if there is none."""
         return next((slot.warm for slot in self.slots if slot.warm), None)
 
     def in_hand(self) -> Iterator[tuple[Slot, EngineLink, int, Held]]:
-        """Every image that an engine has been sent: (slot, link, ticket, held)."""
+        """Yield every image that an engine has been sent: (slot, link, ticket, held)."""
         for slot in self.slots:
             for ticket, held in list(slot.link.in_hand.items()) if slot.link else ():
                 if slot.link:

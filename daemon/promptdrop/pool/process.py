@@ -12,7 +12,7 @@ from promptdrop.pool.link import EngineLink
 
 
 class ChildProcess:
-    """A Life in a child process, which leads a process group of its own, to be killed as one."""
+    """A Life in a child process. It leads a process group of its own, which is killed as a whole."""
 
     is_lost = False
 
@@ -34,7 +34,7 @@ class ChildProcess:
                 )
             self._pidfd = os.pidfd_open(self._popen.pid)
         except OSError:
-            self.socket.close()  # an engine that was started ends with its end of the pipe
+            self.socket.close()  # an engine that was started ends when the pipe is closed
             raise
         self.socket.setblocking(False)
 
