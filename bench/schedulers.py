@@ -44,7 +44,7 @@ WIDTH = 0.5  # standard deviation of each
 
 
 class AnalyticField(torch.nn.Module):
-    """In the transformer's place: the exact velocity of data that is one of two Gaussians."""
+    """Stands in for the transformer with the exact velocity of data that is one of two Gaussians."""
 
     in_channels = 16
     dtype, device = torch.float32, torch.device("cpu")
@@ -52,7 +52,7 @@ class AnalyticField(torch.nn.Module):
     def forward(
         self, latents: list[torch.Tensor], time: torch.Tensor, *ignored: Any, **options: Any
     ) -> tuple[list[torch.Tensor]]:
-        """latents: B of [16, 1, h, w]; time [B] is 1 - sigma; the pipeline turns the sign round."""
+        """Evaluate B latents [16, 1, h, w]; time [B] is 1 - sigma. The pipeline inverts the sign."""
         pairs = zip(latents, time.tolist(), strict=True)
         return ([-velocity(x, 1 - t) for x, t in pairs],)
 

@@ -91,7 +91,7 @@ def settings_for(home: Path, **more: object) -> config.Config:
 
 
 def make_pending(spool: Spool, jobs: int) -> None:
-    """As claims leave them, without the fsyncs: half of them at the root, half in ten folders."""
+    """Make pending jobs as claims leave them, without the fsyncs: half at the root, half in ten folders."""
     (spool.paths.inbox / "one.txt").write_text("a red fox\n")
     claimed = claimed_job(spool, "one.txt")
     record = json.loads((claimed.home / REQUEST).read_bytes())

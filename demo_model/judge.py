@@ -36,7 +36,7 @@ class SeenThing:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows; `clean` is False for specks, odd colours and odd shapes."""
+    """The things seen in a picture; `clean` is False for specks, odd colours and odd shapes."""
 
     things: tuple[SeenThing, ...]
     background: str

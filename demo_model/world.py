@@ -96,7 +96,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def is_in_lot(scene: Scene) -> bool:
-    """True for one scene in 16, whatever its sizes."""
+    """Whether the scene is one of the 1 in 16 drawn by hash, whatever its sizes."""
     key = repr([(t.colour, t.shape) for t in scene.things] + [scene.background, scene.position])
     return zlib.crc32((key + str(scene.relation)).encode()) % 16 == 0
 

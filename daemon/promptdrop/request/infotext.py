@@ -68,7 +68,7 @@ def parse_infotext(text: str) -> ParsedInfotext | None:
 
 
 def parse_settings(line: str) -> dict[str, str]:
-    """Read `Steps: 9, Model: "a, b"` as {"Steps": "9", "Model": "a, b"}; of a repeated key, the last."""
+    """Read `Steps: 9, Model: "a, b"` as {"Steps": "9", "Model": "a, b"}; a repeated key has its last value."""
     return dict(_settings(line))
 
 

@@ -15,13 +15,13 @@ from promptdrop.request.decode import with_lf
 from promptdrop.request.problems import Problems, short, show
 from promptdrop.yaml12 import Mapping, Node, Scalar, Sequence
 
-# Values in the place of those that are refused, so that the other fields are still checked.
+# Values that stand in for refused ones, so that the other fields are still checked.
 _STAND_IN = {"prompt": "a", "prompts": ["a"]}
 
 
 @dataclass(slots=True)
 class Level:
-    """The fields that a mapping gives, each within its range, with width and height for `size`."""
+    """The fields that a mapping gives, each within its range; `size` is replaced by width and height."""
 
     node: Mapping
     label: str  # "" or "images[3]."
@@ -43,7 +43,7 @@ class Level:
 
 
 def read_level(node: Mapping, label: str, config: Config, problems: Problems) -> Level:
-    """Read the fields of a mapping; each that is wrong adds to `problems`."""
+    """Read the fields of a mapping; each wrong one adds to `problems`."""
     level = Level(node, label, {})
     known, validators = level.known, _validators()
     for (name, child), line in zip(node.items.items(), node.key_lines, strict=True):
@@ -67,7 +67,7 @@ def too_many(limit: int) -> str:
 
 @cache
 def _validators() -> dict[str, Callable[[Any], Any]]:
-    """Make a validator for each field: one for all fields takes three times as long for a prompt."""
+    """Make a validator for each field; a joint one would take three times as long for a prompt."""
     strict = ConfigDict(strict=True)
     return {
         name: TypeAdapter(type_of(name), config=strict).validator.validate_python
@@ -102,7 +102,7 @@ def _unknown(level: Level, name: str) -> str:
 def _value(name: str, node: Node) -> Any:
     """Return the value of a field before it is checked; None if it is not given.
 
-    Only an empty prompt without quotes is not given; other text fields may be null, too.
+    null and an empty value without quotes are not given, except that `prompt: null` is the text "null".
     """
     if isinstance(node, Scalar):
         return _scalar(name, node)
@@ -134,7 +134,9 @@ def _valid(
     """Return the checked value; if it is refused, report it and return a stand-in or None."""
     try:
         return validate(value)
-    except ValidationError as e:  # one error for each type of a union: that of the list says most
+    except (
+        ValidationError
+    ) as e:  # a union has one error for each of its types; that of the list says most
         errors = e.errors(include_url=False)
         _report(level, name, max(errors, key=lambda error: len(error["loc"])), problems)
         return _STAND_IN.get(name)

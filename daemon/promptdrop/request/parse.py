@@ -1,7 +1,7 @@
 """Turn the bytes of a job file into a Request, or into all reasons why it is refused.
 
 The bytes are decoded (decode.py), the reader of the format makes mappings of the text (text_reader.py,
-data_readers.py), the fields of each mapping are read and checked (level.py, by promptdrop/fields.py);
+data_readers.py), and the fields of each mapping are read and checked (level.py, promptdrop/fields.py);
 here they become images. `parse` raises no other error than RequestError.
 """
 
@@ -177,7 +177,7 @@ def _complete(
     seed = values.get("seed")
     values["seeds"] = seed if isinstance(seed, list) else [seed]
     if isinstance(seed, list) and "count" not in top.values and "count" not in entry.values:
-        values["count"] = 1  # the default's: one image per prompt and seed
+        values["count"] = 1  # and not the default: one image per prompt and seed
     if contradiction := _contradiction(values, seed, config):
         name, message = contradiction
         (entry if name in entry.values else top).add(problems, name, message)

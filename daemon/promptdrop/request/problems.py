@@ -21,7 +21,7 @@ class Problems:
         return bool(self._found)
 
     def add(self, message: str, line: int | None = None, field: str | None = None) -> None:
-        """Add a problem. Raises RequestError: there are enough of them."""
+        """Add a problem. Raises RequestError: MAX_PROBLEMS or MAX_MET is reached."""
         problem = Problem(message, line, field)
         self._met += 1
         if problem not in self._found:

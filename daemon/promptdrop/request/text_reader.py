@@ -29,7 +29,7 @@ _PIECE = re.compile(r"""\\(.)|'([^']*+)'|"((?:[^"\\]|\\.)*+)"|([^'"\\]++)""")
 
 
 def text_documents(text: str, problems: Problems) -> Iterator[Node]:
-    """Read one mapping per line. Numbers are text here; yaml12 says what they mean."""
+    """Read one mapping per line. Numbers stay text here; yaml12 resolves them."""
     parsed = parse_infotext(text)
     if parsed and {"Steps", "Sampler"} <= parsed.fields.keys():
         yield _infotext_document(text, parsed, problems)

@@ -1,4 +1,4 @@
-"""From a file in the inbox to a job that is being rendered: claim, resolve, take."""
+"""Turn a file in the inbox into a job that is being rendered: claim, resolve, take."""
 
 import errno
 import os
@@ -29,11 +29,13 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
         os.makedirs(folder)
         with untrusted.below(spool.paths.inbox, sub) as inner:
             fs.rename(inner / file, folder / file)
-            if stat.S_ISDIR(os.lstat(folder / file).st_mode):  # swapped in, and no file to move
+            if stat.S_ISDIR(
+                os.lstat(folder / file).st_mode
+            ):  # a folder was swapped in: put it back
                 fs.rename(folder / file, inner / file)
                 raise untrusted.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
     except OSError:
-        fs.remove_empty_tree(home)  # never the file, if it came after all
+        fs.remove_empty_tree(home)  # keeps the file, if it was moved after all
         raise
     take_marker(spool, home, sub, file)
     between = [folder, *folder.parents]
@@ -43,7 +45,7 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
 
 
 def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:
-    """Move FILE.done away with FILE: the next file of this name needs a marker of its own.
+    """Move FILE.done out of the inbox with FILE, as the next file of this name needs its own marker.
 
     Thread: clerk.
     """
@@ -53,7 +55,7 @@ def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:
             with untrusted.below(spool.paths.inbox, sub) as inner:
                 fs.rename(inner / f"{file}{suffix}", home / READY)
         except OSError:
-            pass  # gone, or claimed with it before a crash; the file itself is ours
+            pass  # gone, or moved before a crash; the claim of the file stands
 
 
 def resolve(
@@ -65,7 +67,7 @@ def resolve(
 ) -> Job:
     """Record what a claimed file asks for, seeds included, then make its outbox folder.
 
-    Once in a job's life.
+    This happens once in a job's life.
 
     Thread: clerk.
     """
@@ -89,8 +91,8 @@ def resolve(
 def take(job: Job) -> None:
     """Move a job whose first image is on its way from pending to active.
 
-    Its detail is read first, so that nothing later meets trouble with a disk on its way: one small
-    file if the job is closed, and one rename. Raises OSError.
+    Its detail is read first, so that trouble with a disk shows here and not later. This takes the reading
+    of one small file if the job is closed, and one rename. Raises OSError.
 
     Thread: loop.
     """
@@ -101,9 +103,9 @@ def take(job: Job) -> None:
 
 
 def take_cancel(spool: Spool, path: str) -> None:
-    """Remove SUB/NAME.cancel, which has done its work.
+    """Remove SUB/NAME.cancel, which was obeyed.
 
-    Where it cannot be taken away, it names no job any more.
+    One that cannot be removed does no harm: it names no job any more.
 
     Thread: clerk.
     """
@@ -112,7 +114,7 @@ def take_cancel(spool: Spool, path: str) -> None:
         with untrusted.below(spool.paths.inbox, sub) as folder:
             fs.remove_file(folder / file)
     except (FileNotFoundError, PermissionError, untrusted.NotPlain):
-        pass  # taken back, in a folder that is not ours to change, or swapped
+        pass  # withdrawn, in a folder that we may not change, or swapped
 
 
 def _sync_if_there(path: Path) -> None:

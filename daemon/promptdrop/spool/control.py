@@ -1,4 +1,4 @@
-"""How commands reach the daemon: files in `.promptdrop/control`, writable by the spool's group.
+"""Commands to the daemon: files in `.promptdrop/control`, which the spool's group may write.
 
 `pause` is a flag that lasts; a command is a small JSON file that the daemon removes once it is done.
 """
@@ -59,7 +59,7 @@ def resume(folder: Path) -> None:
 
 
 def why_paused(paths: Paths) -> str | None:
-    """How to go on, while nobody wants new images; None if they are wanted.
+    """Say why no new image is begun and how to go on; None if nothing is paused.
 
     Thread: any.
     """
@@ -71,7 +71,7 @@ def why_paused(paths: Paths) -> str | None:
 
 
 def read(folder: Path) -> tuple[Command, ...]:
-    """The first commands that are not `done`; what is no command is removed.
+    """Return the first commands in the folder; a file that is no command is removed.
 
     Raises OSError: the disk is in trouble. Every command stays.
 
@@ -91,7 +91,7 @@ def read(folder: Path) -> tuple[Command, ...]:
 
 
 def done(folder: Path, file: str) -> None:
-    """The command was carried out: remove it. A crash before this repeats it.
+    """Remove a command that was carried out. If a crash comes first, it is carried out again.
 
     Thread: clerk; scanner for what is no command.
     """
@@ -103,9 +103,9 @@ def done(folder: Path, file: str) -> None:
 
 
 def _parse(path: Path) -> Command | None:
-    """The command in a file; None if it is none, since anybody of the group may write here.
+    """Return the command in a file; None if it is none, since anybody in the group may write here.
 
-    Raises OSError: the disk did not give it, so that nobody can tell.
+    Raises OSError: the disk did not give the file, so that nobody can tell what it is.
     """
     try:
         data, _ = untrusted.read_plain(path, _LIMIT)

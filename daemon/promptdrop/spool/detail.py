@@ -11,7 +11,7 @@ from promptdrop.nouns import ImageSpec
 from promptdrop.spool.paths import REQUEST
 
 _LONG = ("prompt", "negative_prompt", "meta")  # fields of an image, recorded once for the whole job
-# The fields that a record must have. All others have a default, as has whatever a later version adds.
+# The fields that a record must have. All others have a default, also those that later versions add.
 _NEEDED = frozenset(("id", "sub", "file", "folder", "claimed", "texts"))
 _NEEDED_SETTINGS = frozenset(("prompt", "output", "max_attempts", "on_timeout"))
 _NEEDED_OF_IMAGE = (
@@ -41,13 +41,13 @@ class ClaimedSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """When a drop settled: seconds on the monotonic clock of one boot."""
+    """The moment at which a drop settled: seconds on the monotonic clock of one boot."""
 
     monotonic: float
     boot: str
 
     def milliseconds_to(self, monotonic: float, boot: str) -> float | None:
-        """How long after that a moment is; None if the machine restarted in between."""
+        """Return the milliseconds from then to a moment; None if the machine restarted in between."""
         return (monotonic - self.monotonic) * 1e3 if boot == self.boot else None
 
 
@@ -61,7 +61,7 @@ class Detail:
     specs: tuple[ImageSpec, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of request.json that `parse` reads."""
+        """Return the fields of request.json that `parse` reads."""
         texts = _Texts()
         images = [
             {**spec.to_json(), **{name: texts.index(getattr(spec, name)) for name in _LONG}}
@@ -83,14 +83,14 @@ class Detail:
 
 
 def read(home: Path) -> Detail:
-    """The detail of the job in this folder. Raises OSError."""
+    """Read the detail of the job in this folder. Raises OSError."""
     return parse(json.loads((home / REQUEST).read_bytes()))
 
 
 def require_whole(record: dict[str, Any]) -> None:
-    """Raise LookupError, TypeError or ValueError: a field is missing that has no default.
+    """Raise LookupError, TypeError or ValueError if a field that has no default is missing.
 
-    Asked when a record is first read, since the detail of a job is parsed much later.
+    Called when a record is first read, since the detail of a job is parsed much later.
     """
     pieces = [(record, _NEEDED), (record["settings"], _NEEDED_SETTINGS)]
     pieces += [(image, _NEEDED_OF_IMAGE) for image in record["images"]]
@@ -100,7 +100,7 @@ def require_whole(record: dict[str, Any]) -> None:
 
 
 def parse(record: dict[str, Any]) -> Detail:
-    """A detail from a whole request.json. Fields that we do not know are ignored."""
+    """Make a detail of a whole request.json. Fields that we do not know are ignored."""
     settings, settled, texts = record["settings"], record.get("settled", {}), record["texts"]
     return Detail(
         record["claimed"],
@@ -116,26 +116,26 @@ def parse(record: dict[str, Any]) -> Detail:
 
 
 def _spec(image: dict[str, Any], texts: list[Any]) -> ImageSpec:
-    """An image as asked for, from its part of request.json and the texts of the whole job."""
+    """Make a spec of an image's part of request.json and the texts of the whole job."""
     known = _known(image, ImageSpec._fields)
     long = {name: texts[known[name]] for name in _LONG if name in known}
     return ImageSpec(**{"negative_prompt": None, **known, **long})
 
 
 def _known(recorded: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """The part of a record that these fields name."""
+    """Return the part of a record that these fields name."""
     return {name: recorded[name] for name in fields if name in recorded}
 
 
 class _Texts:
-    """Each prompt and meta of a job, once: 80 KB of prompt may be asked for 10,000 times."""
+    """Collects each prompt and meta of a job once: 80 KB of prompt may be asked for 10,000 times."""
 
     def __init__(self) -> None:
         self.known: list[Any] = []
         self._places: dict[int, int] = {}  # by the id() of the object, which the images share
 
     def index(self, text: Any) -> int:
-        """Its place in `known`."""
+        """Return the place of a text in `known`, to which a new one is added."""
         if id(text) not in self._places:
             self._places[id(text)] = len(self.known)
             self.known.append(text)

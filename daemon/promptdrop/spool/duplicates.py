@@ -1,4 +1,4 @@
-"""Which files were taken before from the same folder with the same bytes (inbox.duplicates: refuse)."""
+"""Remember which bytes were taken from which folder, to refuse duplicates (inbox.duplicates: refuse)."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ KEPT_DAYS = 30  # how long a file is remembered
 class Duplicates:
     """Remembers each file that was taken in a small note, named by the SHA-256 of folder and bytes.
 
-    limit: bytes of a job file, limits.job_file_kib; what is larger is neither remembered nor known.
+    limit: bytes of a job file, limits.job_file_kib; larger files are not remembered.
 
     Thread: clerk.
     """
@@ -27,7 +27,7 @@ class Duplicates:
         self._paths = paths
 
     def find_or_remember(self, claimed: Unresolved, limit: int) -> str | None:
-        """SUB/FILE of a job taken before with the same bytes; None if there is none, and this one is noted."""
+        """Return SUB/FILE of an earlier job with the same bytes; if there is none, note this one."""
         if (path := self._note_of(claimed, limit)) is None:
             return None
         known = read_json(path)
@@ -39,7 +39,7 @@ class Duplicates:
         return None
 
     def forget(self, job: Job | Unresolved, limit: int) -> None:
-        """Forget a job that did not end well: its file may come back."""
+        """Forget a job that did not end well, so that its file may be dropped again."""
         path = self._note_of(job, limit)
         if path and read_json(path).get("id") == job.id:
             fs.remove_file(path)
@@ -53,7 +53,7 @@ class Duplicates:
                     fs.remove_file(Path(entry.path))
 
     def _note_of(self, claimed: Job | Unresolved, limit: int) -> Path | None:
-        """The path of the note on this drop; None if the drop cannot be read whole.
+        """Return the path of the note on this drop; None if the drop cannot be read whole.
 
         It may have been moved already, swapped before its claim, or grown by a writer that held it.
         """

@@ -1,4 +1,4 @@
-"""The end of a job: its file moves to the outbox or to failed/, its folder goes or is parked."""
+"""End a job: move its file to the outbox or to failed/, remove or park its folder."""
 
 import os
 import shlex
@@ -28,7 +28,7 @@ from promptdrop.spool.spool import Spool
 
 
 def finish(spool: Spool, job: Job) -> JobOutcome:
-    """Move the dropped file to its last place, write job.json, let the job go. Repeatable.
+    """Move the dropped file to its last place, write job.json, remove or park the job. Repeatable.
 
     Thread: clerk.
     """
@@ -69,7 +69,7 @@ def refuse(spool: Spool, claimed: Unresolved, problems: Iterable[Problem]) -> Er
 
 
 def refuse_job(spool: Spool, job: Job, problems: Iterable[Problem]) -> ErrorRecord:
-    """Refuse a resolved job before its first image; its empty outbox folder goes.
+    """Refuse a resolved job before its first image, and remove its empty outbox folder.
 
     Thread: clerk.
     """
@@ -96,7 +96,7 @@ def leave(spool: Spool, home: Path, state: Literal["finished", "parked"]) -> Non
 
 
 def outcome_of(job: Job) -> JobOutcome:
-    """done: every image was rendered; partial: some; failed: none; cancelled before the last one."""
+    """Return `done` if every image was rendered, else `cancelled`, `partial` (some) or `failed` (none)."""
     rendered = sum(state.outcome == "rendered" for state in job.states.values())
     if rendered == job.images:
         return "done"
@@ -106,7 +106,7 @@ def outcome_of(job: Job) -> JobOutcome:
 
 
 def summary(job: Job, outcome: JobOutcome) -> JobSummary:
-    """job.json of a job at its end."""
+    """Return the job.json of a job at its end."""
     images = [_summary_image(job, spec) for spec in job.specs]
     counts = {
         kind: sum(image.outcome == kind for image in images) for kind in ("rendered", "cancelled")

@@ -17,7 +17,7 @@ from promptdrop.spool.spool import Spool
 
 
 def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every file in failed/ that has a reason beside it: (path below failed/, its error record).
+    """Yield every file in failed/ that has a reason beside it: (path below failed/, its error record).
 
     Thread: any.
     """
@@ -29,7 +29,7 @@ def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> None:
-    """Record the place in failed/, then move there, then say why beside it. Repeatable.
+    """Record the file's place in failed/, move it there, write the reason beside it. Repeatable.
 
     Thread: clerk.
     """
@@ -52,17 +52,17 @@ def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> 
 
 
 def share_drop(drop: Path, mode: int, folder: Path) -> None:
-    """Give a dropped file, which is about to move to `folder`, to the whole group.
+    """Let the whole group use a dropped file, which is about to move to `folder`.
 
     Thread: clerk.
     """
-    # The mode of a file with other names is not ours to change: those are somebody's own.
+    # A file with further hard links keeps its mode, because those links are somebody else's.
     if (status := status_of(drop)) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
         fs.share(drop, mode, folder)
 
 
 def status_of(path: Path) -> os.stat_result | None:
-    """lstat; None if it is gone."""
+    """Return lstat(2) of a path; None if it is gone."""
     try:
         return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +88,7 @@ def _plan(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> Path:
 
 
 def _mirror(failed: Path, sub: str) -> Path:
-    """failed/SUB; SUB~2 where a file has its name, or somebody keeps that folder to himself."""
+    """Return failed/SUB, or SUB~2 where a file has that name or we may not use the folder."""
     folder = failed
     for part in Path(sub).parts:
         n = 1

@@ -1,4 +1,4 @@
-"""The spool's folders: making them, and whether they can be worked with now."""
+"""Make the spool's folders, and check whether they can be used now."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Folders:
         self.prepare()
 
     def require_mount(self) -> None:
-        """Raise PromptdropError: there is no spool yet, and its place in /etc/fstab is not mounted.
+        """Raise PromptdropError if there is no spool yet and its place in /etc/fstab is not mounted.
 
         An empty mount point would make a fine new spool, and hide the real one's jobs.
         """
@@ -52,7 +52,7 @@ class Folders:
             )
 
     def prepare(self) -> None:
-        """Make what `run` may make: never a configured outbox or failed.
+        """Make the folders that `run` may make, which are never a configured outbox or failed.
 
         Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
         """
@@ -105,7 +105,7 @@ class Folders:
     # --- while the daemon works ---------------------------------------------------------------
 
     def require(self) -> None:
-        """Raise DiskTrouble: a folder is missing; an empty mount point is not the folder.
+        """Raise DiskTrouble if a folder is missing, or is a mount point without its mount.
 
         Thread: any.
         """
@@ -129,7 +129,7 @@ class Folders:
                 fs.write_durably(self._paths.mounts, document.encode())
 
     def require_space(self, min_free_mib: int) -> None:
-        """Raise DiskTrouble: a folder is not to be written, or its disk is nearly full.
+        """Raise DiskTrouble if a folder cannot be written or its disk is nearly full.
 
         Thread: scanner.
         """

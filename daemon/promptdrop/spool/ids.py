@@ -22,7 +22,7 @@ class Ids:
         self.last = ""
 
     def new(self) -> str:
-        """An id greater than all before it, also when the wall clock was set back meanwhile."""
+        """Return an id greater than all before it, even if the wall clock was set back meanwhile."""
         moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         stamp = max(f"{moment}{time.time_ns() // 1000 % 1_000_000:06d}", self.last)
         if stamp == self.last:

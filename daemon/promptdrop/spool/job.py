@@ -105,12 +105,12 @@ class Job:
 
     @property
     def settled(self) -> Settled:
-        """When the drop settled."""
+        """The moment at which the drop settled."""
         return self.detail.settled
 
     @property
     def claimed(self) -> str:
-        """When it was claimed, as a timestamp."""
+        """The timestamp of its claim."""
         return self.detail.claimed
 
     @property
@@ -132,7 +132,7 @@ class Job:
 
     @property
     def outbox_folder(self) -> Path:
-        """Where its images are published."""
+        """The folder in which its images are published."""
         return self.paths.outbox / self.folder
 
     @property
@@ -146,15 +146,15 @@ class Job:
         return self.home / DROP / self.sub / self.file
 
     def record_path(self, number: int, kind: ImageRecord) -> Path:
-        """The record of an image: begun, publishing, published or failed."""
+        """Return the path of a record of an image: begun, publishing, published or failed."""
         return image_record(self.home, number, kind)
 
     def state(self, number: int) -> ImageState:
-        """The state of an image, to be changed in place."""
+        """Return the state of an image, to be changed in place."""
         return self.states.setdefault(number, ImageState())
 
     def todo(self) -> list[int]:
-        """The numbers of the images that are neither published nor given up."""
+        """List the numbers of the images that are neither published nor given up."""
         numbers = range(1, self.images + 1)
         if self.is_fresh:
             return list(numbers)
@@ -162,15 +162,15 @@ class Job:
         return [number for number in numbers if number not in ended]
 
     def deaths(self, number: int) -> int:
-        """Deaths in a row of the daemon, or losses of its hosts, with this image in hand."""
+        """Count the deaths in a row of the daemon, or losses of its hosts, with this image in hand."""
         return 0 if self.is_fresh or number not in self.states else self.states[number].deaths
 
     def stem(self, spec: ImageSpec) -> str:
-        """The file name of an image without its suffix, by `output.name`."""
+        """Return the file name of an image without its suffix, by `output.name`."""
         assert spec.seed is not None
         name = self.settings.output.name
         return names.cut(name.format(job=self.name, image=spec.image, seed=spec.seed), _STEM_BYTES)
 
     def unresolved(self) -> Unresolved:
-        """The same claim, as if its request had not been recorded."""
+        """Return the same claim, as if its request had not been recorded."""
         return Unresolved(self.id, self.home, self.sub, self.file, self.inode)

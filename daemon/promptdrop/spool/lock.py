@@ -1,4 +1,4 @@
-"""One daemon for each spool: the lock in its state folder."""
+"""The lock in the state folder, which lets only one daemon work on a spool."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ _TRY_SECONDS = 0.05
 
 
 class Lock:
-    """Held from `acquire` until this process ends, also over a remount of the state folder."""
+    """Is held from `acquire` until this process ends, even if the state folder is mounted anew."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -24,7 +24,7 @@ class Lock:
         self._relocking = threading.Lock()
 
     def acquire(self) -> None:
-        """Own the spool. Raises SpoolBusy naming the daemon that owns it.
+        """Take the lock. Raises SpoolBusy, which names the daemon that has it.
 
         Thread: loop, before any other runs; `require` calls it in any.
         """
@@ -54,7 +54,7 @@ class Lock:
         )
 
     def release(self) -> None:
-        """Let the spool go.
+        """Give the lock back.
 
         Thread: loop, after all others have ended.
         """
@@ -63,9 +63,9 @@ class Lock:
             self._descriptor = None
 
     def require(self) -> None:
-        """Raise DiskTrouble: the state folder is not the one we locked: a file system came or went.
+        """Raise DiskTrouble if the state folder is not the one we locked: a file system came or went.
 
-        The same one, mounted anew, is locked anew: the old lock went with the old mount.
+        If the same one was mounted anew, it is locked anew: the old lock went with the old mount.
         Raises SpoolBusy: another daemon was faster.
 
         Thread: any.
@@ -86,7 +86,7 @@ class Lock:
             self.acquire()
 
     def daemon_pid(self) -> int | None:
-        """The process id of the daemon that owns this spool, or None. For commands."""
+        """Return the process id of the daemon that owns this spool, or None. For commands."""
         try:
             fd = os.open(self._paths.lock, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -102,7 +102,7 @@ class Lock:
 
 
 def _pid_in(fd: int) -> int:
-    """The process id in a lock file; 0 if it cannot be read."""
+    """Read the process id in a lock file; 0 if it cannot be read."""
     pid = os.pread(fd, 20, 0).decode("ascii", "replace").partition("\n")[0]
     return int(pid) if pid.isdecimal() else 0
 
@@ -111,4 +111,4 @@ def _close_quietly(fd: int) -> None:
     try:
         os.close(fd)
     except OSError:
-        pass  # on a file system that has gone
+        pass  # its file system is gone

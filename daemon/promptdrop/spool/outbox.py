@@ -21,7 +21,7 @@ class Taken:
     """The names in one folder of the outbox, compared without case: 8 bytes each, listed once.
 
     Names of ours are added as they are made, so that a claim costs the same however many there
-    are. A folder that others make or take away later is seen when it is in the way.
+    are. A folder that others make or remove later is noticed when its name is wanted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,12 +34,12 @@ class Taken:
         bisect.insort(self._hashes, hash(names.fold(name)))
 
     def real_name(self, name: str) -> str | None:
-        """The name that stands there and equals `name` without case; None if it is free."""
+        """Return the existing name that equals `name` without case; None if it is free."""
         if os.path.lexists(self._folder / name):
             return name
         if not self._knows(name):
             return None
-        there = self._list()  # in another case, or gone meanwhile
+        there = self._list()  # it exists in another case, or is gone meanwhile
         return there.get(names.fold(name))
 
     def _knows(self, name: str) -> bool:
@@ -66,11 +66,11 @@ class Outbox:
         self._live.add(job.folder)
 
     def release(self, job: Job) -> None:
-        """Let go of the folder of a job that has ended; it is the readers' from now on."""
+        """Let go of the folder of a job that has ended: readers may do with it what they like."""
         self._live.discard(job.folder)
 
     def choose_folder(self, job: Job) -> None:
-        """Record a free folder, then make it; if somebody was faster, the next one."""
+        """Record a free folder, then make it; if somebody was faster, try the next one."""
         mode = job.settings.folder_mode
         stem = names.split(job.file)[0]
         stem = names.safe(stem if _is_text(stem) else names.printable(stem))
@@ -96,7 +96,7 @@ class Outbox:
         fs.make_directories(job.outbox_folder, job.settings.folder_mode, below=self._root)
 
     def recover_folder(self, job: Job, is_new: bool) -> None:
-        """Hold the recorded folder again, made if a crash came before it.
+        """Hold the recorded folder again, and make it if a crash came before it was made.
 
         A fresh job's folder is made just after its record, so only that of a new one can be missing.
         """
@@ -115,7 +115,7 @@ class Outbox:
         self.hold(job)
 
     def _is_strangers(self, job: Job) -> bool:
-        """Whether somebody else made the recorded folder; one that has our own job.json is ours."""
+        """Whether somebody else made the recorded folder. One that has the job's job.json is ours."""
         folder = job.outbox_folder
         if not fs.exists(folder):
             return False
@@ -125,7 +125,7 @@ class Outbox:
         return bool(filled) and record.read_json(folder / SUMMARY).get("id") != job.id
 
     def _first_free(self, folder: Path, stem: str) -> str:
-        """The first of `stem`, `stem~2`, `stem~3` ... that nobody has in this outbox folder."""
+        """Return the first free name of `stem`, `stem~2`, `stem~3` ... in this outbox folder."""
         n = 1
         while True:
             name = names.numbered(stem, "", n, _NAME_BYTES)
@@ -139,9 +139,9 @@ class Outbox:
             n += 1
 
     def _mirror(self, sub: str, mode: int) -> Path:
-        """The outbox folder of an inbox sub-folder, made if need be; never a job's folder.
+        """Return the outbox folder of an inbox sub-folder, made if need be; never a job's folder.
 
-        Nor one that somebody keeps to himself: his jobs go to SUB~2, and nobody else's wait.
+        If we may not use a folder of that name, its jobs go to SUB~2, so that no other job waits.
         """
         folder = self._root
         for part in Path(sub).parts:

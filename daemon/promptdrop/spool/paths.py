@@ -8,12 +8,12 @@ ROOT/.promptdrop/                     the state folder
     lock, version, mounts.json, status.json
     control/                          commands; spool/control.py names the files
     cache/taken/                      files that were taken before (inbox.duplicates: refuse)
-    cluster                           cluster/backend.py
+    cluster                           the prefix of actors' names; see cluster/backend.py
     pending/ID/  active/ID/  parked/ID/  finished/ID/
         drop/SUB/FILE                 the dropped file
         ready                         its FILE.done
         request.json                  what the job asks for
-        cancelled                     nobody wants the rest
+        cancelled                     there if the job was cancelled
         failing.json                  where in failed/ the file goes, and why
         NNNN.begun  NNNN.publishing  NNNN.published  NNNN.failed     of image NNNN
 """
@@ -45,7 +45,7 @@ REASON = ".error.json"  # appended to the name of a file in failed/
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Where the spool of one configuration lies."""
+    """The folders of the spool of one configuration."""
 
     root: Path
     inbox: Path
@@ -56,7 +56,7 @@ class Paths:
 
     @classmethod
     def of(cls, config: Config) -> "Paths":
-        """The paths of a configuration, absolute."""
+        """Return the absolute paths of a configuration."""
         root = config.spool
         return cls(
             root, root / "inbox", config.outbox, config.failed, config.state, config.cache
@@ -64,17 +64,17 @@ class Paths:
 
     @property
     def lock(self) -> Path:
-        """Locked with flock(2) by the daemon; holds its pid."""
+        """The file that the daemon locks with flock(2); it holds the daemon's pid."""
         return self.state / "lock"
 
     @property
     def version(self) -> Path:
-        """The version of the state folder's format."""
+        """The file with the version of the state folder's format."""
         return self.state / "version"
 
     @property
     def mounts(self) -> Path:
-        """Which of inbox, outbox and failed have been mount points."""
+        """The record of which of inbox, outbox and failed have been mount points."""
         return self.state / "mounts.json"
 
     @property
@@ -84,7 +84,7 @@ class Paths:
 
     @property
     def shared_status(self) -> Path:
-        """The same in the outbox."""
+        """The copy of the daemon's status in the outbox."""
         return self.outbox / STATUS
 
     @property
@@ -98,17 +98,17 @@ class Paths:
         return self.cache / "taken"
 
     def of_state(self, state: State) -> Path:
-        """The folder of the jobs in this state."""
+        """Return the folder of the jobs in this state."""
         return self.state / state
 
     def home(self, state: State, job_id: str) -> Path:
-        """The folder of a job in this state."""
+        """Return the folder of a job in this state."""
         return self.state / state / job_id
 
     def homes(self, *states: State) -> Iterator[str]:
-        """The folders of all jobs in these states; as text, since there may be a hundred thousand.
+        """Yield the folders of all jobs in these states; as text, since there may be a hundred thousand.
 
-        What else lies among them is not ours. Raises OSError: a state cannot be listed.
+        Anything else among them is not ours and left out. Raises OSError: a state cannot be listed.
         """
         for state in states:
             for entry in fs.entries(self.of_state(state)):
@@ -117,27 +117,27 @@ class Paths:
 
 
 def state_of(home: Path | str) -> State:
-    """The state whose folder a job's folder lies in."""
+    """Return the state whose folder a job's folder lies in."""
     name = os.path.basename(os.path.dirname(home))
     return next(state for state in STATES if state == name)
 
 
 def dropped_path(sub: str, file: str) -> str:
-    """SUB/FILE, or FILE at the top of the inbox."""
+    """Return SUB/FILE, or FILE at the top of the inbox."""
     return f"{sub}/{file}" if sub else file
 
 
 def reason_file(target: Path) -> Path:
-    """The error record beside a file in failed/."""
+    """Return the path of the error record beside a file in failed/."""
     return target.with_name(target.name + REASON)
 
 
 def image_record(home: Path, number: int, kind: ImageRecord) -> Path:
-    """A record of an image in its job's folder."""
+    """Return the path of a record of an image in its job's folder."""
     return home / f"{number:04d}.{kind}"
 
 
 def parse_image_record(name: str) -> tuple[int, str] | None:
-    """(number, kind) of a record's file name; None for any other name in a job's folder."""
+    """Split a record's file name into (number, kind); None for any other name in a job's folder."""
     number, _, kind = name.partition(".")
     return (int(number), kind) if number.isdecimal() else None

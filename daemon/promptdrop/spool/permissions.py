@@ -1,4 +1,4 @@
-"""Folders: making them, and whether this process may work in them, in words that name the cure."""
+"""Make folders, and tell whether this process may use them, in words that name the cure."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ _CAP_FOWNER = 3  # linux/capability.h
 
 
 def describe_permissions(path: Path) -> str:
-    """`/x (uid 1000, gid 1000, mode 0755; we are uid 990)`: what a permission error needs.
+    """Return `/x (uid 1000, gid 1000, mode 0755; we are uid 990)`, for messages about permissions.
 
     Thread: any.
     """
@@ -25,7 +25,7 @@ def describe_permissions(path: Path) -> str:
 
 
 def why_not_moved(folder: Path) -> str | None:
-    """Why this process cannot move files of others out of a folder of the inbox, and the cure.
+    """Say why this process cannot move files of others out of a folder of the inbox, and the cure.
 
     Thread: any.
     """
@@ -42,16 +42,16 @@ def why_not_moved(folder: Path) -> str | None:
 
 
 def _may_act_as_owner() -> bool:
-    """CAP_FOWNER, which root may have been left without: capabilities(7)."""
+    """Whether this process has CAP_FOWNER, which even root may lack: capabilities(7)."""
     with open("/proc/self/status", "rb") as lines:
         effective = next(line for line in lines if line.startswith(b"CapEff:"))
     return bool(int(effective.split()[1], 16) >> _CAP_FOWNER & 1)
 
 
 def is_for_us(path: Path) -> bool:
-    """Whether it is a folder that we can list and fill. Raises OSError: nobody can tell now.
+    """Whether it is a folder that we can list and fill. Raises OSError: this cannot be told now.
 
-    One on a file system that is read-only counts: the disk's trouble passes, a person's will does not.
+    A folder on a read-only file system counts: that is trouble which passes, not somebody's wish.
 
     Thread: clerk.
     """
@@ -62,7 +62,7 @@ def is_for_us(path: Path) -> bool:
 
 
 def make_folder(path: Path, mode: int = SHARED_MODE) -> None:
-    """mkdir -p; new files inherit its group. Raises ConfigError."""
+    """Make a folder and its parents; new files inherit its group. Raises ConfigError."""
     try:
         if not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Going on after a crash: every folder in the state folder says what is left of its job."""
+"""Go on after a crash: every folder in the state folder says what is left of its job."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _Found = tuple[list[str], Job | None]  # the names in a job's folder, and the jo
 
 
 def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
-    """Jobs to go on with, in the order they came, and claims to be read again.
+    """Return the jobs to go on with, in the order they came, and the claims to be read again.
 
     Half-made moves are completed here, half-published images by `publish.recover`.
     Repeatable. Raises OSError, DiskTrouble: a folder cannot be used now.
@@ -52,7 +52,7 @@ def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
 
 
 def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
-    """Yield the content of each folder. Uses eight threads, because after a power cut all comes from the disk."""
+    """Yield the content of each folder. Uses eight threads, because nothing is cached after a power cut."""
 
     def look(some: list[str]) -> list[_Found]:
         found = []
@@ -68,7 +68,7 @@ def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
 
 
 def _recover_job(spool: Spool, job: Job, is_failing: bool, is_new: bool) -> Job | None:
-    """The job to go on with; None if it was at its end, which is completed."""
+    """Return the job to go on with; None if it was at its end, which is completed here."""
     if is_failing:
         fs.remove_temporaries(job.outbox_folder)
         ending.finish(spool, job)
@@ -79,7 +79,7 @@ def _recover_job(spool: Spool, job: Job, is_failing: bool, is_new: bool) -> Job 
 
 
 def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | None:
-    """The claim to be read again; None if it held no file, or was being refused."""
+    """Return the claim to be read again; None if it held no file, or was being refused."""
     drop = next(fs.files(home / DROP), None)
     if is_failing:
         claimed = _unresolved(home, drop or home / DROP / "gone")
@@ -97,14 +97,14 @@ def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | N
 
 
 def _forget_images(home: Path) -> None:
-    """Remove the records of images: they are of a request that was torn and is made anew."""
+    """Remove the records of images of a request that is torn and is made anew."""
     for entry in fs.entries(home):
         if parse_image_record(entry.name):
             fs.remove_file(Path(entry.path))
 
 
 def _recover_parked(spool: Spool, home: Path) -> None:
-    """Complete a retry that had begun; let a job go whose file somebody took back."""
+    """Complete a retry that had begun; remove a job whose file somebody has taken out of failed/."""
     plan = read_json(home / FAILING)
     if any(True for _ in fs.files(home / DROP)):
         if retry.unpark(spool, home) is None:
@@ -114,7 +114,7 @@ def _recover_parked(spool: Spool, home: Path) -> None:
 
 
 def _claim_again(spool: Spool, home: Path) -> None:
-    """Make a claim, to be read again, of a job that was being retried and whose record is torn."""
+    """Turn a job that was being retried and whose record is torn into a claim, to be read again."""
     fs.remove_file(home / FAILING)
     fs.rename(home, spool.paths.home("pending", home.name))
 
@@ -139,4 +139,4 @@ def _remove_if_ours(path: Path) -> None:
     try:
         fs.remove_file(path)
     except PermissionError:
-        pass  # in a folder where we may not
+        pass  # we may not change its folder

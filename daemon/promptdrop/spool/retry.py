@@ -1,4 +1,4 @@
-"""`promptdrop retry`: a parked job goes on, a refused file is dropped again."""
+"""Carry out `promptdrop retry`: resume a parked job, or drop a refused file again."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ def retry(spool: Spool, target: str) -> Job | None:
 
 
 def unpark(spool: Spool, home: Path) -> Job | None:
-    """Give a parked job its dropped file back, forget its failures, queue it. Repeatable.
+    """Give a parked job its dropped file back, forget its failures, make it pending. Repeatable.
 
     Returns None, and changes nothing, where the job's record is torn.
 
@@ -78,7 +78,7 @@ def _forget_failures(home: Path) -> None:
 
 
 def _require_inside(failed: Path, target: str) -> None:
-    """Raise UsageError: nothing that could be in failed/. Anybody of the group says what is retried."""
+    """Raise UsageError if `target` cannot be a file in failed/: anybody in the group may name it."""
     sub, _, file = target.rpartition("/")
     try:
         is_inside = bool(file) and ".." not in (file, *Path(sub).parts) and target[0] != "/"
@@ -97,10 +97,10 @@ def _require_inside(failed: Path, target: str) -> None:
 
 
 def _parked_home(spool: Spool, target: str) -> Path | None:
-    """The folder of the parked job whose file is failed/`target`; None if there is none."""
+    """Find the folder of the parked job whose file is failed/`target`; None if there is none."""
     known = str(read_json(reason_file(spool.paths.failed / target)).get("id"))
     likely = [str(spool.paths.home("parked", known))] if is_job_id(known) else []
-    # All of them only if its reason is gone, as in a retry that trouble with a disk cut short.
+    # All are read only if the reason is gone, as after a retry that trouble with a disk cut short.
     for home in likely or spool.paths.homes("parked"):
         if read_json(f"{home}/{FAILING}").get("target") == target:
             return Path(home)
@@ -108,7 +108,7 @@ def _parked_home(spool: Spool, target: str) -> Path | None:
 
 
 def _drop_again(spool: Spool, target: str) -> None:
-    """Move a refused file back to the inbox. Its reason goes first: a crash repeats the command."""
+    """Move a refused file back to the inbox. Its reason is removed first: a crash repeats the command."""
     sub, _, file = target.rpartition("/")
     stem, suffix = names.split(file)
     root = spool.paths.inbox

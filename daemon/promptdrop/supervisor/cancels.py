@@ -1,4 +1,4 @@
-"""NAME.cancel in the inbox: withdraw the one job that it names, or say why not."""
+"""Obey NAME.cancel in the inbox: withdraw the one job that it names, or say why not."""
 
 import time
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ class Cancels:
         self._work, self._loop, self._spool = work, loop, spool
         self._jobs, self._intake = jobs, intake
         self._obeying = Obeying()
-        self._turned_away: set[str] = set()  # fit no job; each as long as it stands
+        self._turned_away: set[str] = set()  # marks that fit no job, as long as they stand
 
     @property
     def is_busy(self) -> bool:
@@ -31,7 +31,10 @@ class Cancels:
         return bool(self._obeying)
 
     def surveyed(self, found: dict[str, float]) -> None:
-        """Heed SUB/NAME.cancel -> since when it stands: all at once, there may be thousands."""
+        """Obey the marks that a look has found, as there may be thousands, in one go.
+
+        found: SUB/NAME.cancel -> when it was first seen, monotonic seconds.
+        """
         self._turned_away &= found.keys()
         cancels = {
             path: since
@@ -52,7 +55,10 @@ class Cancels:
             self._obeying.done(path)
 
     def _find_jobs_done(self, cancels: dict[str, float], named: dict[str, list[str]]) -> None:
-        """Withdraw the one job that each names; turn a few of the others away, others drop too."""
+        """Withdraw the job of each mark that names just one; move a few of the other marks to failed/.
+
+        The rest of those follows later, so that they do not hold up dropped files.
+        """
         self._obeying.leave(cancels)
         too_late = time.monotonic() - self._work.config.watch.give_up_seconds
         for path, since in cancels.items():

@@ -14,11 +14,11 @@ from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.obeying import Obeying
 
-RETRY_SECONDS = 0.1  # of the clerk's time at once, for a command with many targets
+RETRY_SECONDS = 0.1  # that the clerk spends at once on a command with many targets
 
 
 class Commands:
-    """Takes each command once; its file goes when all of it is done."""
+    """Carries out each command once; its file is removed when all of it is done."""
 
     def __init__(self, loop: Loop, spool: Spool, jobs: Jobs, intake: Intake) -> None:
         self._loop, self._spool, self._jobs, self._intake = loop, spool, jobs, intake
@@ -51,7 +51,7 @@ class Commands:
     def _retry(self, file: str, left: list[str], results: list[Job | str]) -> list[Job | str]:
         """Retry as many targets as one turn of the clerk has time for; the rest stays in `left`.
 
-        `left` and `results` outlast trouble with a disk. Returns the jobs to go on with, and texts
+        `left` and `results` keep what was done when trouble with a disk repeats this. Returns the jobs to go on with, and texts
         that say why something is not retried.
 
         Thread: clerk.

@@ -1,4 +1,4 @@
-"""Policy of the engines: what to do about their answers and deaths, and when to unload them."""
+"""Decide what follows from the answers and deaths of engines, and when to unload them."""
 
 import time
 
@@ -30,7 +30,7 @@ IDLE_DEATHS = 5  # deaths in a row without an image in hand after which the engi
 
 
 class Engines:
-    """Hears every engine and decides."""
+    """Hears every engine and decides what follows."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Engines:
             self._images.failed(running, held.spec, answer.error, answer.timed_out)
 
     def _take_back(self, ticket: int, held: Held) -> Running:
-        """The job of an image that its engine holds no more, without a picture."""
+        """Take an image without a picture back from its engine. Returns its job."""
         running = self._work.tickets.pop(ticket)
         held.pixels.close()
         running.busy -= 1
@@ -106,7 +106,7 @@ class Engines:
         self._measuring.ask()
 
     def _cannot_start(self, slot: Slot, reason: str, exit_status: int) -> None:
-        """End the daemon at once, however long the engine takes to die; unless others can work."""
+        """End the daemon without waiting for the engine's end, unless other engines can work."""
         slot.rest(reason, time.monotonic() + REST_SECONDS)
         if self._pool.is_hopeless():
             self._gate.end(exit_status, reason)
@@ -118,7 +118,7 @@ class Engines:
     # --- death --------------------------------------------------------------------------------
 
     def _bury(self, slot: Slot, link: EngineLink, now: float) -> None:
-        """Charge the image that an engine died of. Another engine takes its place."""
+        """Charge the image that an engine died of. The pool starts the engine's next life."""
         if slot.is_unloading:
             log.get().info("engine.unloaded", engine=slot.name, pid=link.pid)
             return
@@ -166,7 +166,7 @@ class Engines:
     # --- idle ---------------------------------------------------------------------------------
 
     def maybe_unload(self, now: float) -> None:
-        """Give the devices back when they were not needed for a while, and take them again."""
+        """Unload engines that were not needed for a while, and load them when they are needed again."""
         if (after := self._work.config.engine.unload_after_seconds) is None:
             return
         waits = bool(len(self._work.queue) or self._measuring.waiting)
@@ -186,7 +186,7 @@ class Engines:
             self._loop.wake()
 
     def next_deadline(self, now: float) -> float:
-        """When `hear` or `maybe_unload` may have something to do unasked, monotonic seconds."""
+        """Return when `hear` or `maybe_unload` may next have something to do, monotonic seconds."""
         due = self._pool.next_deadline()
         after = self._work.config.engine.unload_after_seconds
         if after and not self._pool.is_unloaded:

@@ -1,4 +1,4 @@
-"""Keep the engines in work: the next image goes to the one with the least in hand."""
+"""Keep the engines busy: the next image goes to the one with the fewest in hand."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ class Feeder:
                 return
 
     def _send(self, slot: Slot, running: Running, number: int, now: float) -> None:
-        """Raises OSError: out of descriptors or memory."""
+        """Send one image to an engine. Raises OSError: out of descriptors or memory."""
         assert slot.link
         job, ticket = running.job, self._work.next_ticket()
         empty_cache = (slot.sent + 1) % self._work.config.engine.empty_cache_every == 0
@@ -55,7 +55,7 @@ class Feeder:
 
 
 def _kind(running: Running, number: int) -> tuple[Any, ...] | None:
-    """Batch key. None: render alone, since it failed or ended a process before."""
+    """Return the batch key of an image; None if it is rendered alone, as it failed or ended a process."""
     job, state = running.job, running.job.states.get(number)
     if number in running.alone or (state and (state.attempts or state.deaths)):
         return None

@@ -1,4 +1,4 @@
-"""What may begin now, and why the rest waits: a pause, trouble with a disk, a stop, the end."""
+"""Decide what may begin now: not all may during a pause, trouble with a disk, a stop or the end."""
 
 from promptdrop import log
 from promptdrop.intake.intake import Survey
@@ -10,11 +10,11 @@ class Gate:
     """Knows whether images and engines may begin."""
 
     def __init__(self, loop: Loop, pool: Pool) -> None:
-        self.paused: str | None = None  # how to go on
+        self.paused: str | None = None  # why no image is begun, and how to go on
         self.trouble: str | None = None  # with a folder or its disk
         self.stop_at: float | None = None  # when a stop waits no longer, monotonic seconds
         self.exit_status: int | None = None  # set: the daemon ends
-        self.ending: str | None = None  # why it ends, unless as asked
+        self.ending: str | None = None  # why the daemon ends; None: it was asked to
         self._loop, self._pool = loop, pool
         self._looked = False
 
@@ -30,7 +30,7 @@ class Gate:
         return self.exit_status is None and self.stop_at is None
 
     def why_held(self) -> str | None:
-        """Say why work does not go on by itself; None: it does."""
+        """Say why work does not go on; None if it does."""
         return (
             self.paused
             or self._pool.trouble
@@ -59,12 +59,12 @@ class Gate:
         return True
 
     def disk_failed(self, error: OSError) -> None:
-        """Hold new images until the next look finds the disks well."""
+        """Hold new images until the next look finds no trouble with the disks."""
         self.trouble = reason_of(error)
         log.get().warning("disk.trouble", reason=self.trouble)
 
     def end(self, exit_status: int, reason: str | None = None) -> None:
-        """End the daemon after this turn; `reason` unless it was asked to."""
+        """End the daemon after this turn. reason: None if it was asked to end."""
         self.exit_status, self.ending = exit_status, reason
         if reason:
             log.get().error("daemon.ending", exit_status=exit_status, reason=reason)

@@ -1,4 +1,4 @@
-"""The fate of an image that an engine held: published, tried again, rendered alone, or given up."""
+"""Decide about an image that an engine held: publish it, try again, render it alone, or give it up."""
 
 import time
 from functools import partial
@@ -40,7 +40,7 @@ class Images:
             log.get().warning("disk.trouble", reason=reason_of(e))  # one death too many is counted
 
     def put_down_all(self) -> None:
-        """Charge nobody for what was in hand at an orderly stop."""
+        """Take back, at an orderly stop, the deaths that were counted for the images in hand."""
         for running in self._work.running.values():
             for number, state in running.job.states.items():
                 if state.outcome == "todo" and running.job.home.exists():

@@ -19,7 +19,7 @@ from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.measuring import Measuring
 from promptdrop.supervisor.work import Running, Work
 
-OPEN_IMAGES = 1000  # queued, beyond which a new job's detail is kept on the disk only
+OPEN_IMAGES = 1000  # so many queued: a new job's detail is kept on the disk only
 LISTED = 100  # ends that are remembered for the status
 
 
@@ -77,7 +77,7 @@ class Jobs:
                 self._withdraw(running)
 
     def _withdraw(self, running: Running) -> None:
-        """Drop what waits; what is being rendered stops at its next step."""
+        """Drop a job's images that wait, and stop those being rendered at their next step."""
         log.get().info("job.cancelling", job=running.job.id)
         running.job.cancelled = True
         self._work.queue.drop(running.job)
@@ -132,7 +132,7 @@ class Jobs:
         self._loop.off("clerk", partial(self._finish, running.job), then)
 
     def _finish(self, job: Job) -> JobOutcome:
-        """Move the dropped file to its last place and let the job go.
+        """Move the dropped file to its last place, and remove or park the job.
 
         Thread: clerk.
         """

@@ -1,4 +1,4 @@
-"""Jobs that are refused when a prompt is too long: a warm engine counts their tokens first."""
+"""Have a warm engine count the tokens of jobs that are refused when a prompt is too long."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from promptdrop.supervisor.work import Running, Work
 
 
 class Measuring:
-    """Asks engines how long prompts are, and hands each job on: it fits, or it is refused."""
+    """Asks engines how long prompts are, then reports each job as one that fits or is too long."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Measuring:
         self.ask()
 
     def ask(self) -> None:
-        """Send what waits to a warm engine, if there is one."""
+        """Ask a warm engine, if there is one, about the jobs that wait."""
         if link := self._work.pool.first_warm():
             for running in self.waiting:
                 ticket = self._work.next_ticket()
@@ -40,7 +40,7 @@ class Measuring:
             self.waiting = []
 
     def ask_again(self, tickets: Iterable[int]) -> None:
-        """Ask another engine: the one that was asked has died."""
+        """Ask another engine, because the one that was asked has died."""
         lost = [ticket for ticket in tickets if ticket in self.asked]
         self.waiting += [self.asked.pop(ticket) for ticket in lost]
         self.ask()

@@ -1,10 +1,10 @@
-"""Each command is carried out once, although a look may list one that is gone already."""
+"""Keep a command from being carried out twice, although a look may list one that is removed."""
 
 from collections.abc import Iterable
 
 
 class Obeying:
-    """Files of commands that a look must not begin again.
+    """Knows the files of commands that must not be begun again when a look lists them.
 
     The clerk removes a file while the scanner may be looking. A look that began before the removal
     may still list the file; looks come one after another, so the look after that one cannot.
@@ -35,5 +35,5 @@ class Obeying:
         self._removed.add(file)
 
     def looked(self) -> None:
-        """Forget what was removed: the look whose result is dealt with was the last to list it."""
+        """Forget the removed files: the look that was just dealt with was the last that may list them."""
         self._removed.clear()

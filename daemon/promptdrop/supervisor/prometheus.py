@@ -11,7 +11,7 @@ from promptdrop.records import Status
 
 
 def start(listen: str, snapshot: Callable[[], Status]) -> None:
-    """Serve metrics on `HOST:PORT` from a thread; without a host on this machine alone.
+    """Serve metrics on `HOST:PORT` from a thread; without HOST, only to this machine.
 
     Raises ConfigError: it cannot listen there.
     """

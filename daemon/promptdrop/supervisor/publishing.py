@@ -1,4 +1,4 @@
-"""Images on their way from an engine's memory to the outbox."""
+"""Publish images: the way from an engine's memory to the outbox."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ class Publishing:
 
     @property
     def is_saving(self) -> bool:
-        """Whether an image is under way that no trouble with a disk holds up."""
+        """Whether images are under way and no trouble with a disk holds them up."""
         return self.under_way > 0 and not self._loop.trouble
 
     def publish(self, running: Running, publication: Publication) -> None:

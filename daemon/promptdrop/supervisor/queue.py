@@ -1,4 +1,4 @@
-"""Which image is next: by priority, then in turn between lanes (fair) or by arrival (fifo).
+"""Choose the next image: by priority, then in turn between lanes (fair) or by arrival (fifo).
 
 A lane is a top-level sub-folder of the inbox; each job at the top is a lane of its own. The cost of
 each call is the same with a hundred thousand jobs as with one.
@@ -29,7 +29,7 @@ class _Level:
     lanes: OrderedDict[str, deque[Waiting] | None] = field(default_factory=OrderedDict)
 
     def first(self) -> tuple[str, Waiting] | None:
-        """The name of the lane whose turn it is, and its first job. Removes lanes that ran empty."""
+        """Return the name of the lane whose turn it is, and its first job. Removes empty lanes."""
         while self.lanes:
             name, lane = next(iter(self.lanes.items()))
             while lane and not lane[0].numbers:
@@ -53,14 +53,14 @@ class Queue:
         return self._length
 
     def add(self, job: Job, numbers: list[int]) -> None:
-        """Queue images of a job; those in hand at several daemon deaths go behind everything."""
+        """Queue images of a job; those that were in hand at several daemon deaths go last of all."""
         for priority in (job.priority, _BEHIND):
             some = [n for n in reversed(numbers) if self._priority(job, n) == priority]
             if some:
                 self._add(priority, job, some, first=False)
 
     def put_back(self, job: Job, number: int, behind: bool = False) -> None:
-        """Queue an image that was taken and not rendered: its job's next one, or `behind` the others."""
+        """Queue an image that was taken and not rendered, as its job's next one or `behind` the others."""
         priority = self._priority(job, number)
         level = self._levels.get(priority)
         if level and (waiting := level.waiting.get(job.id)):
@@ -70,7 +70,7 @@ class Queue:
             self._add(priority, job, [number], first=True)
 
     def take(self) -> tuple[Job, int] | None:
-        """Take the next image: (job, number); None: none waits."""
+        """Take the next image: (job, number), or None if none waits."""
         for priority in sorted(self._levels, reverse=True):
             level = self._levels[priority]
             if (first := level.first()) is None:

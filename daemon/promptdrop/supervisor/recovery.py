@@ -12,11 +12,11 @@ from promptdrop.spool import record, recovery
 from promptdrop.spool.job import DEATHS_FAILED, Job, Unresolved
 from promptdrop.spool.spool import Spool
 
-ACCEPT_SECONDS = 0.02  # of one turn, for jobs left from before
+ACCEPT_SECONDS = 0.02  # of one turn, for jobs of the daemon's last life
 
 
 class Recovery:
-    """Finds what is left on the disk, then hands job after job on."""
+    """Finds the jobs that are left on the disk, then hands on one after another."""
 
     def __init__(
         self, loop: Loop, spool: Spool, intake: Intake, accept: Callable[[Job], None]
@@ -42,7 +42,7 @@ class Recovery:
         jobs, unresolved = recovery.recover(self._spool)
         for job in jobs:
             if job.is_fresh and job.place == "pending":
-                continue  # nothing of it was ever begun
+                continue  # none of its images was ever begun
             publish.recover(job)
             for number in job.todo():
                 if job.deaths(number) >= DEATHS_FAILED:

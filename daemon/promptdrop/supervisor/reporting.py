@@ -1,4 +1,4 @@
-"""Tell the status when it is time: status.json, its copy in the outbox, systemd, a progress bar."""
+"""Report the status when it is due, to status.json, its copy in the outbox, systemd and a bar."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ PROGRESS_SECONDS = 0.1  # between two calls of `on_change`
 
 
 class OutboxCopy:
-    """status.json at the top of the outbox, at most once a second and off the loop: a share may hang."""
+    """Writes status.json in the outbox, at most once a second and off the loop, as a share may hang."""
 
     def __init__(self, loop: Loop, spool: Spool) -> None:
         self._loop, self._spool = loop, spool
@@ -27,7 +27,7 @@ class OutboxCopy:
         self._is_writing = False
 
     def due(self, status: Status) -> float:
-        """When `update` has something to do, monotonic seconds."""
+        """Return when `update` next has something to do, monotonic seconds."""
         if status is self._written or self._is_writing:
             return float("inf")
         return self._written_at + STATUS_SECONDS
@@ -43,7 +43,7 @@ class OutboxCopy:
         self._write(status)
 
     def _write(self, status: Status) -> None:
-        """Write the copy; trouble is reported by those who need the outbox to work.
+        """Write the copy, if the outbox can be written now.
 
         Thread: herald.
         """
@@ -52,7 +52,7 @@ class OutboxCopy:
             mode = int(self._spool.config.output.mode, 8)
             fs.write_quickly(self._spool.paths.shared_status, to_bytes(status), mode)
         except TROUBLE:
-            pass  # reported by those who need the outbox to work
+            pass  # reported by the work that needs the outbox
 
     def _write_done(self, _: None) -> None:
         self._is_writing = False
@@ -76,7 +76,7 @@ class Reporter:
         self._composer, self._notifier, self._on_change = composer, notifier, on_change
         self._copy = OutboxCopy(loop, spool)
         self._key: object = None
-        self._end: StatusFinished | None = None  # of a job: the last that was shown
+        self._end: StatusFinished | None = None  # the end of a job that was shown last
         self._shown_at = self._progress_at = 0.0  # monotonic seconds
 
     def start(self) -> None:
@@ -84,9 +84,9 @@ class Reporter:
         self._write(self.shown)
 
     def report(self, now: float) -> None:
-        """Tell whoever is due."""
+        """Report to everybody for whom a report is due."""
         if not self._work.pool.outlive_kill:
-            self._notifier.ping(now)  # else systemd may do what we cannot
+            self._notifier.ping(now)  # without pings systemd kills us all, which may help
         if self._on_change and now >= self._progress_at + PROGRESS_SECONDS:
             self._progress_at = now
             self._on_change(self._composer.compose(self._composer.state(), now))
@@ -96,7 +96,7 @@ class Reporter:
             self._show(now)
 
     def next_deadline(self, now: float) -> float:
-        """When `report` may have something to do unasked, monotonic seconds."""
+        """Return when `report` may next have something to do, monotonic seconds."""
         due = [now + HEARTBEAT_SECONDS]
         if self._notifier.watchdog_seconds:
             due.append(now + self._notifier.watchdog_seconds / 2)
@@ -107,7 +107,7 @@ class Reporter:
         return min(due)
 
     def report_last(self, now: float, share: bool) -> None:
-        """Tell everybody that the daemon has stopped; the outbox only if that does not hang."""
+        """Report that the daemon has stopped. share: also in the outbox, which must not hang."""
         last = self._composer.compose("stopping", now)
         self._write(last)
         if share:
@@ -117,7 +117,7 @@ class Reporter:
 
     def _is_due(self, now: float) -> bool:
         if self._composer.last_end() is not self._end:
-            return True  # whoever waits for this job reads the status
+            return True  # people who wait for this job read the status
         if now < self._shown_at + STATUS_SECONDS:
             return False
         is_old = now >= self._shown_at + HEARTBEAT_SECONDS
@@ -134,4 +134,4 @@ class Reporter:
         try:
             fs.write_quickly(self._spool.paths.status, to_bytes(status))
         except OSError:
-            pass  # the disk's trouble is reported by those who need it to work
+            pass  # reported by the work that needs the disk

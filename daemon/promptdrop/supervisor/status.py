@@ -1,4 +1,4 @@
-"""Compose the status: what the daemon does, with whom, and what waits."""
+"""Compose the status: what the daemon does, with which engines, and what waits."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ State = Literal["starting", "ready", "rendering", "paused", "waiting", "stopping
 
 
 class Composer:
-    """Gathers from the other rooms what the status says."""
+    """Gathers the status from the other parts of the supervisor."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Composer:
         self._started = clock.timestamp()
 
     def state(self) -> State:
-        """The daemon's state in a word."""
+        """Return the daemon's state in a word."""
         if self._gate.stop_at is not None:
             return "stopping"
         if self._gate.paused:
@@ -61,11 +61,11 @@ class Composer:
         return "rendering" if self._work.tickets else "ready"
 
     def last_end(self) -> StatusFinished | None:
-        """The end of the job that ended last."""
+        """Return the end of the job that ended last."""
         return self._jobs.finished[-1] if self._jobs.finished else None
 
     def key(self, now: float) -> object:
-        """A value that differs when there is news, but for the steps of images in the engines."""
+        """Return a value that changes when the status does, the steps of images in engines aside."""
         last = self.last_end()
         stages = [
             (slot.trouble, self._pool.is_unloaded, slot.link and slot.link.stage)
@@ -82,7 +82,7 @@ class Composer:
         )
 
     def compose(self, state: State, now: float) -> Status:
-        """The whole status, as of now."""
+        """Compose the whole status, as of now."""
         window = self._images.window.summary()
         left = len(self._work.queue) + len(self._work.tickets)
         engines = [self._engine(slot, now) for slot in self._pool.slots or [Slot(1)]]
@@ -143,7 +143,7 @@ class Composer:
         )
 
     def _image(self, link: EngineLink, now: float) -> StatusImage | None:
-        """The first image that an engine works on."""
+        """Return the first image that an engine works on."""
         for ticket, held in link.in_hand.items():
             if held.began is not None and ticket in self._work.tickets:
                 job = self._work.tickets[ticket].job
@@ -160,7 +160,7 @@ class Composer:
 
 
 def one_line(status: Status) -> str:
-    """The state in a line, for `systemctl status`."""
+    """Write the state in one line, for `systemctl status`."""
     if status.reason:
         return f"{status.state}: {status.reason}"
     if status.state == "starting":

@@ -1,16 +1,16 @@
-"""The life of the daemon: start, turn after turn, signals, the end. All else has a room of its own.
+"""The life of the daemon: start, turns of the loop, signals, end. All else has a module of its own.
 
     gate         what may begin now, and why the rest waits
-    work, queue  the jobs and images in hand, which the rooms share; which image is next
+    work, queue  the jobs and images in hand, which the modules share; which image is next
     recovery     jobs of the daemon's last life
     jobs         accepted, cancelled, ended or refused; measuring: too long a prompt refuses a job
     feeding      queued images go to engines
-    engines      their answers, deaths and idle hours
+    engines      what follows from their answers and deaths; unloading them when idle
     images       what comes of an image that an engine held; publishing: on its way to the outbox
     commands     `promptdrop cancel` and `retry`; cancels: NAME.cancel in the inbox
-    status       what the daemon does; reporting: who is told, and when
+    status       what the daemon does; reporting: to whom it is shown, and when
 
-Everything here runs on the loop, but for what a docstring sends to a room, and never imports torch.
+Everything here runs on the loop, except functions whose docstring names a room. Nothing imports torch.
 """
 
 import gc
@@ -92,13 +92,13 @@ class Supervisor:
 
     @property
     def ending(self) -> str | None:
-        """Why the daemon ended, unless as asked."""
+        """The reason why the daemon ended; None if it was asked to."""
         return self._gate.ending
 
     # --- a life -------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Live from the lock to the exit status.
+        """Run the daemon until it ends. Returns the exit status.
 
         Raises ConfigError, ModelError, SpoolBusy: it cannot start.
         """
@@ -107,7 +107,7 @@ class Supervisor:
         self.spool.folders.require_mount()
         self.spool.folders.prepare()
         self.spool.lock.acquire()
-        os.umask(0o022 | os.umask(0o022))  # what we make for ourselves, only we may change
+        os.umask(0o022 | os.umask(0o022))  # only we may change the files that we make for ourselves
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._startup()
@@ -121,7 +121,7 @@ class Supervisor:
     def _startup(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        # Somebody opened a file for writing just as inbox.is_open_for_writing asked: fcntl(2), leases.
+        # Sent if somebody opens a file just as intake/writers.py takes a lease on it: fcntl(2).
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         self._intake.decide_watch()
         log.get().info(
@@ -142,7 +142,7 @@ class Supervisor:
     def _export_metrics(self) -> None:
         """Start Prometheus. After the lock, so that a second daemon exits 75, not with "address in use"."""
         if listen := self.config.metrics.listen:
-            from promptdrop.supervisor import prometheus  # only who asks for it loads it
+            from promptdrop.supervisor import prometheus  # loaded only if it is asked for
 
             prometheus.start(listen, lambda: self._reporter.shown)
 
@@ -205,7 +205,7 @@ class Supervisor:
                 self._stop(at_once=self._gate.stop_at is not None)
 
     def _stop(self, at_once: bool) -> None:
-        """Finish the image in hand if it can end in time; a second signal: at once."""
+        """Begin to stop: wait engine.stop_seconds for images in hand; `at_once`, after a second signal, not."""
         log.get().info("daemon.stopping", at_once=at_once)
         self._notifier.stopping()
         patience = 0 if at_once else self.config.engine.stop_seconds
@@ -243,14 +243,14 @@ class Supervisor:
         self._jobs.refuse(claimed, error)
 
     def surveyed(self, survey: Survey) -> None:
-        """Act on what the last look found outside the inbox."""
+        """Act on what the last look found: a pause, trouble, commands and marks that cancel."""
         if self._gate.surveyed(survey):
             if survey.paused:
                 self._work.recall_prefetched()
             else:
                 self._engines.load()
         if not self._recovery.is_over:
-            return  # a command may mean a job that is not known yet
+            return  # a command may name a job that is not known yet
         self._commands.surveyed(survey.commands)
         if survey.scan:
             self._cancels.surveyed(survey.scan.cancels)
@@ -290,7 +290,7 @@ class Supervisor:
 
 
 def _backend(settings: Config, drain: bool) -> Backend:
-    """Where engines run; those of a daemon that drains are given back when it has ended."""
+    """Make the backend that starts engines. Engines of a daemon that drains end with it."""
     if settings.engine.backend == "process":
         return ChildProcesses(settings)
     from promptdrop.cluster.backend import RayCluster

@@ -1,4 +1,4 @@
-"""The jobs and images in hand, which the rooms of the supervisor share."""
+"""The jobs and images in hand, which the modules of the supervisor share."""
 
 import secrets
 from collections.abc import Callable
@@ -30,7 +30,9 @@ class Work:
         self.queue = Queue(pool.settings.queue.policy)
         self.running: dict[str, Running] = {}  # by job id, in the order they were accepted
         self.tickets: dict[int, Running] = {}  # of the images that engines hold
-        self._ticket = secrets.randbits(40)  # an engine may outlive us and know our last life's
+        self._ticket = secrets.randbits(
+            40
+        )  # not from 0: an engine that outlives the daemon knows its old tickets
 
     @property
     def config(self) -> Config:
@@ -38,7 +40,7 @@ class Work:
         return self.pool.settings
 
     def next_ticket(self) -> int:
-        """A number that no request to an engine has had."""
+        """Return a number that no request to an engine has had."""
         self._ticket += 1
         return self._ticket
 
@@ -47,7 +49,7 @@ class Work:
         self._cancel(lambda running, held: held.began is None)
 
     def recall_less_urgent(self, priority: int) -> None:
-        """Recall the prefetched images of lower priorities: the higher one is rendered next."""
+        """Recall the prefetched images of lower priorities, so that this priority is rendered next."""
         self._cancel(lambda running, held: held.began is None and running.job.priority < priority)
 
     def stop(self, job: Running) -> None:
