@@ -18,12 +18,12 @@ LONGEST = {"test_compiling.py", "test_crash.py", "test_sandbox.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--quick: what `make quick` runs."""
+    """Add the option --quick, with which `make quick` runs pytest."""
     parser.addoption("--quick", action="store_true", help="only tests without a daemon and torch")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hold quick tests to their word."""
+    """With --quick: make it an error to import torch or to start a daemon."""
     if config.getoption("quick"):
         quick.forbid_what_is_slow()
 

@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], str]:
-    """`drawn(show)`: what `show()` draws on a terminal of 80 columns, without colours."""
+    """`drawn(show)` returns what `show()` draws on a terminal of 80 columns, without colours."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
 

@@ -22,7 +22,7 @@ SOUND: dict[str, Any] = {
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
-    """A spool of which nothing bad can be said."""
+    """A spool that every check finds good."""
     return init_spool(tmp_path, **SOUND)
 
 
@@ -32,7 +32,7 @@ def graded(grade: str, spool: Spool) -> list[tuple[str, str]]:
 
 
 def test_a_good_spool(spool: Spool) -> None:
-    """One line for each thing, in order; the gradient is noted, since it is no model."""
+    """There is one line for each thing, in order; the gradient is noted, since it is no model."""
     findings = list(checks.examine(spool.config))
 
     assert [finding.what for finding in findings] == [
@@ -43,7 +43,7 @@ def test_a_good_spool(spool: Spool) -> None:
 
 
 def test_folders_that_are_missing(spool: Spool) -> None:
-    """Each is bad, with the command that makes it; what needs the inbox is left out."""
+    """Each is bad, with the command that makes it; checks that need the inbox are left out."""
     shutil.rmtree(spool.paths.root)
     bad = graded("bad", spool)
 
@@ -86,7 +86,7 @@ def test_groups_that_differ(spool: Spool) -> None:
 
 
 def test_a_model_that_is_missing(tmp_path: Path) -> None:
-    """What a check raises is a bad finding, and the others follow."""
+    """An error that a check raises is a bad finding, and the other checks are still made."""
     spool = init_spool(
         tmp_path, **{**SOUND, "model": {"path": str(tmp_path / "model"), "device": "cpu"}}
     )

@@ -1,4 +1,4 @@
-"""Dropping into a spool, and waiting for what comes of it."""
+"""Dropping a file into a spool, and waiting until its job has ended."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_prompt_names_its_file() -> None:
 
 
 def test_a_status_is_of_a_daemon_that_runs(spool: Spool) -> None:
-    """A status that a stopped daemon left says nothing; one that is torn is none."""
+    """The status that a stopped daemon has left is ignored, and so is one that is torn."""
     write_status(spool.paths.status, state="paused")
 
     assert client.read_status(spool) is None
@@ -124,7 +124,7 @@ def test_a_refused_file_is_known_from_the_status(spool: Spool) -> None:
 
 
 def test_a_withdrawn_file_is_not_waited_for(spool: Spool) -> None:
-    """A file that is nowhere for five seconds is lost; one that comes back sooner is waited for."""
+    """A file that is gone for five seconds is lost; one that comes back sooner is waited for."""
     dropped = client.drop(spool, b"a", "cat.txt")
     path, away = spool.paths.inbox / "cat.txt", spool.paths.root / "away"
     moments = iter(range(100))
@@ -187,7 +187,7 @@ def test_pictures_come_in_order(spool: Spool) -> None:
 
 
 def test_what_is_no_job_in_hand(spool: Spool) -> None:
-    """Refused files, a stranger's folder and a torn record are not listed, and end no command."""
+    """Refused files, a stranger's folder and a torn record are not listed and raise no error."""
     refuse(spool, "a.txt", "is empty")
     (spool.paths.state / "pending" / "stranger").mkdir()
     for text in ("{", '{"id": "x"}'):

@@ -1,4 +1,4 @@
-"""Which jobs a NAME fits: `cancel` and `retry`."""
+"""The jobs that a NAME of `cancel` or `retry` fits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Errors to exit codes."""
+"""The exit status and message of each kind of error."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What somebody is told who waits for jobs."""
+"""The progress bar and the messages for people who wait for jobs."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ DROPS = [Dropped("cat.txt", 5, "2026-11-28T10:00:00.000Z")]
 
 @pytest.fixture
 def shown() -> Progress:
-    """The parts of a bar that is not drawn."""
+    """A bar that is not drawn, and rich's progress behind it."""
     return Progress(disable=True)
 
 
@@ -61,7 +61,7 @@ def test_the_bar_counts_the_images_of_our_jobs(shown: Progress) -> None:
 
 
 def test_the_bar_of_a_drain(shown: Progress) -> None:
-    """It counts images and the steps of the one in hand; else it shows the stage or the reason to wait."""
+    """It counts images and the steps of the one in hand; without one it shows stage or reason to wait."""
     drawn = Bar(shown)
     queue = {"jobs": 1, "images": 3, "publishing": 1}
     drawn.show(status(current=image(), queue=queue, images_published=2))

@@ -78,7 +78,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_a_terminal_of_80_columns(drawn: Callable[[Callable[[], None]], str]) -> None:
-    """No line is longer; text is folded, not cut, and markup in it is text."""
+    """No line is longer than that; text is folded, not cut, and markup in it stays text."""
     long = "[bold]" + "x" * 200
     table = drawn(lambda: terminal.pairs([("state", long), ("queue", "empty")]))
 
@@ -116,7 +116,7 @@ def test_json_is_the_daemons_own(
 def test_a_status_of_another_version_is_shown(
     owned: Spool, tmp_path: Path, capsys: pytest.CaptureFixture[str], document: Any
 ) -> None:
-    """What such a status has is shown; what it lacks is left blank."""
+    """Values that such a status has are shown; those it lacks are left blank."""
     owned.paths.status.write_text(json.dumps(document))
     code = command.status(arguments(owned, tmp_path / "config.yaml"))
 

@@ -21,7 +21,7 @@ def job(*prompts: str, **fields: Any) -> str:
 
 @contextmanager
 def waiting(daemon: Daemon, jobs: int) -> Iterator[None]:
-    """The engine has its hands full until the `jobs` that are dropped here have been claimed."""
+    """Keep the engine busy until the `jobs` that are dropped in this block have been claimed."""
     daemon.drop("hold.json", job("!slow 0.1 x", steps=100, timeout_seconds=600, priority=100))
     if daemon.process is None:
         daemon.start()
@@ -33,17 +33,17 @@ def waiting(daemon: Daemon, jobs: int) -> Iterator[None]:
 
 
 def batches(daemon: Daemon, folder: str) -> list[int]:
-    """With how many each image was rendered, by image number."""
+    """The size of the batch in which each image was rendered, by image number."""
     return [sidecar["batch"] for sidecar in daemon.sidecars(folder)]
 
 
 def attempts(daemon: Daemon, folder: str) -> list[int]:
-    """Which attempt each image is of."""
+    """The attempt at which each image was rendered, by image number."""
     return [sidecar["job"]["attempt"] for sidecar in daemon.sidecars(folder)]
 
 
 def test_the_images_of_a_job_are_rendered_together(make_daemon: MakeDaemon) -> None:
-    """As many as engine.batch allows; they are the images they are alone."""
+    """A batch has as many as engine.batch allows; its images are those that are rendered alone."""
     together, alone = make_daemon(FOUR, "together"), make_daemon(home="alone")
     for daemon in (together, alone):
         daemon.drop("a.json", job("a cat", "a dog", count=3, seed=7))
@@ -56,7 +56,7 @@ def test_the_images_of_a_job_are_rendered_together(make_daemon: MakeDaemon) -> N
 
 
 def test_a_lone_image_is_not_kept_waiting(make_daemon: MakeDaemon) -> None:
-    """What is there is rendered; nobody waits for a batch to be full."""
+    """An image that is there is rendered at once; it does not wait for a batch to be full."""
     daemon = make_daemon(FOUR)
     daemon.start().until_ready()
     daemon.drop("a.txt", "a cat\n")
@@ -91,7 +91,7 @@ def test_jobs_share_batches_in_fair_order(make_daemon: MakeDaemon) -> None:
     ids=str,
 )  # fmt: skip
 def test_what_is_rendered_together_is_alike(make_daemon: MakeDaemon, field: dict[str, Any]) -> None:
-    """Size, steps, guidance, scheduler, timeout and priority; prompt, seed and format may differ."""
+    """Size, steps, guidance, scheduler, timeout and priority are the same in a batch; other fields differ."""
     daemon = make_daemon(FOUR)
     with waiting(daemon, 3):
         daemon.drop("a.json", job("a cat", seed=1))
@@ -108,7 +108,7 @@ def test_what_is_rendered_together_is_alike(make_daemon: MakeDaemon, field: dict
 def test_an_image_that_fails_in_a_batch_is_charged_alone(
     make_daemon: MakeDaemon, fault: str
 ) -> None:
-    """The others are published, and have one attempt."""
+    """The other images are published at their first attempt."""
     daemon = make_daemon(FOUR)
     daemon.drop("a.json", job("a cat", fault, "a dog", "a hen"))
     daemon.drain()
@@ -124,7 +124,7 @@ def test_an_image_that_fails_in_a_batch_is_charged_alone(
     "fault", ["!crash", "!segfault", "!unknown", "!hang", "!hang-gil", "!stop"]
 )
 def test_whoever_ends_a_batch_is_found_alone(make_daemon: MakeDaemon, fault: str) -> None:
-    """Nobody is charged for the batch; each of its images is rendered alone, and only one fails."""
+    """No image is charged for the batch; each is then rendered alone, and only the guilty one fails."""
     quick = {"image_timeout_seconds": 0.3, "kill_grace_seconds": 0.3, "stall_seconds": 3}
     daemon = make_daemon({"engine": {**FOUR["engine"], **quick}})
     daemon.drop("a.json", job("a cat", fault, "a dog", "a hen"))
@@ -139,7 +139,7 @@ def test_whoever_ends_a_batch_is_found_alone(make_daemon: MakeDaemon, fault: str
 
 
 def test_a_batch_that_fails_as_one(make_daemon: MakeDaemon) -> None:
-    """An error of all is nobody's: alone each is rendered at its first attempt."""
+    """An error of the whole batch is charged to none; alone, each is rendered at its first attempt."""
     daemon = make_daemon(FOUR)
     daemon.drop("a.json", job("a cat", "!together", "a dog"))
     daemon.drain()
@@ -151,7 +151,7 @@ def test_a_batch_that_fails_as_one(make_daemon: MakeDaemon) -> None:
 
 
 def test_the_time_of_a_batch_is_that_of_its_images(make_daemon: MakeDaemon) -> None:
-    """image_timeout_seconds times the images in the batch: 1.5 s do for four that may take 1 s each."""
+    """A batch may take image_timeout_seconds times its images: four with 1 s each may take 1.5 s."""
     daemon = make_daemon({"engine": {**FOUR["engine"], "image_timeout_seconds": 1}})
     daemon.drop("a.json", job(*["!slow 0.5 a cat"] * 4))
     daemon.drain()
@@ -161,7 +161,7 @@ def test_the_time_of_a_batch_is_that_of_its_images(make_daemon: MakeDaemon) -> N
 
 
 def test_a_cancelled_job_leaves_the_others_of_its_batch(make_daemon: MakeDaemon) -> None:
-    """They are rendered to the end; of the cancelled one nothing is published."""
+    """The others are rendered to the end; no image of the cancelled job is published."""
     daemon = make_daemon(FOUR)
     with waiting(daemon, 2):
         daemon.drop("a.json", job("!slow 0.2 a cat", steps=30))
@@ -176,7 +176,7 @@ def test_a_cancelled_job_leaves_the_others_of_its_batch(make_daemon: MakeDaemon)
 
 
 def test_a_job_cancelled_before_its_batch_is_left_out(make_daemon: MakeDaemon) -> None:
-    """The batch is smaller by it."""
+    """The batch is rendered without its images."""
     daemon = make_daemon(FOUR)
     with waiting(daemon, 2):
         daemon.drop("a.json", job("a cat"))
@@ -219,7 +219,7 @@ def test_a_kill_in_a_batch_loses_nothing(make_daemon: MakeDaemon, victim: str) -
 
 
 def test_a_stop_in_a_batch_finishes_it(make_daemon: MakeDaemon) -> None:
-    """SIGTERM: what was begun is published, the rest is put back and rendered by the next daemon."""
+    """After SIGTERM images that were begun are published; the next daemon renders the others."""
     daemon = make_daemon(FOUR)
     go = daemon.home / "go"
     daemon.drop("a.json", job(f"!wait {go}", *["a dog"] * 5))

@@ -6,7 +6,7 @@ from harness import Daemon
 
 
 def test_bench_times_the_configuration(daemon: Daemon) -> None:
-    """What was rendered and how, the rate, and quantiles of each part; nothing goes to the spool."""
+    """It prints what was rendered, the rate, and quantiles of each part; nothing goes to the spool."""
     done = daemon.run("bench", "--images", "5", "--size", "128x64")
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     table = {name: figures for name, *figures in rows}
@@ -23,7 +23,7 @@ def test_bench_times_the_configuration(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(("images", "size"), [("0", "64x64"), ("1", "65x64"), ("1", "64")])
 def test_bench_refuses_what_no_job_may_ask_for(daemon: Daemon, images: str, size: str) -> None:
-    """Wrong usage, before anything is loaded."""
+    """It is wrong usage, found before anything is loaded."""
     done = daemon.run("bench", "--images", images, "--size", size)
 
     assert done.returncode == 2

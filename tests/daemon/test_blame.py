@@ -1,4 +1,4 @@
-"""Who is charged when two images are in an engine: the one whose fault it was, in the end."""
+"""Of two images in one engine, the one at fault is charged in the end."""
 
 import pytest
 
@@ -10,7 +10,7 @@ QUICK = {"image_timeout_seconds": 0.3, "kill_grace_seconds": 0.3, "max_attempts"
 def test_a_charged_image_is_tried_again_after_the_others_of_its_job(
     make_daemon: MakeDaemon,
 ) -> None:
-    """What kills engines does not come next, and costs max_attempts lives, then only itself."""
+    """An image that kills engines is retried last; it costs max_attempts lives, then it alone fails."""
     daemon = make_daemon({"engine": {"max_attempts": 3}})
     daemon.drop("a.jsonl", jsonl("!segfault", "second", "third", "fourth"))
     daemon.drain()
@@ -45,8 +45,8 @@ def test_a_text_that_ends_the_engine_beside_another_image_charges_its_own(
 def test_an_image_that_ends_the_engine_beside_anothers_text_is_charged_in_the_end(
     make_daemon: MakeDaemon,
 ) -> None:
-    """Whose fault that was nobody knows: not charged at first, it is rendered with nothing beside it,
-    and then it pays."""
+    """Nobody knows which of the two was at fault. The image is not charged at first; it is rendered with
+    nothing beside it, and then it is charged."""
     daemon = make_daemon({"engine": {"max_attempts": 2}})
     daemon.drop("a.jsonl", jsonl("!late-crash 0.2", "second", "third", "fourth", "fifth"))
     daemon.drain()
@@ -60,7 +60,7 @@ def test_an_image_that_ends_the_engine_beside_anothers_text_is_charged_in_the_en
 def test_a_text_that_fails_beside_another_image_costs_nothing_there(
     make_daemon: MakeDaemon,
 ) -> None:
-    """What is wrong with a text only its own image is told."""
+    """An error of a text is reported for its own image only."""
     daemon = make_daemon({"engine": {"max_attempts": 1}})
     daemon.drop("a.jsonl", jsonl("first", "!text-raise", "third"))
     daemon.drain()

@@ -7,7 +7,7 @@ from harness import Daemon, MakeDaemon, jsonl, until
 
 @pytest.mark.parametrize("by", ["id", "SUB/FILE", "SUB/JOB"])
 def test_a_pending_job_is_cancelled(daemon: Daemon, by: str) -> None:
-    """By any of its names; job.json says cancelled, the file lies in failed/ with the reason."""
+    """Any of its names will do; job.json says cancelled, and the file lies in failed/ with the reason."""
     daemon.run("pause")
     daemon.drop("sub/A cat.txt", "one\ntwo\n")
     daemon.start()
@@ -30,7 +30,7 @@ def test_a_pending_job_is_cancelled(daemon: Daemon, by: str) -> None:
 
 
 def test_an_active_job_is_stopped_at_its_next_step(daemon: Daemon) -> None:
-    """What was published stays; the engine goes on with the next job."""
+    """Its published images stay, and the engine goes on with the next job."""
     go = daemon.home / "go"
     daemon.drop("a.jsonl", jsonl("first", f"!wait {go}", "third"))
     daemon.start()
@@ -70,7 +70,7 @@ def test_a_cancelled_job_can_be_resumed(daemon: Daemon) -> None:
 
 
 def test_an_ambiguous_name_does_nothing(daemon: Daemon) -> None:
-    """Exit 2, the jobs are listed, an id decides; an unknown name is exit 2 as well."""
+    """The exit status is 2 and the jobs are listed; an id is unambiguous. An unknown name is 2, too."""
     daemon.run("pause")
     daemon.start()
     daemon.drop("a.txt", "one\n")

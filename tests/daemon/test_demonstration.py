@@ -14,7 +14,7 @@ from promptdrop.nouns import SCHEDULERS
 
 
 def test_the_prompt_decides_the_picture(make_daemon: MakeDaemon) -> None:
-    """Dropped, rendered, published, read back: what was asked for, in either language."""
+    """The published picture shows what its prompt asks for, in either language."""
     asked = {
         "a large red circle in the center on a white background": Scene(
             (Thing("red", "circle", "large"),), "white", position="center"
@@ -43,8 +43,10 @@ def test_the_prompt_decides_the_picture(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_job_of_every_scheduler(make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the daemon: evaluations in the sidecars, and the same pixels in any order."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the daemon's, many times quicker when busy
+    """The sidecars have each scheduler's evaluations, and the pixels do not depend on the order."""
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", "1"
+    )  # inherited by the daemon; much quicker on a busy machine
     daemon = make_daemon({"engine": {"max_attempts": 1}})
     daemon.settings = {**daemon.settings, "model": {"path": str(weights.DEMO)}}
     daemon.write_config()

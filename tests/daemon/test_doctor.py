@@ -4,7 +4,7 @@ from harness import MakeDaemon, merged
 
 
 def test_doctor_names_what_is_wrong(make_daemon: MakeDaemon) -> None:
-    """One line each, exit 1 if any is bad."""
+    """Each thing has one line; the exit status is 1 if any is bad."""
     daemon = make_daemon()
     daemon.run("init", str(daemon.home))
     daemon.drain()

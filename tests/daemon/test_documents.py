@@ -1,4 +1,4 @@
-"""What the daemon writes for programs: status.json, sidecars, job.json."""
+"""The documents that the daemon writes for programs: status.json, sidecars, job.json."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ SIDECAR: dict[str, Any] = {
 
 
 def test_status_json_is_what_the_schema_says(daemon: Daemon) -> None:
-    """Every required key is there, none that is unknown; without a daemon: exit 1 and a sentence."""
+    """Every required key is there and no unknown one; without a daemon the exit status is 1."""
     go = daemon.home / "go"
     daemon.drop("a.jsonl", jsonl("first", f"!wait {go}"))
     daemon.start()
@@ -57,7 +57,7 @@ def test_status_json_is_what_the_schema_says(daemon: Daemon) -> None:
 
 
 def test_sidecar_and_summary_have_the_contract_s_keys(daemon: Daemon) -> None:
-    """Sections 2 and 4 of the contract, to the letter."""
+    """The keys are those of sections 2 and 4 of the contract, in their order."""
     daemon.drop(
         "a.yaml", 'prompt: "a cat"\nmeta: {who: me, n: 3}\nnegative_prompt: dull\ncount: 2\n'
     )
@@ -103,7 +103,7 @@ def test_one_sidecar_for_each_image(daemon: Daemon) -> None:
 
 
 def test_the_status_counts_evaluations(daemon: Daemon) -> None:
-    """Step k of 2N - 1 while heun renders: slowly, for the status is written once a second."""
+    """While heun renders, the status says step k of 2N - 1. It is slow, as the status is written every second."""
     daemon.start()
     daemon.drop("a.yaml", "prompt: '!slow 0.6 a cat'\nscheduler: heun\nsteps: 4\n")
     current = daemon.until_status(

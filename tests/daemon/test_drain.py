@@ -4,7 +4,7 @@ from harness import Daemon, MakeDaemon
 
 
 def test_drain_prints_a_row_for_each_image(make_daemon: MakeDaemon) -> None:
-    """And a line for each job that did not end well."""
+    """It also prints a line for each job that did not end well."""
     daemon = make_daemon({"engine": {"max_attempts": 1}})
     daemon.drop("a.txt", "one\ntwo\n")
     daemon.drop("b.txt", "!raise\n")
@@ -42,7 +42,7 @@ def test_a_drain_without_enough_disk_exits_1(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_drain_without_its_outbox_exits_1(make_daemon: MakeDaemon) -> None:
-    """Also when the outbox was never there: run makes no configured folder, and says which is missing."""
+    """It makes no configured folder, even if that was never there, and says which is missing."""
     daemon = make_daemon({"paths": {"outbox": "elsewhere"}})
     daemon.drop("a.txt", "a cat\n")
     done = daemon.drain(timeout=20)
@@ -54,7 +54,7 @@ def test_a_drain_without_its_outbox_exits_1(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_drain_does_not_wait_for_a_mark_for_ever(daemon: Daemon) -> None:
-    """A file whose mark is missing: 1, and the reason."""
+    """If a file's mark is missing, it exits 1 and says so."""
     daemon.write_config({"watch": {"ready_suffix": ".done"}})
     daemon.drop("a.txt", "a cat\n")
     done = daemon.drain()

@@ -7,7 +7,7 @@ from harness import Daemon, until
 
 
 def test_names_are_made_safe(daemon: Daemon) -> None:
-    """255 bytes, undecodable bytes, control characters, reserved names: never raw in folder or log."""
+    """Names of 255 bytes, with undecodable or control characters, or reserved are nowhere used raw."""
     inbox = os.fsencode(daemon.inbox)
     dropped = {
         "长".encode() * 83 + b"ab.txt": "长" * 26,
@@ -62,7 +62,7 @@ def test_hostile_names_are_refused_like_others(daemon: Daemon) -> None:
 
 
 def test_same_names_never_share_a_folder(daemon: Daemon) -> None:
-    """JOB~2 for the second, also where only case differs; STEM~2 in failed/."""
+    """The second is JOB~2, even if only case differs, and STEM~2 in failed/."""
     daemon.start().until_ready()
     for n, name in enumerate(["cat.txt", "cat.txt", "CAT.TXT", "cat.prompt"], 1):
         daemon.drop(name, f"cat {n}\n")
@@ -83,7 +83,7 @@ def test_same_names_never_share_a_folder(daemon: Daemon) -> None:
 
 
 def test_sub_folders_are_mirrored(daemon: Daemon) -> None:
-    """One whose mirror is a job's folder is mirrored as SUB~2; names are made safe part by part."""
+    """SUB is mirrored as SUB~2 if a job's folder has its name; each part of a path is made safe."""
     daemon.start().until_ready()
     daemon.drop("cats.txt", "a cat\n")
     daemon.job("cats")

@@ -57,7 +57,7 @@ def real(make_daemon: Callable[..., Daemon], model: Path) -> Daemon:
 
 
 def library_pixels(model: Path, prompt: str, seed: int, out: Path) -> bytes:
-    """What diffusers itself renders on a CPU, in a process with the daemon's number of threads."""
+    """The pixels that diffusers renders on a CPU, in a process with the daemon's number of threads."""
     code = f"""
 import torch
 from diffusers import ZImagePipeline
@@ -73,7 +73,7 @@ pipe(prompt={prompt!r}, height=64, width=96, num_inference_steps=3, guidance_sca
 
 @pytest.mark.timeout(300)
 def test_a_dropped_file_becomes_the_librarys_own_pixels(real: Daemon, model: Path) -> None:
-    """Section 7 through the whole daemon, and section 4's sidecar to the key.
+    """The daemon keeps section 7 of the contract, and its sidecar has every key of section 4.
 
     On a CPU: a GPU's kernels round differently for texts that are padded and texts that are not.
     """
@@ -137,7 +137,7 @@ print(one.image.size, one.seed, one.image.tobytes() == several[0].image.tobytes(
 
 @pytest.mark.timeout(300)
 def test_generate_without_a_daemon(real: Daemon) -> None:
-    """One image now, on an engine of its own; the ending decides the format."""
+    """It renders one image on an engine of its own; the file's ending decides the format."""
     target = real.home / "fox.jpg"
     done = real.run("generate", "a fox", "-o", str(target), "--size", "64x64", timeout=120)
 
@@ -150,7 +150,7 @@ def test_generate_without_a_daemon(real: Daemon) -> None:
 
 
 def test_a_missing_model_is_named_with_its_cure(daemon: Daemon) -> None:
-    """78, the id, and the command that fetches it; torch is never imported for that."""
+    """The exit status is 78; the id and the command that fetches it are named, without torch."""
     daemon.write_config({"model": {"id": "nobody/nothing"}})
     done = daemon.run("run")
 
@@ -160,7 +160,7 @@ def test_a_missing_model_is_named_with_its_cure(daemon: Daemon) -> None:
 
 @pytest.mark.timeout(300)
 def test_fp8_on_a_cpu_is_a_wrong_configuration(daemon: Daemon, model: Path) -> None:
-    """78, so that systemd does not try again: no device grows matrix units. doctor knows without torch."""
+    """The exit status is 78, so that systemd does not try again. `doctor` says it, too, without torch."""
     daemon.run("init", str(daemon.home))
     daemon.write_config(
         {

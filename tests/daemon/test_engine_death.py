@@ -11,7 +11,7 @@ from harness import Daemon, MakeDaemon, alive, jsonl, until
 from notified import Notified
 
 QUICK = {"image_timeout_seconds": 0.3, "kill_grace_seconds": 0.3, "max_attempts": 2}
-ONE_STEP = {"defaults": {"steps": 1}}  # what comes next is not prepared after the last step
+ONE_STEP = {"defaults": {"steps": 1}}  # the next image's text is not encoded after the last step
 
 
 def test_an_engine_killed_between_images_is_replaced_and_nobody_is_charged(
@@ -62,7 +62,7 @@ def test_an_engine_that_keeps_dying_idle_ends_the_daemon(daemon: Daemon) -> None
 
 @pytest.mark.parametrize("prompt", ["!slow 5", "!hang-gil", "!hang"])
 def test_no_engine_outlives_a_killed_daemon(daemon: Daemon, prompt: str) -> None:
-    """PR_SET_PDEATHSIG: SIGKILL of the daemon alone ends the engine, whatever it is doing."""
+    """SIGKILL of the daemon alone ends the engine, whatever it is doing (PR_SET_PDEATHSIG)."""
     daemon.drop("a.txt", f"{prompt}\n")
     daemon.start()
     daemon.until_begun()
@@ -75,7 +75,7 @@ def test_no_engine_outlives_a_killed_daemon(daemon: Daemon, prompt: str) -> None
 
 
 def test_no_engine_outlives_a_daemon_killed_while_it_loads(make_daemon: MakeDaemon) -> None:
-    """The same while the weights are being read."""
+    """SIGKILL of the daemon ends the engine also while the weights are being read."""
     daemon = make_daemon({"model": {"revision": "!load-hang"}})
     daemon.start()
     daemon.until_log("engine.stage", stage="loading weights")
@@ -105,7 +105,7 @@ def test_a_death_while_prompts_are_measured_measures_them_again(make_daemon: Mak
 def test_an_engine_stopped_while_idle_does_not_begin_and_charges_nobody(
     make_daemon: MakeDaemon,
 ) -> None:
-    """It reads nothing, however much it is sent: killed after stall_seconds, nothing is charged."""
+    """It reads nothing, however much it is sent. It is killed after stall_seconds; no image is charged."""
     daemon = make_daemon(
         {"engine": {"stall_seconds": 1, "max_attempts": 1}, "prompt": {"overflow": "refuse"}}
     )
@@ -126,7 +126,7 @@ def test_an_engine_stopped_while_idle_does_not_begin_and_charges_nobody(
 def test_a_stopped_engine_with_a_prefetched_image_charges_only_the_one_in_hand(
     make_daemon: MakeDaemon,
 ) -> None:
-    """SIGSTOP from outside in the middle of an image."""
+    """After a SIGSTOP in the middle of an image, that image is charged and the prefetched one is not."""
     daemon = make_daemon({"engine": {"stall_seconds": 1.5}, **ONE_STEP})
     go = daemon.home / "go"
     daemon.drop("a.jsonl", jsonl(f"!wait {go}", "second"))
@@ -144,8 +144,8 @@ def test_a_stopped_engine_with_a_prefetched_image_charges_only_the_one_in_hand(
 def test_an_engine_in_uninterruptible_sleep_is_reported_and_waited_for(
     make_daemon: MakeDaemon, tmp_path: Path, at_the_end: str
 ) -> None:
-    """Writing to a frozen file system it ignores even SIGKILL: status, log and STATUS= say so, the
-    watchdog is fed no more, a stop is bounded, and once it has ended the work goes on."""
+    """An engine that writes to a frozen file system outlives SIGKILL. Status, log and STATUS= say so, the
+    watchdog is fed no more, a stop is bounded, and once the engine has ended the work goes on."""
     daemon = make_daemon({"engine": {**QUICK, "stop_seconds": 1}})
     with Notified(tmp_path / "notify") as systemd, disks.block(tmp_path / "block") as disk:
         daemon.start(env=systemd.environment)
@@ -187,7 +187,7 @@ def test_an_image_that_daemons_die_of_goes_behind_and_then_fails(make_daemon: Ma
             assert daemon.job("b")["outcome"] == "done"
         counted = f'"deaths": {death}}}'
         until(lambda counted=counted: counted in _begun(daemon), counted)
-        if death == 3:  # known to the next life before its engine is ready
+        if death == 3:  # the next life knows this job before its engine is ready
             daemon.drop("b.txt", "a dog\n")
             until(lambda: len(daemon.log("job.claimed")) == 2, "b.txt is claimed")
         assert daemon.process

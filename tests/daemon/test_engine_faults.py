@@ -1,4 +1,4 @@
-"""What an engine may do wrong with an image, and who pays for it: that image, nobody else."""
+"""Faults of an engine with an image in hand are charged to that image and to no other."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,8 +74,8 @@ def test_a_retried_image_has_the_pixels_of_an_undisturbed_one(
 def test_an_engine_that_talks_nonsense_or_nothing_is_replaced(
     make_daemon: MakeDaemon, fault: str
 ) -> None:
-    """Half an answer, an endless one, no pickle, no answer, a closed pipe, a loop that swallows the
-    alarm: its image pays, all others are rendered, and the daemon answers all the while."""
+    """Such an engine sends half an answer, an endless one, no pickle or nothing, closes the pipe or
+    swallows the alarm. Its image is charged, all others are rendered, and the daemon stays responsive."""
     daemon = make_daemon({"engine": {**QUICK, "max_attempts": 1}})
     daemon.drop("a.jsonl", jsonl(f"!{fault}", "second"))
     daemon.start()
@@ -105,7 +105,7 @@ def test_the_daemon_goes_on_while_an_engine_is_in_the_middle_of_an_answer(daemon
 
 
 def test_an_engine_killed_for_memory_is_replaced(daemon: Daemon) -> None:
-    """The kernel's own OOM killer, in a memory cgroup: its image pays, the others are rendered."""
+    """If the kernel's OOM killer ends it, in a memory cgroup, its image is charged; others are rendered."""
     daemon.write_config({"engine": {"max_attempts": 1}})
     daemon.start().until_ready()
     with memory_limit(daemon.engine_pid(), 300 << 20):
@@ -119,7 +119,7 @@ def test_an_engine_killed_for_memory_is_replaced(daemon: Daemon) -> None:
 
 @contextmanager
 def memory_limit(pid: int, limit: int) -> Iterator[None]:
-    """Put a process into a memory cgroup of its own (v1); it has ended afterwards."""
+    """Put a process into a memory cgroup (v1) of its own, and wait for its end afterwards."""
     group = Path(f"/sys/fs/cgroup/memory/promptdrop-test-{pid}")
     try:
         group.mkdir()

@@ -47,7 +47,7 @@ def test_an_engine_that_cannot_load_ends_the_daemon(
 def test_an_engine_that_cannot_warm_up_ends_the_daemon(
     make_daemon: MakeDaemon, fault: str, said: str
 ) -> None:
-    """Exit 1 with the reason; the job stays."""
+    """The exit status is 1 with the reason, and the job stays."""
     limit = 1 if fault == "!warm-hang-gil" else 60
     daemon = make_daemon({"model": {"revision": fault}, "engine": {"load_timeout_seconds": limit}})
     daemon.drop("a.txt", "a cat\n")

@@ -23,7 +23,7 @@ def test_a_second_daemon_exits_75(daemon: Daemon) -> None:
 
 
 def test_a_second_daemon_exits_75_with_metrics_too(make_daemon: MakeDaemon) -> None:
-    """The port that the first one listens on is no reason of its own: 78 would say the file is wrong."""
+    """It does not fail on the port that the first one has: 78 would say that the file is wrong."""
     daemon = make_daemon({"metrics": {"listen": f"127.0.0.1:{free_port()}"}})
     daemon.start().until_ready()
     second = daemon.run("run")

@@ -36,7 +36,7 @@ def test_strangers_in_our_own_folders_stop_nothing(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("folder", ["inbox", "outbox", "failed"])
 def test_a_folder_that_goes_missing_is_waited_for(daemon: Daemon, folder: str) -> None:
-    """Status says which; nothing is made in its place; work goes on when it is back."""
+    """The status names it; nothing is made in its place; work goes on when it is back."""
     daemon.start().until_ready()
     path = daemon.root / folder
     away = daemon.home / "away"
@@ -72,7 +72,7 @@ def test_an_inbox_made_anew_is_watched_again(make_daemon: MakeDaemon) -> None:
 
 
 def test_events_that_overflow_are_made_good(daemon: Daemon) -> None:
-    """More events than the kernel keeps for us are lost; the scan finds what they would have told."""
+    """If the kernel's queue of events overflows, the scan still finds every file."""
     limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if limit > 20_000:
         pytest.skip(f"fs.inotify.max_queued_events is {limit}: too many to overflow")
@@ -92,7 +92,7 @@ def test_events_that_overflow_are_made_good(daemon: Daemon) -> None:
 
 
 def test_a_mount_over_the_inbox_is_waited_out(daemon: Daemon) -> None:
-    """A claim is one rename: nothing is taken from another file system, and all goes on without it."""
+    """Nothing is taken from another file system, since a claim is one rename; work goes on after it."""
     daemon.start().until_ready()
     with disks.tmpfs(daemon.inbox):
         (daemon.inbox / "there.txt").write_text("a\n")
@@ -124,7 +124,7 @@ def test_an_outbox_missing_while_an_image_is_saved_costs_no_attempt(daemon: Daem
 
 
 def test_min_free_disk_mib(make_daemon: MakeDaemon) -> None:
-    """Less free space than asked for: work waits, status says so; SIGHUP with less goes on."""
+    """With less free space than that, work waits and the status says so; a lower value goes on."""
     daemon = make_daemon({"limits": {"min_free_disk_mib": 10**9}})
     daemon.drop("a.txt", "a cat\n")
     daemon.start()
@@ -179,7 +179,7 @@ def test_a_folder_without_permission_is_waited_for(daemon: Daemon, folder: str) 
 
 
 def test_a_file_that_cannot_be_moved_out_blocks_no_other(daemon: Daemon) -> None:
-    """A sub-folder that is not ours to write: its file waits with a reason, others are rendered."""
+    """A file in a folder that we may not write waits, with the reason; others are rendered."""
     wrapper = obedient()
     daemon.drop("theirs/a.txt", "a cat\n")
     theirs = daemon.inbox / "theirs"
@@ -226,7 +226,7 @@ def test_outbox_and_failed_on_another_file_system(make_daemon: MakeDaemon) -> No
 
 
 def test_an_outbox_that_is_no_longer_mounted_is_missing(daemon: Daemon) -> None:
-    """What was a mount point and is an empty folder now is not written to, across a restart."""
+    """An empty folder that was a mount point before is not written to, even after a restart."""
     with disks.tmpfs(daemon.outbox):
         daemon.start().until_ready()
         works(daemon)

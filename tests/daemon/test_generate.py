@@ -1,4 +1,4 @@
-"""`generate`: where images go, whose engine renders them, what an interruption leaves."""
+"""`generate`: the files it writes, the engine it uses, and the images that an interruption leaves."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from harness import Daemon, until
 
 
 def test_where_images_go(daemon: Daemon) -> None:
-    """A file by its ending, a name without one gets it, a folder keeps each image's own name."""
+    """A file's ending is the format, or is added; in a folder each image keeps its own name."""
     (daemon.home / "folder").mkdir()
     assert daemon.run("generate", "cat", "-o", "named").returncode == 0
     assert daemon.run("generate", "cat", "-o", "folder").returncode == 0
@@ -21,7 +21,7 @@ def test_where_images_go(daemon: Daemon) -> None:
 
 
 def test_an_interrupted_generate_keeps_what_is_finished(daemon: Daemon) -> None:
-    """SIGINT in the middle of several: the finished ones are put where they were asked for."""
+    """After SIGINT the finished images are put where they were asked for."""
     daemon.write_config({"engine": {"stop_seconds": 0}})
     command = daemon.command("generate", "--prompts", "a;!slow 60 b", "--output", "out")
     env = {**os.environ, "TMPDIR": str(daemon.home)}  # where its own spool is made
@@ -39,7 +39,7 @@ def test_an_interrupted_generate_keeps_what_is_finished(daemon: Daemon) -> None:
 
 
 def test_generate_goes_through_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
-    """Where a daemon runs its engine renders the image, and a copy stands where it was asked for."""
+    """If a daemon runs, its engine renders the image, which is copied to where it was asked for."""
     daemon.start().until_ready()
     one = daemon.run("generate", "a fox", "-o", str(tmp_path / "fox.jpg"), "--seed", "7")
     failed = daemon.run("generate", "a fox", "-o", str(tmp_path / "no.png"), "--width", "65")

@@ -1,4 +1,4 @@
-"""What somebody may do on purpose: swaps while we look, folders we cannot read, jobs that grow."""
+"""Hostile files: swapped while we look, in folders we cannot read, or in jobs that grow."""
 
 import os
 import resource
@@ -36,7 +36,7 @@ def test_a_folder_swapped_for_a_link_gives_nothing_away(spool: Spool, tmp_path: 
 
 
 def test_a_folder_in_the_place_of_a_file_stays_where_it_is(spool: Spool) -> None:
-    """Swapped in just before the claim: it is no file, and what it holds is not ours to move."""
+    """A folder that is swapped in just before the claim is put back with all that it holds."""
     (spool.paths.inbox / "a.txt").mkdir()
     (spool.paths.inbox / "a.txt/b.bin").write_text("mine\n")
 
@@ -50,7 +50,7 @@ def test_a_folder_in_the_place_of_a_file_stays_where_it_is(spool: Spool) -> None
 def test_a_file_swapped_before_its_claim_is_moved_not_read(
     daemon: Daemon, tmp_path: Path, kind: str
 ) -> None:
-    """What was claimed as a link or pipe goes to failed/ as such, also on another file system."""
+    """A link or pipe that was claimed goes to failed/ as such, even on another file system."""
     secret = tmp_path / "secret.txt"
     secret.write_text("a secret prompt\n")
     daemon.drain()
@@ -71,7 +71,7 @@ def test_a_file_swapped_before_its_claim_is_moved_not_read(
 
 
 def test_a_pipe_among_the_records_of_others_hangs_nobody(spool: Spool) -> None:
-    """Whoever may write to failed/ can leave a pipe named like a reason there."""
+    """Anybody who may write to failed/ can leave a pipe named like a reason there; it is not read."""
     (spool.paths.failed / "a.txt").write_text("a cat\n")
     os.mkfifo(spool.paths.failed / "a.txt.error.json")
 
@@ -82,7 +82,7 @@ def test_a_pipe_among_the_records_of_others_hangs_nobody(spool: Spool) -> None:
 
 
 def test_a_folder_that_can_be_listed_but_not_entered_blocks_nobody(daemon: Daemon) -> None:
-    """Mode 0744 shows names and refuses stat: its files wait, everybody else's go on."""
+    """Mode 0744 shows names and refuses stat: the files in such a folder wait, all others go on."""
     wrapper = obedient()
     daemon.drop("theirs/a.txt", "a cat\n")
     (daemon.inbox / "theirs/inner").mkdir()
@@ -100,7 +100,7 @@ def test_a_folder_that_can_be_listed_but_not_entered_blocks_nobody(daemon: Daemo
 
 
 def test_a_path_that_grows_too_long_blocks_nobody(daemon: Daemon) -> None:
-    """Deeper than PATH_MAX, where no path can be opened by name; doctor says where it stops."""
+    """Folders deeper than PATH_MAX cannot be opened by name and are left out; doctor says where."""
     here = os.open(daemon.inbox, os.O_RDONLY)
     for _ in range(30):  # 6 KB in all
         os.mkdir("d" * 200, dir_fd=here)
@@ -123,7 +123,7 @@ def test_a_path_that_grows_too_long_blocks_nobody(daemon: Daemon) -> None:
 
 
 def test_a_long_prompt_is_recorded_once(spool: Spool) -> None:
-    """80 KB of prompt and 16 KB of meta, 10,000 times: request.json stays the size of the job."""
+    """With 80 KB of prompt and 16 KB of meta for 10,000 images, request.json stays the job's size."""
     asked = parse.parse(
         ("prompt: " + "😀" * 20_000 + "\ncount: 10000\nmeta: {a: " + "x" * 16_000 + "}\n").encode(),
         ".yaml",

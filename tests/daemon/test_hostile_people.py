@@ -1,4 +1,4 @@
-"""What droppers and members of the group do on purpose: records, links, commands, floods of them."""
+"""Hostile droppers and members of the group: their records, links, commands and floods do no harm."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from users import obedient
 
 @pytest.mark.parametrize("state", ["running", "before its start"])
 def test_no_command_ends_or_stalls_the_daemon(daemon: Daemon, state: str) -> None:
-    """Whatever the targets are: paths from the root, half characters, names too long, other folders'."""
+    """Targets may be absolute paths, half characters, too long names or in other folders."""
     loop = daemon.failed / "loop"
     loop.symlink_to("loop")
     (daemon.failed / "locked").mkdir(mode=0)
@@ -53,7 +53,7 @@ def test_no_command_ends_or_stalls_the_daemon(daemon: Daemon, state: str) -> Non
 
 
 def test_pause_that_cannot_be_looked_at_is_a_pause(daemon: Daemon, tmp_path: Path) -> None:
-    """A link to where we may not look, a folder: paused in words, and `resume` goes on."""
+    """A folder, or a link to where we may not look, pauses; the status says so, and `resume` goes on."""
     (tmp_path / "locked").mkdir(mode=0)
     (daemon.own / "control/pause").symlink_to(tmp_path / "locked/x")
     daemon.start(wrapper=obedient()).until_ready()
@@ -75,7 +75,7 @@ def test_pause_that_cannot_be_looked_at_is_a_pause(daemon: Daemon, tmp_path: Pat
 
 
 def test_a_flood_of_cancels_stops_nobody(make_daemon: MakeDaemon) -> None:
-    """A thousand NAME.cancel that fit nothing, beside two hundred jobs: a drop is claimed between them."""
+    """With a thousand NAME.cancel that fit no job and two hundred jobs, a drop is still claimed."""
     daemon = make_daemon({"watch": {"give_up_seconds": 5}})
     (daemon.inbox / "PAUSE").touch()
     for n in range(200):
@@ -118,7 +118,7 @@ def test_a_link_in_the_place_of_a_failed_file_is_not_retried(
 
 
 def test_a_link_that_was_claimed_gives_its_target_no_mode(daemon: Daemon, tmp_path: Path) -> None:
-    """Swapped in just before the claim: it is moved as a link, and its target stays as it was."""
+    """A link that is swapped in just before the claim is moved as a link; its target stays as it was."""
     secret = tmp_path / "secret.txt"
     secret.write_text("a secret\n")
     secret.chmod(0o600)
@@ -133,9 +133,9 @@ def test_a_link_that_was_claimed_gives_its_target_no_mode(daemon: Daemon, tmp_pa
 
 
 def test_a_copy_is_no_program_of_ours(daemon: Daemon) -> None:
-    """A move to another file system makes a file of the daemon's own: without its setuid bit."""
+    """The copy of a file on another file system, which the daemon owns, has no setuid bit."""
     path = daemon.drop("a.txt", "\x7fELF")
-    os.chown(path, 12345, -1)  # so that it is not ours to give another mode
+    os.chown(path, 12345, -1)  # so that we may not change its mode
     path.chmod(0o6755)
     with disks.tmpfs(daemon.failed):
         daemon.start(wrapper=["setpriv", "--bounding-set=-fowner", *obedient()[2:]])
@@ -148,10 +148,10 @@ def test_a_copy_is_no_program_of_ours(daemon: Daemon) -> None:
 
 
 def test_what_is_ours_only_we_can_change(make_daemon: MakeDaemon) -> None:
-    """Of the spool itself and of .promptdrop, all but control: neither written nor replaced by others."""
+    """Others can neither write nor replace the spool's root and .promptdrop, except control."""
     daemon = make_daemon()
     shutil.rmtree(daemon.root)
-    old = os.umask(0)  # whatever the one of the shell is that starts it
+    old = os.umask(0)  # it must not depend on the umask of the shell
     try:
         daemon.start().until_ready()
     finally:
@@ -177,7 +177,7 @@ def test_what_is_ours_only_we_can_change(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_file_that_grows_after_its_claim_is_not_read_whole(make_daemon: MakeDaemon) -> None:
-    """Its writer never closed it: 64 GiB of nothing at the end of a cancelled job cost nothing."""
+    """A writer that holds it may add 64 GiB; ending the cancelled job takes no time for that."""
     daemon = make_daemon({"watch": {"writer_seconds": 0.3}})
     daemon.start().until_ready()
     path = daemon.inbox / "a.txt"
@@ -197,7 +197,7 @@ def test_a_file_that_grows_after_its_claim_is_not_read_whole(make_daemon: MakeDa
 
 
 def test_a_locked_folder_in_failed_or_outbox_stops_no_start(daemon: Daemon) -> None:
-    """Whoever made it may keep it to himself: it is not ours to tidy."""
+    """A folder that somebody has closed to us is left as it is."""
     daemon.drop("a.txt", "a cat\n")
     for folder in (daemon.failed / "mine", daemon.outbox / "mine"):
         folder.mkdir(mode=0)
@@ -239,7 +239,7 @@ def test_a_job_folder_replaced_by_a_file_stops_no_start(daemon: Daemon) -> None:
 
 
 def test_a_folder_with_the_name_of_a_failed_file(daemon: Daemon) -> None:
-    """What is refused in it has another folder in failed/."""
+    """Files that are refused in this sub-folder get another folder in failed/."""
     daemon.drop("a.txt", "")
     daemon.start().until_ready()
     daemon.error("a.txt")
@@ -276,7 +276,7 @@ def test_a_tree_deeper_than_python_recurses_ends_nobody(daemon: Daemon, place: s
 
 
 def test_a_broken_lease_ends_nobody(daemon: Daemon) -> None:
-    """Whoever opens a file for writing in the moment of our probe makes the kernel send SIGIO."""
+    """If somebody opens a file for writing while we probe it, the kernel's SIGIO does not end us."""
     daemon.start().until_ready()
     assert daemon.process
     daemon.process.send_signal(signal.SIGIO)

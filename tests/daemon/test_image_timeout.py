@@ -35,7 +35,7 @@ def test_timeout_seconds_of_a_job_overrules_the_configuration(make_daemon: MakeD
 def test_a_hang_that_holds_the_gil_costs_the_engine_and_only_that_image(
     make_daemon: MakeDaemon,
 ) -> None:
-    """SIGKILL kill_grace_seconds after the timeout; a new engine; the prefetched image is not charged."""
+    """It is killed kill_grace_seconds after the timeout and replaced; the prefetched image is not charged."""
     daemon = make_daemon({"engine": QUICK})
     daemon.drop("a.jsonl", jsonl("!hang-gil", "second", "third"))
     done = daemon.drain()

@@ -26,8 +26,8 @@ UNFAKED_CHILDREN = (
 
 
 def test_the_wall_clock_may_jump(make_daemon: Make, tmp_path: Path) -> None:
-    """A day forwards in the middle of an image, two days back and one forwards in others: nothing
-    times out, nothing is charged, latencies are those of a clock that only goes forwards."""
+    """It jumps a day forwards during an image, and two days back and one forwards during others. Nothing
+    times out, nothing is charged, and latencies are those of the monotonic clock."""
     if FAKETIME is None:
         pytest.skip("libfaketime is not installed")
     clock = tmp_path / "clock"
@@ -63,8 +63,8 @@ def test_the_wall_clock_may_jump(make_daemon: Make, tmp_path: Path) -> None:
 
 
 def test_out_of_descriptors_is_waited_out(daemon: Daemon) -> None:
-    """No file can be opened, no memory shared, no engine started: it says so and lives; with
-    descriptors again all goes on, and nobody was charged."""
+    """If no file can be opened, no memory shared and no engine started, the daemon says so and lives.
+    With descriptors again all goes on, and no image was charged."""
     daemon.start().until_ready()
     assert daemon.process
     pid = daemon.process.pid
@@ -84,7 +84,7 @@ def test_out_of_descriptors_is_waited_out(daemon: Daemon) -> None:
 
 
 def test_memory_for_pixels_that_cannot_be_had_is_waited_for(daemon: Daemon) -> None:
-    """Out of descriptors between claim and render: the image is put back, uncharged."""
+    """If descriptors run out between claim and render, the image is put back, uncharged."""
     assert daemon.run("pause").returncode == 0
     daemon.start().until_ready()
     daemon.drop("a.txt", "a cat\n")
@@ -103,7 +103,7 @@ def test_memory_for_pixels_that_cannot_be_had_is_waited_for(daemon: Daemon) -> N
 
 
 def test_a_log_that_nobody_reads_stops_nothing(daemon: Daemon) -> None:
-    """stderr is a full pipe, as behind a pager or a terminal stopped by Ctrl-S: jobs go on, and the
+    """Jobs go on while stderr is a full pipe, as behind a pager or a terminal stopped by Ctrl-S, and the
     daemon stops when it is told to."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
@@ -125,7 +125,7 @@ def test_a_log_that_nobody_reads_stops_nothing(daemon: Daemon) -> None:
 
 
 def test_control_characters_never_reach_a_terminal(make_daemon: Make) -> None:
-    """Neither of names nor of what files say: a bell and a title sequence, everywhere we print."""
+    """A bell and a title sequence, in names or in files, are escaped everywhere we print."""
     daemon = make_daemon({"log": {"format": "console"}})
     harm = "\x1b]0;harm\x07"
     daemon.drop(f"{harm}good.txt", f'--prompt "{harm}" --seed 1\n')
@@ -155,7 +155,7 @@ def test_control_characters_never_reach_a_terminal(make_daemon: Make) -> None:
 
 
 def test_of_daemons_started_at_once_one_runs(daemon: Daemon) -> None:
-    """However close together: one owns the spool, the others exit 75 and touch nothing."""
+    """One owns the spool; the others exit 75 and touch nothing."""
     daemon.drop("a.txt", "a cat\n")
     twins = [
         subprocess.Popen(

@@ -6,7 +6,7 @@ from harness import MakeDaemon, free_port, until
 
 
 def test_metrics_are_served_as_prometheus_text(make_daemon: MakeDaemon) -> None:
-    """`metrics.listen`: also while images are being rendered."""
+    """They are served at `metrics.listen`, also while images are being rendered."""
     port = free_port()
     daemon = make_daemon({"metrics": {"listen": f"127.0.0.1:{port}"}})
     daemon.start().until_ready()

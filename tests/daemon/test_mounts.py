@@ -70,7 +70,7 @@ def test_a_start_before_the_spool_is_mounted_makes_no_spool(
 
 
 def test_an_outbox_unmounted_while_an_image_is_saved(make_daemon: Make, tmp_path: Path) -> None:
-    """It is published when the outbox is back, not into the empty mount point."""
+    """The image is published when the outbox is back, not into the empty mount point."""
     home = tmp_path / "disk"
     home.mkdir()
     with disks.faulty(home) as disk:
@@ -96,7 +96,7 @@ def test_an_outbox_unmounted_while_an_image_is_saved(make_daemon: Make, tmp_path
 
 
 def test_an_inbox_deleted_and_made_again(daemon: Daemon) -> None:
-    """Waited for, never made by the daemon, and watched again at once."""
+    """The daemon waits for it, never makes it, and watches the new one at once."""
     daemon.start().until_ready()
     shutil.rmtree(daemon.inbox)
     daemon.until_status("missing", lambda s: "inbox" in str(s["reason"]))

@@ -4,7 +4,7 @@ from harness import Daemon, MakeDaemon, jsonl, until
 
 
 def test_pause_survives_a_restart(daemon: Daemon) -> None:
-    """Claiming goes on, rendering does not, until `resume`."""
+    """Until `resume`, files are claimed and no image is rendered."""
     paused = daemon.run("pause")
     daemon.drop("a.txt", "a cat\n")
     daemon.start().until_ready()
@@ -48,7 +48,7 @@ def test_pause_holds_back_the_prefetched_image_too(daemon: Daemon) -> None:
 
 
 def test_pause_holds_from_the_first_moment_of_a_start(make_daemon: MakeDaemon) -> None:
-    """Also when the disks come late: jobs left from before are not begun while paused."""
+    """Jobs of the last life are not begun while paused, even if the disks come late."""
     daemon = make_daemon({"paths": {"outbox": "out"}})
     out = daemon.home / "out"
     out.mkdir()

@@ -1,4 +1,4 @@
-"""Many people on one share: who may fetch and delete, how they steer, whose turn it is."""
+"""Many people on one share: permissions, cancel and pause files, presets, turns."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def begun_in_order(daemon: Daemon) -> list[str]:
 
 
 def test_everything_made_is_the_groups(make_daemon: MakeDaemon) -> None:
-    """output.mode, output.directory_mode and the inbox's group: of files, folders and the status."""
+    """Files, folders and the status have output.mode or output.directory_mode, and the inbox's group."""
     if os.geteuid() != 0:
         pytest.skip("only root can give files to any group")
     daemon = make_daemon({"output": {"mode": "0640", "directory_mode": "2750"}})
@@ -53,7 +53,7 @@ def test_everything_made_is_the_groups(make_daemon: MakeDaemon) -> None:
 
 
 def test_an_inbox_nothing_can_be_moved_out_of_is_named(daemon: Daemon) -> None:
-    """At start and in the status, in words; the cure works without a restart."""
+    """Log and status say so in words; the cure works without a restart."""
     daemon.drop("a.txt", "a\n")
     daemon.inbox.chmod(0o555)
     daemon.start(wrapper=obedient())
@@ -68,7 +68,7 @@ def test_an_inbox_nothing_can_be_moved_out_of_is_named(daemon: Daemon) -> None:
 
 
 def test_a_sticky_inbox_is_named(daemon: Daemon) -> None:
-    """At start, in the status and by doctor; another user's file waits, and the cure they name works."""
+    """Log, status and doctor say so; another user's file waits, and the cure that they name works."""
     if os.geteuid() != 0:
         pytest.skip("needs a second user")
     wrapper = ["setpriv", "--bounding-set=-fowner", *obedient()]
@@ -99,7 +99,7 @@ def test_a_sticky_inbox_is_named(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("mark", ["night/cat.txt.cancel", "night/CAT.cancel"])
 def test_a_cancel_file_withdraws_its_job(daemon: Daemon, mark: str) -> None:
-    """NAME is the file or the job, in any case; the mark goes, other jobs go on."""
+    """NAME is that of the file or the job, in any case; the mark is removed, other jobs go on."""
     daemon.drop("night/cat.txt", SLOW * 50)
     daemon.drop("cat.txt", "a\n")
     daemon.start().until_begun(1)
@@ -113,7 +113,7 @@ def test_a_cancel_file_withdraws_its_job(daemon: Daemon, mark: str) -> None:
 
 
 def test_a_cancel_file_waits_for_the_file_it_names(daemon: Daemon) -> None:
-    """Dropped together with it, or before it has settled."""
+    """It may be dropped together with the file, or before that has settled."""
     daemon.drop("cat.txt.cancel", "")
     daemon.drop("cat.txt", SLOW * 200)
     daemon.start()
@@ -143,7 +143,7 @@ def test_a_cancel_file_that_fits_no_job_or_two_says_so(daemon: Daemon) -> None:
 
 
 def test_a_pause_file_pauses(daemon: Daemon) -> None:
-    """Claiming goes on, rendering does not; deleting it goes on, and so does `resume`."""
+    """Files are claimed and no image is rendered until it is deleted, or until `resume`."""
     (daemon.inbox / "PAUSE").touch()
     daemon.drop("a.txt", "a\n")
     daemon.start().until_ready()
@@ -193,7 +193,7 @@ def test_the_outbox_has_the_status(daemon: Daemon) -> None:
 
 
 def test_a_sub_folder_is_a_preset(make_daemon: MakeDaemon) -> None:
-    """What the file leaves out comes from its folder; what it says stands."""
+    """A field that the file does not give is taken from its folder; one that it gives is kept."""
     preset = {"size": "128x64", "steps": 2, "count": 2, "format": "jpeg", "priority": 7}
     daemon = make_daemon({"folders": {"wall": preset}})
     daemon.drop("wall/deep/a.txt", "a\n")
@@ -267,7 +267,7 @@ def test_ten_thousand_images_do_not_keep_a_single_one_waiting(daemon: Daemon) ->
 
 
 def test_a_higher_priority_goes_in_front_at_the_next_image(daemon: Daemon) -> None:
-    """Also of the image that the engine was given ahead of time."""
+    """It goes also before an image that the engine was sent ahead of time."""
     go = daemon.home / "go"
     daemon.drop("low.txt", f"!wait {go}\n" * 4)
     daemon.start().until_begun(1)

@@ -1,4 +1,4 @@
-"""What looks like a template, a path or markup stays text: through the daemon."""
+"""Text that looks like a template, a path or markup stays text through the whole daemon."""
 
 import json
 

@@ -52,7 +52,7 @@ def test_hostile_files_are_refused_and_others_unaffected(make_daemon: MakeDaemon
 
 
 def test_25000_brackets_harm_nobody(daemon: Daemon) -> None:
-    """What ends PyYAML's C parser with a segmentation fault is a refusal here."""
+    """Input at which PyYAML's C parser crashes with a segmentation fault is refused."""
     for name in ("a.yaml", "b.json", "c.jsonl"):
         daemon.drop(name, b"[" * 25_000)
     done = daemon.drain()

@@ -1,4 +1,4 @@
-"""SIGHUP: what applies, to which jobs, and a file that is wrong."""
+"""SIGHUP: the keys that apply, the jobs they apply to, and a file that is wrong."""
 
 import signal
 
@@ -66,7 +66,7 @@ def test_sighup_does_not_change_a_claimed_job(daemon: Daemon) -> None:
     "wrong", ["defaults: {width: 63}\n", "nonsense: [\n", "modle: {id: gradient}\n", ""]
 )
 def test_a_wrong_file_changes_nothing(daemon: Daemon, wrong: str) -> None:
-    """SIGHUP on it is logged, and the daemon goes on as before."""
+    """After SIGHUP its error is logged, and the daemon goes on as before."""
     daemon.start().until_ready()
     daemon.config.write_text(wrong)
     assert daemon.process

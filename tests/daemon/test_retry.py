@@ -1,4 +1,4 @@
-"""`retry`: what is missing is rendered, what was refused is read again, with or without a daemon."""
+"""`retry` renders missing images and reads refused files again, with or without a daemon."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from harness import Daemon, MakeDaemon, jsonl, until
 
 
 def test_retry_renders_what_is_missing(make_daemon: MakeDaemon, tmp_path: Path) -> None:
-    """Same id, folder and seeds; published images stay as they are; failed/ is clean in the end."""
+    """Id, folder and seeds stay the same, published images stay as they are, failed/ is clean in the end."""
     daemon = make_daemon({"engine": {"max_attempts": 1}})
     content = jsonl("first", f"!once-raise {tmp_path}/flag a cat", "third")
     daemon.drop("sub/a.jsonl", content)
@@ -85,7 +85,7 @@ def test_retry_without_a_daemon_is_done_by_the_next_one(
 
 
 def test_a_retry_never_leaves_failed(daemon: Daemon) -> None:
-    """Whoever may write to control/ cannot make the daemon move files from elsewhere."""
+    """Somebody who may write to control/ cannot make the daemon move files from elsewhere."""
     secret = daemon.home / "secret.txt"
     secret.write_text("not yours\n")
     targets = [str(secret), f"../../../{secret.name}", "../inbox/a.txt"]

@@ -22,7 +22,7 @@ def test_a_file_corrected_in_time_is_rendered(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_withdrawn_file_is_forgotten(make_daemon: MakeDaemon) -> None:
-    """Before it settles, or while it waits to be refused."""
+    """It may be withdrawn before it settles, or while it waits to be refused."""
     daemon = make_daemon({"watch": {"settle_seconds": 60, "give_up_seconds": 60}})
     daemon.start().until_ready()
     path = daemon.drop("a.txt", "a cat\n")
@@ -40,7 +40,7 @@ def test_a_withdrawn_file_is_forgotten(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_slow_writer_is_not_half_taken(daemon: Daemon) -> None:
-    """Open for writing is not complete, however long nothing moves."""
+    """A file that is open for writing is not complete, however long it does not change."""
     daemon.start().until_ready()
     with (daemon.inbox / "a.txt").open("w", buffering=1) as file:
         file.write("one\n")

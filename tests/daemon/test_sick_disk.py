@@ -45,8 +45,8 @@ OPERATIONS = {
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("folder", OPERATIONS)
 def test_a_failing_call_is_waited_out(sick: Daemon, disk: Faulty, folder: str, error: str) -> None:
-    """Whatever call fails, with whatever error: the reason stands in status and log, and the work
-    goes on by itself within rescan_seconds of the cure."""
+    """Whatever call fails with whatever error, status and log name the reason, and the work goes on by
+    itself within rescan_seconds of the cure."""
     sick.start().until_ready()
     said = os.strerror(getattr(errno, error))
     cases = [(place, name) for place, names in OPERATIONS[folder].items() for name in names]
@@ -90,7 +90,7 @@ def test_a_failing_call_is_waited_out(sick: Daemon, disk: Faulty, folder: str, e
 def test_a_rename_that_was_done_and_reported_as_failed(
     sick: Daemon, disk: Faulty, what: str, place: str, times: int
 ) -> None:
-    """As NFS does when an answer is lost: the file is neither lost nor taken twice."""
+    """NFS does this when an answer is lost. The file is neither lost nor taken twice."""
     sick.start().until_ready()
     for error in ("EIO", "ENOENT"):
         disk.fail("rename", error=error, match=place, done=True, times=times)
@@ -108,8 +108,8 @@ def test_a_rename_that_was_done_and_reported_as_failed(
 
 
 def test_what_cannot_be_looked_at_is_not_taken_for_gone(sick: Daemon, disk: Faulty) -> None:
-    """The dropped file is still moved to its job, though nobody could tell for a while that it is
-    there: neither at the end of a job nor after a crash is it given up."""
+    """A dropped file that cannot be looked at for a while is still moved to its place, at the end of a
+    job and after a crash."""
     sick.start().until_ready()
     go, text = sick.home / "go", f"!wait {sick.home}/go\n"
     drop_behind(disk, "a.txt", text)
@@ -166,7 +166,7 @@ def test_one_sick_file_stops_no_other(sick: Daemon, disk: Faulty) -> None:
 
 
 def test_slow_calls_cost_time_and_nothing_else(sick: Daemon, disk: Faulty) -> None:
-    """Each write, fsync and rename takes its time: the image in hand is not charged for it."""
+    """Slow writes, fsyncs and renames are not charged to the image in hand."""
     sick.write_config({"engine": {"image_timeout_seconds": 0.5, "kill_grace_seconds": 0.5}})
     sick.start().until_ready()
     disk.fail("write", "fsync", "rename", error="", delay=0.6, match="/outbox")
@@ -178,7 +178,7 @@ def test_slow_calls_cost_time_and_nothing_else(sick: Daemon, disk: Faulty) -> No
 
 
 def test_a_stop_does_not_wait_for_a_disk_that_hangs(make_daemon: Make, tmp_path: Path) -> None:
-    """It ends without it, says so, and the next start completes the image."""
+    """The daemon ends without the disk and says so; the next start completes the image."""
     with disks.block(tmp_path / "block") as disk:
         outbox = disk.path / "outbox"
         outbox.mkdir()
@@ -210,7 +210,7 @@ def has_thread_in_uninterruptible_sleep(daemon: Daemon) -> bool:
 
 
 def test_a_full_disk_is_waited_out(make_daemon: Make, tmp_path: Path) -> None:
-    """A real one: the outbox's disk is filled to the last byte, and emptied again."""
+    """The outbox's disk, a real one, is filled to the last byte and emptied again."""
     with disks.tmpfs(tmp_path / "outbox", "1m") as outbox:
         daemon = make_daemon({"paths": {"outbox": str(outbox)}})
         daemon.outbox = outbox
@@ -234,7 +234,7 @@ def test_a_full_disk_is_waited_out(make_daemon: Make, tmp_path: Path) -> None:
 
 
 def test_an_outbox_that_turns_read_only_is_waited_out(make_daemon: Make, tmp_path: Path) -> None:
-    """As ext4 does after an error (errors=remount-ro)."""
+    """ext4 turns read-only after an error (errors=remount-ro); work goes on when it is writable again."""
     with disks.tmpfs(tmp_path / "outbox") as outbox:
         daemon = make_daemon({"paths": {"outbox": str(outbox)}})
         daemon.outbox = outbox
@@ -250,7 +250,7 @@ def test_an_outbox_that_turns_read_only_is_waited_out(make_daemon: Make, tmp_pat
 
 
 def test_trouble_is_logged_once_and_its_cure_too(sick: Daemon, disk: Faulty) -> None:
-    """Not at every try: a disk that is full all night does not fill the log with that."""
+    """It is not logged at every try, so that a disk that is full all night does not fill the log."""
     sick.start().until_ready()
     disk.fail("create", error="ENOSPC", match="/outbox", times=3)
     drop_behind(disk, "a.txt", "a cat\n")
@@ -264,7 +264,7 @@ def test_trouble_is_logged_once_and_its_cure_too(sick: Daemon, disk: Faulty) -> 
 
 
 def test_work_that_does_not_come_back_is_named() -> None:
-    """A disk that hangs raises no error: after SLOW_SECONDS the status names who waits."""
+    """A disk that hangs raises no error; after SLOW_SECONDS the status names the room that waits."""
     loop, release, came = Loop(1.0), threading.Event(), threading.Event()
     loop.off("publisher", release.wait, lambda _: came.set())
     began = time.monotonic()

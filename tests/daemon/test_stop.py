@@ -34,7 +34,7 @@ def test_a_stop_finishes_the_image_in_hand(daemon: Daemon, number: int) -> None:
 def test_a_stop_abandons_an_image_that_takes_longer_than_stop_seconds(
     make_daemon: MakeDaemon,
 ) -> None:
-    """It is put back, uncharged, with its seed."""
+    """The image is put back, uncharged, with its seed."""
     daemon = make_daemon({"engine": {"stop_seconds": 0.3}})
     go = daemon.home / "go"
     daemon.drop("a.txt", f"!wait {go}\n")
@@ -54,7 +54,7 @@ def test_a_stop_abandons_an_image_that_takes_longer_than_stop_seconds(
 
 
 def test_a_second_signal_stops_at_once(make_daemon: MakeDaemon) -> None:
-    """Whatever stop_seconds says; exit 0, no engine left."""
+    """stop_seconds does not matter; the exit status is 0, and no engine is left."""
     daemon = make_daemon({"engine": {"stop_seconds": 600}})
     daemon.drop("a.txt", "!slow 100\n")
     daemon.start()

@@ -9,7 +9,7 @@ from harness import Daemon, MakeDaemon
 
 
 def test_submit_wait_exits_with_the_outcome(make_daemon: MakeDaemon) -> None:
-    """0 for done; 1 for failed, partial and refused, with the reason. Each --prompt is a job."""
+    """It is 0 for done; 1 for failed, partial and refused, with the reason. Each --prompt is a job."""
     daemon = make_daemon({"engine": {"max_attempts": 1}})
     daemon.start().until_ready()
     done = daemon.run("submit", "--wait", "--prompt", "a cat", "--count", "2", "--seed", "7")
@@ -54,7 +54,7 @@ def test_submit_waits_for_a_daemon_to_come(daemon: Daemon, tmp_path: Path) -> No
 
 
 def test_submit_wait_is_not_fooled_by_an_earlier_job(daemon: Daemon, tmp_path: Path) -> None:
-    """Same file name, perhaps the same inode number again: what ended before is not the answer."""
+    """A job with the same file name and inode number that has ended before is not taken for this one."""
     job = tmp_path / "a.txt"
     job.write_text("a cat\n")
     daemon.start().until_ready()
@@ -133,7 +133,7 @@ def test_submit_takes_files_with_any_name(daemon: Daemon, tmp_path: Path) -> Non
 
 
 def test_submit_marks_its_files_ready(daemon: Daemon) -> None:
-    """With watch.ready_suffix, what promptdrop itself drops is whole and says so."""
+    """With watch.ready_suffix, `submit` makes the marker of each file that it drops."""
     daemon.write_config({"watch": {"ready_suffix": ".done"}})
     daemon.start().until_ready()
     done = daemon.run("submit", "--prompt", "a cat", "--wait")

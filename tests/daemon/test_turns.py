@@ -26,7 +26,7 @@ def render_paused_drops(daemon: Daemon, drops: list[tuple[str, str]]) -> list[st
     return rendered_in_order(daemon)
 
 
-IMAGE = "!slow 0.01\n"  # long enough for the order of beginnings to be told
+IMAGE = "!slow 0.01\n"  # long enough for the order in which images begin to be seen
 FOLDERS = [("big/a.txt", IMAGE * 4), ("small/b.txt", IMAGE * 2), ("c.txt", IMAGE), ("d.txt", IMAGE)]
 
 
@@ -45,7 +45,7 @@ def test_fifo_goes_by_arrival(make_daemon: MakeDaemon) -> None:
 
 
 def test_priority_goes_first(daemon: Daemon) -> None:
-    """Before any turn-taking, higher before lower."""
+    """Priority counts before any turn-taking, the higher before the lower."""
     two = 'prompts: ["!slow 0.01 a", "!slow 0.01 b"]\n'
     drops = [
         ("low.yaml", f"{two}priority: -5\n"),

@@ -8,18 +8,18 @@ from harness import PATIENCE_SECONDS, Daemon, MakeDaemon, alive, until
 
 
 def unloading(**engine: Any) -> dict[str, Any]:
-    """Engines that go after a moment without work."""
+    """A configuration that unloads engines after a moment without work."""
     return {"engine": {"unload_after_seconds": 0.3, **engine}}
 
 
 def until_unloaded(daemon: Daemon, times: int = 1) -> None:
-    """The engine processes have ended, and the status says so."""
+    """Wait until the engine processes have ended and the status says so."""
     daemon.until_log("engine.unloaded", times=times)
     daemon.until_status("an unloaded engine", lambda s: s["engine"]["stage"] == "unloaded, idle")
 
 
 def test_an_idle_engine_is_unloaded_and_comes_back(make_daemon: MakeDaemon) -> None:
-    """With every drop, as often as need be: it is no death and charges nobody."""
+    """It comes back with each drop; unloading is no death and is charged to no image."""
     daemon = make_daemon(unloading())
     daemon.start()
     for life in range(1, 7):  # one more than the idle deaths that would end the daemon
@@ -47,7 +47,7 @@ def test_what_the_status_says_of_an_unloaded_engine(make_daemon: MakeDaemon) -> 
 
 
 def test_a_paused_daemon_gives_the_device_back(make_daemon: MakeDaemon) -> None:
-    """Though images wait; `resume` loads it again and they are rendered."""
+    """It does so though images wait; `resume` loads the engine again, and they are rendered."""
     daemon = make_daemon(unloading())
     daemon.start().until_ready()
     daemon.run("pause")
@@ -63,7 +63,7 @@ def test_a_paused_daemon_gives_the_device_back(make_daemon: MakeDaemon) -> None:
 
 
 def test_resume_warms_the_engine_though_nothing_waits(make_daemon: MakeDaemon) -> None:
-    """Somebody is about to drop something."""
+    """It is loaded because somebody is likely to drop something."""
     daemon = make_daemon(unloading())
     daemon.start().until_ready()
     daemon.run("pause")
@@ -77,7 +77,7 @@ def test_resume_warms_the_engine_though_nothing_waits(make_daemon: MakeDaemon) -
 
 
 def test_an_engine_with_work_is_not_idle(make_daemon: MakeDaemon) -> None:
-    """Neither while an image takes longer, nor between images."""
+    """It is not unloaded while an image takes longer than that, nor between images."""
     daemon = make_daemon(unloading())
     daemon.drop("a.txt", "!slow 0.4 a cat\n!slow 0.4 a dog\n")
     daemon.start()
@@ -89,7 +89,7 @@ def test_an_engine_with_work_is_not_idle(make_daemon: MakeDaemon) -> None:
 
 @pytest.mark.parametrize("overflow", ["keep_head", "refuse"])
 def test_a_drain_ends_with_the_engine_unloaded(make_daemon: MakeDaemon, overflow: str) -> None:
-    """A daemon that waits for a file to be closed may have none."""
+    """The engine may be unloaded while the daemon waits for a file to be closed."""
     daemon = make_daemon({**unloading(), "prompt": {"overflow": overflow}})
     with (daemon.inbox / "a.txt").open("w", buffering=1) as file:
         file.write("a cat\n")
@@ -102,7 +102,7 @@ def test_a_drain_ends_with_the_engine_unloaded(make_daemon: MakeDaemon, overflow
 
 
 def test_several_engines_go_and_come_together(make_daemon: MakeDaemon) -> None:
-    """All of them, and work is shared again."""
+    """All of them are unloaded and loaded, and they share the work again."""
     daemon = make_daemon(unloading(workers=2))
     daemon.start()
     until_unloaded(daemon, 2)

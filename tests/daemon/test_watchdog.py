@@ -1,4 +1,4 @@
-"""What a running daemon tells systemd."""
+"""The messages of a running daemon to systemd."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from promptdrop import clock
 
 
 def test_ready_comes_after_warm_up_and_the_watchdog_is_fed(daemon: Daemon, tmp_path: Path) -> None:
-    """READY=1 once the engine is warm, WATCHDOG=1 also while it loads, STATUS, STOPPING."""
+    """READY=1 is sent once the engine is warm, WATCHDOG=1 also while it loads, then STATUS and STOPPING."""
     daemon.write_config({"model": {"revision": "!load-slow 0.5"}})
     with Notified(tmp_path / "notify") as systemd:
         daemon.start(env=systemd.environment)

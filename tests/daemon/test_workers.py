@@ -18,12 +18,12 @@ def prompts(*texts: str) -> str:
 
 
 def names(daemon: Daemon, folder: str) -> list[str]:
-    """Which engine rendered each image."""
+    """The engine that rendered each image, by image number."""
     return [sidecar["device"]["engine"] for sidecar in daemon.sidecars(folder)]
 
 
 def both_warm(daemon: Daemon) -> Daemon:
-    """Started, and both engines warm."""
+    """Start the daemon, and wait until both engines are warm."""
     daemon.start()
     daemon.until_log("engine.ready", times=2)
     return daemon
@@ -47,7 +47,7 @@ def test_engines_render_at_once_and_sign_their_images(make_daemon: MakeDaemon) -
 
 
 def test_a_slow_engine_is_given_less(make_daemon: MakeDaemon) -> None:
-    """What it has not begun goes to an engine without work: nothing waits behind a slow image."""
+    """Images that it has not begun go to an idle engine, so that none waits behind a slow image."""
     daemon = both_warm(make_daemon({"engine": {"workers": 2, "image_timeout_seconds": 600}}))
     slow = json.dumps({"prompt": "!slow 1 a cat", "steps": 100})
     daemon.drop("a.jsonl", f"{slow}\n{prompts(*['a dog'] * 9)}")
@@ -63,7 +63,9 @@ def test_a_slow_engine_is_given_less(make_daemon: MakeDaemon) -> None:
 
 def test_an_engine_that_dies_costs_the_others_nothing(make_daemon: MakeDaemon) -> None:
     """The image in its hand is charged and rendered again; the other engine never stops."""
-    one_step = {"defaults": {"steps": 1}}  # what comes next is not prepared after the last step
+    one_step = {
+        "defaults": {"steps": 1}
+    }  # the next image's text is not encoded after the last step
     daemon = both_warm(make_daemon({**TWO, **one_step}))
     go = daemon.home / "go"
     daemon.drop("a.jsonl", prompts(*[f"!wait {go} a cat"] * 2, *["a cat"] * 4))
@@ -99,7 +101,7 @@ def test_a_poison_image_costs_its_attempts_whoever_renders_it(make_daemon: MakeD
 def test_one_engine_that_cannot_load_leaves_the_others_at_work(
     make_daemon: MakeDaemon, tmp_path: Path
 ) -> None:
-    """Its reason stands in status and log; the daemon goes on with the other."""
+    """Status and log have its reason; the daemon goes on with the other."""
     daemon = make_daemon({**TWO, "model": {"revision": f"!once-load-raise {tmp_path}/flag"}})
     daemon.start()
     daemon.until_log("engine.not_started")
@@ -116,7 +118,7 @@ def test_one_engine_that_cannot_load_leaves_the_others_at_work(
 
 
 def test_engines_none_of_which_can_load_end_the_daemon(make_daemon: MakeDaemon) -> None:
-    """Nobody is left to hope for: exit 1 with the reason; jobs stay."""
+    """The exit status is 1 with the reason, since no engine can be expected; jobs stay."""
     daemon = make_daemon({**TWO, "model": {"revision": "!load-raise"}})
     daemon.drop("a.txt", "a cat\n")
     done = daemon.drain()
@@ -148,7 +150,7 @@ def test_jobs_that_must_fit_are_measured_by_whoever_is_warm(make_daemon: MakeDae
 def test_more_engines_than_gpus_are_refused(
     make_daemon: MakeDaemon, workers: object, model: dict[str, str], said: str
 ) -> None:
-    """Exit 78, before anything is loaded."""
+    """The exit status is 78, before anything is loaded."""
     daemon = make_daemon({"engine": {"workers": workers}, "model": model})
     daemon.start(env={"CUDA_VISIBLE_DEVICES": "0,1"})
     assert daemon.process
