@@ -14,7 +14,7 @@ DROPS = [Dropped("cat.txt", 5, "2026-11-28T10:00:00.000Z")]
 
 @pytest.fixture
 def shown() -> Progress:
-    """A bar that is not drawn, and rich's progress behind it."""
+    """rich's progress behind a bar, which is not drawn."""
     return Progress(disable=True)
 
 

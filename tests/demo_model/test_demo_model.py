@@ -1,4 +1,4 @@
-"""Rules that only a model which draws can show, on the demonstration model that ships."""
+"""The demonstration model that ships: it is whole and small, and draws what its prompts say."""
 
 import os
 import shutil
@@ -80,7 +80,7 @@ def pip(*arguments: str | Path) -> None:
 def test_installing_leaves_nothing_in_the_checkout(
     tmp_path: Path, checkout: Path, editable: list[str]
 ) -> None:
-    """What setuptools left there was packed into the next wheel, modules since removed included."""
+    """Leftovers of a build would be packed into the next wheel, including modules removed since."""
     before = contents(checkout)
     pip("install", "--target", tmp_path, *editable, checkout)
 
@@ -155,7 +155,7 @@ def test_the_vae_keeps_pictures(pipe: ZImagePipeline) -> None:
     ("overflow", "kept"), [("keep_head", RED_CIRCLE), ("keep_tail", BLUE_STAR)]
 )
 def test_truncation_keeps_the_end_it_names(overflow: str, kept: Scene) -> None:
-    """Of a prompt that is too long, keep_head draws its beginning and keep_tail its end."""
+    """If a prompt is too long, keep_head draws its beginning and keep_tail its end."""
     engine = ZImageEngine(configured(engine={"warmup": []}), lambda stage: None)
     text = "a red circle on a white background" + " a" * 40 + " a blue star on a yellow background"
     prompt = Prompt.model_validate({"max_tokens": 21, "overflow": overflow})

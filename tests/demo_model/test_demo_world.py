@@ -1,4 +1,4 @@
-"""How the demonstration model was made: its world, its judge, and its training code."""
+"""The world, the judge and the training code of the demonstration model."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 
 def drawn(scene: Scene, height: int, width: int, rng: random.Random) -> NDArray[np.uint8]:
-    """The scene itself as pixels [height, width, 3]."""
+    """The pixels [height, width, 3] of a scene as it is drawn for training."""
     image = render(torch.tensor([pack(scene, place(scene, height, width, rng))]), height, width)[0]
     return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
@@ -73,7 +73,7 @@ def test_the_judge_tells_a_wrong_picture() -> None:
 
 @pytest.mark.parametrize("two", [False, True])
 def test_the_judge_tells_a_picture_wrong_in_one_way(two: bool) -> None:
-    """One attribute other than asked makes a picture wrong, and of its kind only."""
+    """A picture with one attribute other than asked is wrong in this kind of attribute only."""
     rng = random.Random(5)
     for kind in ("colour", "shape", "background", "place"):
         for _ in range(25):
@@ -85,7 +85,7 @@ def test_the_judge_tells_a_picture_wrong_in_one_way(two: bool) -> None:
 
 
 def otherwise(scene: Scene, kind: str, rng: random.Random) -> Scene:
-    """A scene that differs in one kind of attribute: its first thing's, its background or place."""
+    """A scene that differs in one kind of attribute: the first thing's, the background or the place."""
     taken = {thing.colour for thing in scene.things} | {scene.background}
     colour = rng.choice([c for c in COLOURS if c not in taken])
     first, *rest = scene.things
@@ -110,7 +110,7 @@ def test_noise_is_not_clean() -> None:
 
 
 def test_training_never_sees_a_held_out_picture() -> None:
-    """What prompts are judged on is not among 20,000 scenes of training, in any sizes or order."""
+    """Held-out scenes are not among 20,000 scenes of training, in any sizes or order."""
     rng = random.Random(3)
     trained = {picture_of(sample_training_scene(rng)) for _ in range(20_000)}
     held_out = [case.asked for case in held_out_cases(500) if said_all(case.asked)]
@@ -120,7 +120,7 @@ def test_training_never_sees_a_held_out_picture() -> None:
 
 
 def test_an_unseen_combination_is_new_only_as_a_whole() -> None:
-    """Of a held-out triple, training draws every two together: only the three are new."""
+    """Training draws every two attributes of a held-out triple together, but never all three."""
     rng = random.Random(3)
     unseen = [c.asked for c in held_out_cases(500) if c.kind == "one object, unseen combination"]
     trained = {triple(sample_training_scene(rng)) for _ in range(20_000)}
@@ -135,7 +135,7 @@ def said_all(scene: Scene) -> bool:
 
 
 def picture_of(scene: Scene) -> Scene:
-    """The scene without sizes, its two things in one order for both: the same for the same picture."""
+    """The scene without sizes and with its things in a fixed order, to compare pictures by."""
     bare = replace(scene, things=tuple(replace(thing, size=None) for thing in scene.things))
     return min(bare, turned(bare), key=repr)
 
@@ -169,7 +169,7 @@ def test_captions_are_short_and_never_empty() -> None:
 
 
 def test_training_runs_the_pipelines_own_function() -> None:
-    """predict_velocity is ZImageTransformer2DModel.forward, and encode_text its text's encoding."""
+    """predict_velocity computes ZImageTransformer2DModel.forward; encode_text encodes as the pipeline does."""
     torch.manual_seed(0)
     tokenizer = model.build_tokenizer()
     encoder, transformer = model.build_text_encoder(tokenizer).eval(), model.build_transformer()

@@ -1,4 +1,4 @@
-"""Images rendered together are the images they are alone; what goes wrong with one is its own."""
+"""Images rendered together equal those rendered alone; an error of one is not that of others."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def zimage() -> ZImageEngine:
 
 
 def pixels_of(results: list[tuple[Rendering, Pixels] | EngineError]) -> list[Pixels]:
-    """Of a batch of which none failed."""
+    """Return the pixels of the images of a batch; none of them may have failed."""
     return [result[1] for result in results if not isinstance(result, EngineError)]
 
 
@@ -51,7 +51,7 @@ def distance(some: list[Pixels], others: list[Pixels]) -> int:
 def test_a_batch_draws_what_its_images_draw_alone(
     zimage: ZImageEngine, scheduler: str, guidance_scale: float
 ) -> None:
-    """Whatever the lengths of the texts beside it, with the noise of its own seed."""
+    """Each has the noise of its own seed, and texts of other lengths beside it change nothing."""
     specs = [
         spec._replace(
             scheduler=scheduler,
@@ -69,7 +69,7 @@ def test_a_batch_draws_what_its_images_draw_alone(
 
 
 def test_a_batch_is_judged_as_its_images_are(zimage: ZImageEngine) -> None:
-    """The same things are seen in them."""
+    """The judge sees the same things in images of a batch as in those rendered alone."""
     pictures = zip(pixels_of(rendered_together(zimage, TRIO)), alone(zimage, TRIO), strict=True)
 
     for mine, theirs in pictures:
@@ -77,7 +77,7 @@ def test_a_batch_is_judged_as_its_images_are(zimage: ZImageEngine) -> None:
 
 
 def test_batches() -> None:
-    """In order, of one kind, none larger than asked for."""
+    """Batches are in order, each of one kind, and none is larger than asked for."""
     small, large = CIRCLE, CIRCLE._replace(width=256)
     specs = [small] * 5 + [large] + [small, small._replace(prompt="b", seed=1, meta={"a": 1})]
 
@@ -86,7 +86,7 @@ def test_batches() -> None:
 
 
 def test_what_the_renderings_say(zimage: ZImageEngine) -> None:
-    """Denoising is the batch's, encoding and decoding the image's; `batch` is how many there were."""
+    """Denoising is timed for the batch, encoding and decoding for each image; `batch` is the number."""
     renderings = [
         one[0] for one in rendered_together(zimage, TRIO) if not isinstance(one, EngineError)
     ]
@@ -100,7 +100,7 @@ def test_what_the_renderings_say(zimage: ZImageEngine) -> None:
 
 
 def test_not_a_number_is_one_images_own(zimage: ZImageEngine) -> None:
-    """Nothing of it reaches the images beside it."""
+    """NaN in one image does not reach the images beside it."""
     expected = alone(zimage, [TRIO[0], TRIO[2]])
     embeds = zimage.model.embeddings.of(PROMPTS[1], Prompt()).embeds
     kept = embeds.clone()
@@ -116,7 +116,7 @@ def test_not_a_number_is_one_images_own(zimage: ZImageEngine) -> None:
 
 
 def test_a_prompt_too_long_is_one_images_own(zimage: ZImageEngine) -> None:
-    """It is left out of the batch."""
+    """The image is left out of the batch, and the others are rendered."""
     prompt = Prompt(max_tokens=32, overflow="refuse")
     results = rendered_together(zimage, TRIO, prompt)
     batches = [r[0].batch if not isinstance(r, EngineError) else str(r)[:7] for r in results]
@@ -126,7 +126,7 @@ def test_a_prompt_too_long_is_one_images_own(zimage: ZImageEngine) -> None:
 
 
 def test_an_abandoned_batch_leaves_no_trace(zimage: ZImageEngine) -> None:
-    """The next image alone is what it was before, bit for bit."""
+    """The next image, rendered alone, is what it was before, bit for bit."""
 
     def stop(step: int, steps: int) -> None:
         if step == 2:
@@ -141,7 +141,7 @@ def test_an_abandoned_batch_leaves_no_trace(zimage: ZImageEngine) -> None:
 
 
 def test_warm_up_meets_the_largest_batch() -> None:
-    """Its memory is had before jobs are taken."""
+    """Memory for the largest batch is allocated before jobs are taken."""
     engine = {"batch": 3, "warmup": ["64x64"]}
     loaded = ZImageEngine(configured(engine=engine, defaults={"steps": 2}), lambda stage: None)
     sizes: list[int] = []
@@ -156,20 +156,20 @@ def test_warm_up_meets_the_largest_batch() -> None:
 
 @pytest.fixture
 def gradient() -> Engine:
-    """Gradients, without torch."""
+    """The engine that draws gradients, without torch."""
     loaded = configuration.parse({"model": {"id": "gradient"}, "engine": {"batch": 3}})
     return engine.load(loaded, lambda stage: None)
 
 
 def test_gradients_are_what_they_are_alone(gradient: Engine) -> None:
-    """Byte for byte."""
+    """Images of a batch are, byte for byte, those rendered alone."""
     assert isinstance(gradient, GradientEngine)
     assert distance(pixels_of(rendered_together(gradient, TRIO)), alone(gradient, TRIO)) == 0
 
 
 @pytest.mark.parametrize("fault", ["!raise", "!constant", "!once-constant {flag}"])
 def test_a_scripted_fault_of_one_image(gradient: Engine, fault: str, tmp_path: Path) -> None:
-    """The others are rendered."""
+    """The fault of one image leaves the others of its batch rendered."""
     prompt = fault.format(flag=tmp_path / "flag")
     first, second, third = rendered_together(
         gradient, [TRIO[0], CIRCLE._replace(prompt=prompt), TRIO[2]]
@@ -180,7 +180,7 @@ def test_a_scripted_fault_of_one_image(gradient: Engine, fault: str, tmp_path: P
 
 
 def test_a_scripted_fault_of_a_batch(gradient: Engine) -> None:
-    """`!together` fails all that are with it, and is rendered alone."""
+    """`!together` fails its whole batch, and is rendered when it is alone."""
     spec: Any = CIRCLE._replace(prompt="!together")
     with pytest.raises(EngineError, match="scripted by !together"):
         rendered_together(gradient, [TRIO[0], spec])

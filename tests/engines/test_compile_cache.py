@@ -11,9 +11,9 @@ from promptdrop.engines import compile_cache
 def test_a_cache_is_of_one_model_and_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Code of another model, unused for a week, goes; the daemon alone may read and write its own."""
+    """Code of another model that was not used for a week is removed; only the daemon may use the rest."""
     for variable in compile_cache.VARIABLES:
-        monkeypatch.delenv(variable, raising=False)  # put back afterwards
+        monkeypatch.delenv(variable, raising=False)  # so that it is put back afterwards
     compile_cache.use(tmp_path, "one", "cpu")
     first = Path(os.environ[compile_cache.VARIABLES[0]])
     (first / "code").touch()

@@ -1,4 +1,4 @@
-"""A compiled engine: the picture of the uncompiled one, nothing compiled later, a cache that may break."""
+"""A compiled engine draws what an uncompiled one does, compiles nothing later, survives a broken cache."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ def engine_of(root: Path, compile_: str) -> ZImageEngine:
 def test_a_compiled_engine_compiles_at_warm_up_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The uncompiled engine's picture, and other texts, sizes and guidance compile nothing."""
+    """It draws the uncompiled engine's picture; other texts, sizes and guidance compile nothing."""
     plain = engine_of(tmp_path, "off")
     specs = [
         CIRCLE,
@@ -59,7 +59,7 @@ def test_a_compiled_engine_compiles_at_warm_up_only(
     for mine, theirs in zip(images, expected, strict=True):
         assert np.abs(mine.astype(int) - theirs).max() <= 1
 
-    engine.renderer.is_warm = False  # what no graph fits would be compiled, and counted
+    engine.renderer.is_warm = False  # a shape that fits no graph would now be compiled, and counted
     for batch in ([specs[1], specs[0], specs[1]], [specs[0]] * 2, [specs[3]] * 3):
         results = rendered_together(engine, batch)
         for spec, result in zip(batch, results, strict=True):
@@ -70,7 +70,7 @@ def test_a_compiled_engine_compiles_at_warm_up_only(
 
 
 def test_a_broken_cache_is_discarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Warming up fails with what is in the cache: it is tried once more with an empty one, then not."""
+    """If warming up fails with what is in the cache, it is tried once more with an empty cache."""
     engine = engine_of(tmp_path, "on")
     cache = Path(os.environ[compile_cache.VARIABLES[0]])
     (cache / "kernel.json").write_text("broken")
@@ -81,7 +81,7 @@ def test_a_broken_cache_is_discarded(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     must_exist = True
     engine.model.pipe.transformer.register_forward_pre_hook(read)
-    # Not compiled: this test is of the cache alone.
+    # Not compiled, because this test is about the cache alone.
     engine.model.pipe.vae.decoder._compiled_call_impl = None
     engine.warm_up(lambda: None)
 

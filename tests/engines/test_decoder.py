@@ -7,7 +7,7 @@ from promptdrop.engines.decoder import rewrite
 
 
 def test_a_compiled_decoder_is_the_librarys() -> None:
-    """Its group norms, and its attention in as many parts as memory asks for."""
+    """Its group norms and its attention, in several parts too, compute what the library's do."""
     decoder = AutoencoderKL(
         block_out_channels=(32, 64),
         latent_channels=16,
@@ -20,5 +20,5 @@ def test_a_compiled_decoder_is_the_librarys() -> None:
     rewrite(decoder)
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
 
-    assert torch.equal(decoder(latents), expected)  # what is not compiled is untouched
+    assert torch.equal(decoder(latents), expected)  # uncompiled, it is the library's
     torch.testing.assert_close(compiled(latents), expected, rtol=1e-4, atol=1e-5)

@@ -38,7 +38,7 @@ def test_the_fast_forward_is_the_librarys(most: int) -> None:
 
 
 def test_the_fast_forward_rounds_as_the_library_does() -> None:
-    """In bfloat16, where each operation rounds: rounded once a kernel, it would be 0.006 off."""
+    """In bfloat16 each operation rounds as there; rounding once a kernel would be 0.006 off."""
     pipe: Any = ZImagePipeline.from_pretrained(
         weights.DEMO, dtype=torch.bfloat16, local_files_only=True
     )
@@ -74,14 +74,14 @@ def test_an_fp8_transformer_in_the_fast_forward() -> None:
     (theirs,) = transformer([latents], level, [text], return_dict=False)[0]
     (zeros,) = forward([latents * 0], level, [text * 0])[0]
 
-    assert smaller < whole / 2  # from float32; norms and modulation stay as they are
+    assert smaller < whole / 2  # the original is float32; norms and modulation stay as they are
     assert (fast - exact).norm() / exact.norm() < 0.06
     assert (fast - theirs).norm() / exact.norm() < 0.03
     assert zeros.isfinite().all()
 
 
 def test_joined_weights_are_the_same_weights() -> None:
-    """They lie where one kernel finds both, also when they pass through the device block by block."""
+    """Pairs that lie in one storage keep their values, also when they are streamed block by block."""
     pytest.importorskip("triton")
     from promptdrop.engines.triton_kernels import joined
 

@@ -45,7 +45,7 @@ def test_the_same_job_gives_the_same_pixels() -> None:
 
 
 def test_every_step_is_reported() -> None:
-    """Warm-up too says that it lives."""
+    """Each step of an image and of the warm-up is reported."""
     loaded = engine.load(configured(), lambda stage: None)
     steps: list[tuple[int, int]] = []
     pixels = memoryview(bytearray(CAT.width * CAT.height * 3))
@@ -62,7 +62,7 @@ def test_every_step_is_reported() -> None:
     [("keep_head", "w0 w1 w2 w3 w4 w5 w6 w7"), ("keep_tail", "w2 w3 w4 w5 w6 w7 w8 w9")],
 )
 def test_overflow(overflow: str, kept: str) -> None:
-    """A word is a token, the template eight."""
+    """A text is cut by its tokens, of which each word is one and the template eight."""
     prompt = Prompt.model_validate({"max_tokens": 16, "overflow": overflow})
     rendering, _ = rendered(CAT._replace(prompt=" ".join(f"w{i}" for i in range(10))), prompt)
 
@@ -70,7 +70,7 @@ def test_overflow(overflow: str, kept: str) -> None:
 
 
 def test_refuse() -> None:
-    """A prompt too long fails the image."""
+    """With overflow: refuse, a prompt that is too long fails its image."""
     prompt = Prompt(max_tokens=16, overflow="refuse")
     with pytest.raises(EngineError, match="18 tokens"):
         rendered(CAT._replace(prompt="w " * 10), prompt)
@@ -78,19 +78,19 @@ def test_refuse() -> None:
 
 @pytest.mark.parametrize("fault", ["!raise", "!constant"])
 def test_scripted_failures_leave_the_engine_good(fault: str) -> None:
-    """EngineError: this image only."""
+    """A fault that raises EngineError fails this image only."""
     with pytest.raises(EngineError):
         rendered(CAT._replace(prompt=f"{fault} a cat"))
 
 
 def test_unknown_trouble_is_no_engine_error() -> None:
-    """What the engine does not know ends its process."""
+    """An unknown error is not turned into an EngineError, so that it ends the process."""
     with pytest.raises(RuntimeError):
         rendered(CAT._replace(prompt="!unknown"))
 
 
 def test_once(tmp_path: Path) -> None:
-    """The second attempt succeeds."""
+    """A fault with `once-` happens at the first attempt only."""
     spec = CAT._replace(prompt=f"!once-raise {tmp_path / 'first'} a cat")
     with pytest.raises(EngineError):
         rendered(spec)
@@ -103,7 +103,7 @@ def test_once(tmp_path: Path) -> None:
     [("!crash", 3), ("!segfault", -signal.SIGSEGV), ("!hang-gil", -signal.SIGKILL)],
 )
 def test_faults_that_end_the_process(fault: str, status: int) -> None:
-    """`!hang-gil` runs no Python handler any more: only SIGKILL ends it."""
+    """Each fault ends the process as scripted; after `!hang-gil` only SIGKILL ends it."""
     code = (
         "import signal\n"
         "from promptdrop.engines import gradient\n"
@@ -120,7 +120,7 @@ def test_faults_that_end_the_process(fault: str, status: int) -> None:
 
 
 def test_load_faults() -> None:
-    """A word in model.revision scripts them."""
+    """A word in model.revision scripts a fault of loading."""
     with pytest.raises(EngineStartError):
         GradientEngine(configured("!load-raise"), lambda stage: None)
     GradientEngine(configured("!load-slow 0.01"), lambda stage: None)

@@ -1,4 +1,4 @@
-"""The block's pointwise kernels: Triton's, run by its interpreter, are torch's; zeros stay finite."""
+"""Triton's kernels, run by its interpreter, compute what torch does; rows of zeros stay finite."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 @pytest.mark.parametrize("interpret", ["1", pytest.param("", marks=on_cuda)])
 def test_triton_computes_what_torch_does(interpret: str) -> None:
-    """Every kernel, with and without each of its parts, in each dtype, on a row of zeros too."""
+    """Every kernel does so with and without each of its parts, in each dtype, on a row of zeros too."""
     done = subprocess.run(
         [sys.executable, "-c", COMPARED],
         env={**os.environ, "TRITON_INTERPRET": interpret},
@@ -106,4 +106,4 @@ def test_an_fp8_product_is_nearly_the_product() -> None:
     assert (nearly - exact).norm() / exact.norm() < 0.05  # two roundings to 3 bits of mantissa
     assert torch.equal(nearly[1, 2], torch.zeros(48))
     assert torch.equal(nearly, quantized(kernels.scaled(x.flatten(0, 1))).view(nearly.shape))
-    assert quantized(torch.full((1, 64), float("nan"))).isnan().all()  # what is not finite is seen
+    assert quantized(torch.full((1, 64), float("nan"))).isnan().all()  # NaN is not hidden

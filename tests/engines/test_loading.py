@@ -1,4 +1,4 @@
-"""Loading a checkpoint: what the engine says of itself, and what is refused."""
+"""Loading a checkpoint: the engine's info, its reports, and checkpoints that are refused."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_info(zimage: ZImageEngine, device: str) -> None:
 
 
 def test_loading_says_what_it_does() -> None:
-    """Silence would mean hung."""
+    """Loading reports its stages, since silence would count as hung."""
     stages: list[str] = []
     engine.load(configured("cpu"), stages.append)
 
@@ -31,13 +31,13 @@ def test_loading_says_what_it_does() -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    """The error says what there is."""
+    """The error lists the devices that there are."""
     with pytest.raises(EngineStartError, match="cuda:97: no such device"):
         ZImageEngine(configured("cuda:97"), lambda stage: None)
 
 
 def test_fp8_is_refused_where_nothing_multiplies_it() -> None:
-    """Before anything is loaded, with what would do."""
+    """It is refused before anything is loaded, and the error says what would work."""
     settings = configured("cpu", engine={"quantization": "fp8"})
 
     with pytest.raises(ConfigError, match="fp8: the CPU does not multiply fp8; expected"):

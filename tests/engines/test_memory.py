@@ -1,4 +1,4 @@
-"""Weights that pass through the device: what is chosen, and that no pixel tells.
+"""Weights that are streamed through the device: which are chosen, and that pixels stay the same.
 
 Where there is a CUDA device, every rule is tried there too.
 """
@@ -27,19 +27,19 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 
 def settings(device: str = "cpu", **engine: Any) -> Config:
-    """One small size, not compiled."""
+    """A configuration with one small size, not compiled."""
     return configured(device, engine={"warmup": ["64x96"], "compile": "off", **engine})
 
 
 @pytest.fixture(scope="module")
 def true_size() -> dict[str, Footprint]:
-    """Of Z-Image-Turbo's architecture in bfloat16."""
+    """The footprint of each of Z-Image-Turbo's components, in bfloat16."""
     components = unfilled().items()
     return {name: memory.footprint(each.to(torch.bfloat16)) for name, each in components}
 
 
 def test_what_z_image_turbo_takes(true_size: dict[str, Footprint]) -> None:
-    """Streamed, two blocks of each component remain, and the little that is no block."""
+    """Of a streamed component two blocks stay on the device, and the little that is in no block."""
     mib = {name: (each.whole // MIB, each.streamed // MIB) for name, each in true_size.items()}
 
     assert mib["transformer"] == (11739, 714)
@@ -73,7 +73,7 @@ def test_auto_takes_the_fastest_that_fits(
     batch: int,
     chosen: str,
 ) -> None:
-    """Of Z-Image-Turbo, its transformer in bf16 (1.0) or fp8 (0.5), with so much memory free."""
+    """Z-Image-Turbo, its transformer in bf16 (1.0) or fp8 (0.5), gets the fastest mode for the free memory."""
     whole, streamed = true_size["transformer"].whole, true_size["transformer"].streamed
     shrunk = Footprint(int(whole * transformer), int(streamed * transformer))
     working = memory.working_bytes(settings(warmup=["64x64", size], batch=batch))
@@ -84,7 +84,7 @@ def test_auto_takes_the_fastest_that_fits(
 
 
 def pipeline(device: str) -> Any:
-    """The library's own, on the CPU still."""
+    """The library's own pipeline, still on the CPU."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = ZImagePipeline.from_pretrained(weights.DEMO, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -93,7 +93,7 @@ def pipeline(device: str) -> Any:
 
 @pytest.mark.parametrize("offload", ["text_encoder", "model"])
 def test_the_librarys_pixels_do_not_change(device: str, offload: str) -> None:
-    """Of the library's own pipeline, placed: several images, with guidance, one after the other."""
+    """The library's pipeline draws the same with streamed weights: several images, with guidance."""
     whole, placed = pipeline(device).to(device), pipeline(device)
     memory.place(placed, offload, torch.device(device))
 
@@ -130,7 +130,7 @@ BATCHES = [
 
 
 def test_an_engine_that_offloads_renders_the_same(device: str) -> None:
-    """Alone, in batches, with guidance, and alone again; an abandoned image changes nothing."""
+    """It renders the same alone, in batches and with guidance; an abandoned image changes nothing."""
     engine = ZImageEngine(settings(device, batch=3, offload="none"), lambda stage: None)
     expected = [rendered(engine, specs) for specs in BATCHES]
 
@@ -149,7 +149,7 @@ def test_an_engine_that_offloads_renders_the_same(device: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_blocks_may_run_in_any_order(device: str, count: int) -> None:
-    """Whatever was on its way: each block runs with its own weights, buffers and transposed ones too."""
+    """Each block runs with its own weights, whatever was being copied; buffers and transposed ones, too."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).eval() for _ in range(count)]
     for block in blocks:
@@ -167,7 +167,7 @@ def test_blocks_may_run_in_any_order(device: str, count: int) -> None:
 
 
 class Slow(nn.Linear):
-    """Its image's time is over when it is asked for its weights; once."""
+    """A module that raises ImageTimeout the first time that it is asked for its weights."""
 
     is_over = True
 
@@ -180,7 +180,7 @@ class Slow(nn.Linear):
 
 
 def test_a_timeout_while_weights_leave_breaks_nothing(device: str) -> None:
-    """They leave when they are next used."""
+    """Weights that were not moved to the host then are moved when they are next used."""
     component = nn.Module()
     component.table = nn.Embedding(7, 5)
     component.blocks = nn.ModuleList([nn.Linear(5, 5), Slow(5, 5), nn.Linear(5, 5)])
@@ -220,7 +220,7 @@ def test_what_is_streamed_runs_in_our_forward_too() -> None:
 
 @pytest.mark.parametrize("offload", ["auto", "none", "text_encoder", "model"])
 def test_on_the_cpu_nothing_is_offloaded(offload: str) -> None:
-    """There is nothing to offload from; the log says so. Nor is anything reserved."""
+    """On the CPU nothing is offloaded, which the log says, and no memory is reserved."""
     with capture_logs() as logged:
         engine = ZImageEngine(settings(offload=offload, reserve_memory_mib=1), lambda stage: None)
         engine.empty_cache()
@@ -233,7 +233,7 @@ def test_on_the_cpu_nothing_is_offloaded(offload: str) -> None:
 @on_cuda
 @pytest.mark.parametrize("offload", ["none", "text_encoder", "model"])
 def test_what_is_chosen_is_what_the_device_gets(offload: str) -> None:
-    """Streamed weights are not on it; `auto` takes none where all fits."""
+    """Streamed weights are not on the device; `auto` streams none if all fit."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     with capture_logs() as logged:
@@ -251,7 +251,7 @@ def test_what_is_chosen_is_what_the_device_gets(offload: str) -> None:
 
 @on_cuda
 def test_memory_is_held_against_neighbours() -> None:
-    """The allocator has at least so much; more than there is gives a warning."""
+    """The allocator holds at least that much; asking for more than there is gives a warning."""
     device, mib = torch.device("cuda:0"), 512
     torch.cuda.empty_cache()
     memory.hold(device, torch.cuda.memory_reserved(device) // MIB + mib)

@@ -51,7 +51,7 @@ def drawn(root: Path, batch: int = 1, **engine: Any) -> npt.NDArray[np.int64]:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> npt.NDArray[np.int64]:
-    """What `compile: off` draws, which is the library's to the bit (test_rendering.py)."""
+    """The images of `compile: off`, which are the library's to the bit (test_rendering.py)."""
     return drawn(tmp_path_factory.mktemp("library"), compile="off")
 
 
@@ -68,7 +68,7 @@ def test_every_mode_draws_the_same(
     batch: int,
     quantization: str,
 ) -> None:
-    """To the bit where nothing but offloading is on; else as near as rounding leaves them."""
+    """Offloading alone changes no bit; every other mode differs by no more than rounding does."""
     if quantization == "fp8" and not HAS_FP8:
         pytest.skip("the device does not multiply fp8")
     images = drawn(tmp_path, batch, offload=offload, compile=compile_, quantization=quantization)

@@ -27,7 +27,7 @@ from promptdrop.errors import EngineError, ImageCancelled, ImageTimeout
 def test_the_pixels_are_the_librarys(
     zimage: ZImageEngine, library: Any, change: dict[str, Any]
 ) -> None:
-    """Section 7: identical, pixel for pixel, to ZImagePipeline's own call."""
+    """Section 7 of the contract: pixels are identical to those of ZImagePipeline's own call."""
     spec = FOX._replace(**change)
     rendering, pixels = rendered(zimage, spec)
 
@@ -40,7 +40,7 @@ def test_the_pixels_are_the_librarys(
 def test_an_abandoned_image_leaves_no_trace(
     zimage: ZImageEngine, library: Any, interruption: type[BaseException]
 ) -> None:
-    """What on_step raises ends the image; the next one is what it would have been."""
+    """An exception that on_step raises ends the image; the next one is what it would have been."""
 
     def stop(step: int, steps: int) -> None:
         if step == 2:
@@ -56,7 +56,7 @@ def test_an_abandoned_image_leaves_no_trace(
 
 
 def test_every_step_is_reported(zimage: ZImageEngine) -> None:
-    """Once each, in order, warm-up included."""
+    """Each step is reported once, in order, also during warm-up."""
     steps: list[tuple[int, int]] = []
     rendered(zimage, FOX._replace(steps=3), on_step=lambda *step: steps.append(step))
     signs: list[None] = []
@@ -77,7 +77,7 @@ def test_the_latency_adds_up(zimage: ZImageEngine) -> None:
 
 
 def test_not_a_number_is_an_error(zimage: ZImageEngine, library: Any) -> None:
-    """The library would publish a black image."""
+    """An image with NaN fails; the library would return a black one."""
     pipe, nan = zimage.model.pipe, float("nan")
     with poisoned(pipe.transformer.layers[0], nan), pytest.raises(EngineError, match="latents"):
         rendered(zimage, FOX)
@@ -114,7 +114,7 @@ def test_the_next_text_is_encoded_between_two_steps(zimage: ZImageEngine, librar
 
 
 def test_what_is_wrong_with_the_next_image_is_its_own(zimage: ZImageEngine, library: Any) -> None:
-    """Too long, or too little memory for now: preparing it raises nothing, its own render tells."""
+    """If its text is too long or memory is short, preparing it raises nothing, but its own render does."""
     refuse = Prompt(max_tokens=64, overflow="refuse")
     long, owl = FOX._replace(prompt="word " * 100), FOX._replace(prompt="a white owl")
     zimage.prepare(long, refuse)

@@ -65,7 +65,7 @@ def test_the_exact_solution_is_one() -> None:
 def test_the_exact_solution_is_approached(
     field: ZImagePipeline, scheduler: str, order: int, bound: float
 ) -> None:
-    """Twice the steps, half the error of a first-order method and near a quarter of a second's."""
+    """Twice the steps halve a first-order method's error and nearly quarter a second-order method's."""
     errors = [error(scheduler, *solved(field, scheduler, n, SMALL)) for n in (9, 20, 40, 80)]
 
     assert errors == sorted(errors, reverse=True)
@@ -75,7 +75,7 @@ def test_the_exact_solution_is_approached(
 
 @pytest.mark.parametrize("scheduler", OF_SECOND_ORDER)
 def test_second_order_is_worth_it(field: ZImagePipeline, scheduler: str) -> None:
-    """At 9 steps each is at least a third nearer than Euler."""
+    """At 9 steps each second-order method is at least a third nearer than Euler."""
     euler, other = (error(n, *solved(field, n, 9, SMALL)) for n in ("euler", scheduler))
 
     assert other < euler * 2 / 3
@@ -132,7 +132,7 @@ def test_the_checkpoints_levels(scheduler: str, settings: dict[str, Any]) -> Non
 def test_every_evaluation_is_counted_and_told(
     engine: ZImageEngine, scheduler: str, steps: int
 ) -> None:
-    """N of them, 2N - 1 of heun's; progress goes up one by one to that number."""
+    """There are N evaluations, heun has 2N - 1; progress goes up to that number one by one."""
     told: list[tuple[int, int]] = []
     spec = CIRCLE._replace(scheduler=scheduler, steps=steps)
     rendering, _ = rendered(engine, spec, on_step=lambda *step: told.append(step))
@@ -143,7 +143,7 @@ def test_every_evaluation_is_counted_and_told(
 
 
 def test_a_seed_is_a_picture(engine: ZImageEngine) -> None:
-    """Bit for bit, whatever was rendered or abandoned before and whoever else draws at random."""
+    """A seed gives the same bits, whatever was rendered or abandoned before and whatever else is drawn."""
 
     def disturbed(step: int, steps: int) -> None:
         torch.rand(step)
@@ -166,7 +166,7 @@ def test_a_seed_is_a_picture(engine: ZImageEngine) -> None:
 
 
 def test_nobody_elses_numbers_are_drawn(engine: ZImageEngine) -> None:
-    """torch's global generator stands where it stood."""
+    """The state of torch's global generator does not change."""
     before = torch.get_rng_state()
     pictures(engine, CIRCLE)
 

@@ -22,7 +22,7 @@ LONG = [
 
 
 def test_tokens_are_counted_with_the_template(zimage: ZImageEngine) -> None:
-    """As the model's own tokenizer counts the text the encoder is given."""
+    """The count is that of the model's own tokenizer for the text that the encoder is given."""
     tokenizer = zimage.model.pipe.tokenizer
     prompts = ["", "a cat", "一只猫 🐈", "word " * 2000, "  leading\nand trailing  "]
     counts = zimage.count_tokens(prompts)
@@ -50,7 +50,7 @@ def test_a_long_prompt_keeps_its_template(zimage: ZImageEngine, text: str, overf
 
 
 def test_a_cut_prompt_gives_the_pixels_of_the_cut_text(zimage: ZImageEngine, library: Any) -> None:
-    """What the sidecar names as the encoder's text is what was encoded."""
+    """The text that the sidecar names as the encoder's is the one that was encoded."""
     rendering, pixels = rendered(zimage, FOX._replace(prompt="a red fox " * 300))
 
     assert rendering.truncated
@@ -66,7 +66,7 @@ def test_refuse(zimage: ZImageEngine) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "一只猫坐在窗台上 🐈", "a blue star " * 40, "x " * 252])
 def test_a_text_without_padding_is_encoded_as_with_it(library: Any, text: str) -> None:
-    """What a compiled engine computes is the library's up to rounding: attention is causal, so that no
+    """A compiled engine's embeddings are the library's up to rounding: attention is causal, so that no
     token sees the padding behind it. Values reach 4, where float32 has steps of 4.8e-7; the sums of a
     masked and of an unmasked attention differ by some of these, 1.2e-6 where this was measured."""
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_text_without_padding_is_encoded_as_with_it(library: Any, text: str) -
 
 
 def test_a_repeated_prompt_is_neither_cut_nor_encoded_again(library: Any) -> None:
-    """Unless it would be cut elsewhere."""
+    """It is encoded again only if it would be cut elsewhere."""
     embeddings, text = Embeddings(library, padded=False), "a blue star " * 40
     with torch.no_grad(), encodings(library) as tokens:
         first = embeddings.of(text, Prompt(max_tokens=64))

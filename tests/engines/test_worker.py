@@ -159,7 +159,7 @@ def drawn(asked: ImageSpec) -> bytes:
 
 
 def test_it_says_what_it_does_until_it_is_warm(make_peer: MakePeer) -> None:
-    """Then who and where it is; a Stop ends it."""
+    """It reports its stages, then that it is ready, with its model and host; a Stop ends it."""
     answers = make_peer().serve(Stop())
 
     assert answers[:3] == [Stage("importing"), Stage("loading weights"), Stage("warming up")]
@@ -177,7 +177,7 @@ def test_it_says_what_it_does_until_it_is_warm(make_peer: MakePeer) -> None:
 def test_an_engine_that_cannot_start_says_why_and_ends(
     make_peer: MakePeer, revision: str, error: str
 ) -> None:
-    """With the exit status that the daemon is to end with."""
+    """It says with which exit status the daemon is to end, and ends itself."""
     peer = make_peer(model={"revision": revision})
     answers: list[Answer] = []
     with pytest.raises(SystemExit) as ended:
@@ -188,7 +188,7 @@ def test_an_engine_that_cannot_start_says_why_and_ends(
 
 
 def test_it_ends_when_the_daemon_is_gone(make_peer: MakePeer) -> None:
-    """Whatever it does just then: nobody wants that any more."""
+    """It ends whatever it does just then, because nobody wants the result any more."""
     peer = make_peer()
     peer.serve(Stop())
     before = peer.has_left.is_set()
@@ -214,7 +214,7 @@ def test_images_are_rendered_in_order_into_their_memory(make_peer: MakePeer) -> 
 
 
 def test_images_of_a_kind_are_rendered_together(make_peer: MakePeer) -> None:
-    """Up to `engine.batch` with the first that waits, past those of another kind."""
+    """The first image that waits takes others of its kind with it, up to `engine.batch`, past other kinds."""
     red, blue = ("red",), ("blue",)
     peer = make_peer(engine={"batch": 2})
     kinds = {1: red, 2: blue, 3: red, 4: red, 5: None, 6: None}
@@ -228,7 +228,7 @@ def test_images_of_a_kind_are_rendered_together(make_peer: MakePeer) -> None:
 
 
 def test_an_image_waits_for_its_begin(make_peer: MakePeer) -> None:
-    """Until then others of its kind may come."""
+    """It is not rendered before its Begin, since others of its kind may still come."""
 
     def react(answer: Answer) -> list[Any]:
         return [render(2, kind=("red",)), Begin(), Stop()] if isinstance(answer, Ready) else []
@@ -239,7 +239,7 @@ def test_an_image_waits_for_its_begin(make_peer: MakePeer) -> None:
 
 
 def test_prompts_are_counted_in_turn(make_peer: MakePeer) -> None:
-    """After the images that were sent before, and before those after."""
+    """Prompts are counted after the images that were sent before, and before those sent after."""
     question = CountTokens(2, ("a cat", "a big cat"))
     answers = make_peer().serve(render(1), question, render(3), Begin(), Stop())
     order = [one for one in answers if isinstance(one, Rendered | Tokens)]
@@ -249,7 +249,7 @@ def test_prompts_are_counted_in_turn(make_peer: MakePeer) -> None:
 
 
 def test_the_next_text_is_encoded_between_two_steps(make_peer: MakePeer) -> None:
-    """Once, and the step that it delays says so; not beside an image that may be poison."""
+    """It is encoded once, and the step that it delays says so; not beside an image that may be poison."""
     red = ("red",)
     peer = make_peer()
     images = [render(1, kind=red, steps=4), render(2, kind=red), render(3), render(4)]
@@ -317,7 +317,7 @@ def test_a_batch_that_fails_blames_nobody(make_peer: MakePeer) -> None:
 
 
 def test_an_image_that_takes_too_long_is_ended_by_an_alarm(make_peer: MakePeer) -> None:
-    """From within, in the middle of what it does; the engine goes on."""
+    """The alarm interrupts it wherever it is; the engine goes on."""
     answers = make_peer().serve(render(1, "!hang", timeout_seconds=0.2), render(2), Begin(), Stop())
     first, second = ends(answers)
 
@@ -326,7 +326,7 @@ def test_an_image_that_takes_too_long_is_ended_by_an_alarm(make_peer: MakePeer) 
 
 
 def test_a_batch_has_the_time_of_all_its_images(make_peer: MakePeer) -> None:
-    """Together; whose fault it was nobody knows."""
+    """The timeouts add up; if the batch exceeds them, nobody knows which image was at fault."""
     images = [render(1, "!hang", ("red",), timeout_seconds=0.2)]
     images += [render(2, "a cat", ("red",), timeout_seconds=0.2)]
     answers = make_peer(engine={"batch": 2}).serve(*images, Begin(), Stop())

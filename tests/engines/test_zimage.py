@@ -59,7 +59,7 @@ def test_an_error_of_the_device_ends_the_engine_process(
 def test_an_error_of_the_device_in_the_next_text_ends_the_engine_process(
     zimage: ZImageEngine,
 ) -> None:
-    """It is no EngineError, of whichever image: every later call fails too."""
+    """It is not taken for an EngineError of either image, since every later call fails, too."""
     layer, error = zimage.model.pipe.text_encoder.layers[0], RuntimeError("CUDA error: device-side")
     with failing(layer, error), pytest.raises(RuntimeError) as escaped:
         zimage.prepare(FOX._replace(prompt="a grey owl"), Prompt())
@@ -98,7 +98,7 @@ def test_out_of_memory_until_it_offloads(fresh: ZImageEngine, library: Any, enou
 
 
 def test_out_of_memory_for_a_moment(zimage: ZImageEngine, library: Any) -> None:
-    """It is tried again, and the image is what it would have been."""
+    """The image is tried again, and is what it would have been."""
     evaluations = iter(range(100))
     layer = zimage.model.pipe.transformer.layers[0]
     with capture_logs() as logged, limited(layer, OUT_OF_MEMORY, lambda _: next(evaluations) != 1):
@@ -125,7 +125,7 @@ def test_out_of_memory_for_a_batch(zimage: ZImageEngine, library: Any) -> None:
 
 
 def test_out_of_memory_for_the_decoder(zimage: ZImageEngine, library: Any) -> None:
-    """It decodes in tiles, nearly the same picture; the next image is decoded whole again."""
+    """The image is decoded in tiles, with nearly the same picture; the next one is decoded whole again."""
     spec = FOX._replace(width=320, height=288)
     decoder = zimage.model.pipe.vae.decoder
     with (

@@ -17,7 +17,7 @@ from service import MakeService, Service
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for the clients of this file, and for nobody else; all is counted again at its end."""
+    """One daemon for all tests of a file; at its end all files are counted again."""
     daemon = Daemon(tmp_path_factory.mktemp("clients"), SETTINGS).start().until_ready()
     yield daemon
     daemon.until_idle()
@@ -55,7 +55,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Machine]:
-    """A machine with promptdrop installed as the README says, the model's place taken by a small one."""
+    """A machine with promptdrop installed as the README says, but with a small model."""
     with booted(tmp_path_factory.mktemp("machine") / "one", model) as machine:
         machine.run(f"{CHECKOUT}/systemd/install.sh", "--run")
         yield machine
@@ -80,14 +80,14 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[MakeSe
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Cluster]:
-    """A head that all tests share but those that kill it."""
+    """The head that all tests share, except those that kill it."""
     with clusters.running() as cluster:
         yield cluster
 
 
 @pytest.fixture
 def cluster(head: Cluster) -> Iterator[Cluster]:
-    """The hosts are the test's own."""
+    """The shared cluster; the hosts that a test adds are removed after it."""
     yield head
     head.kill_hosts()
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 def test_two_hosts_render_at_once_and_a_drain_gives_them_back(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """Each image names its engine and host; the daemon that is done leaves no engine behind."""
+    """Each sidecar names engine and host; a daemon that has drained leaves no engine behind."""
     cluster.add_host()
     cluster.add_host()
     daemon = make_daemon(settings(cluster))
@@ -35,7 +35,7 @@ def test_two_hosts_render_at_once_and_a_drain_gives_them_back(
 
 
 def test_the_same_pixels_as_on_one_machine(cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """The transport changes nothing: same prompt, seed and engine, same bytes."""
+    """The same prompt, seed and engine give the same bytes on a cluster."""
     cluster.add_host()
     text = json.dumps({"prompt": "a cat", "seed": 7})
     remote, local = make_daemon(settings(cluster, workers=1)), make_daemon(home="local")
@@ -50,7 +50,7 @@ def test_the_same_pixels_as_on_one_machine(cluster: Cluster, make_daemon: MakeDa
 def test_images_are_rendered_together_on_other_hosts(
     make_daemon: MakeDaemon, cluster: Cluster
 ) -> None:
-    """`engine.batch` is each engine's; what follows at once is waited for there too."""
+    """`engine.batch` holds for each engine, which waits there, too, for images sent together."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1, batch=4))
     daemon.start().until_ready()
@@ -65,7 +65,7 @@ def test_images_are_rendered_together_on_other_hosts(
 def test_a_sick_engine_costs_its_image_and_no_other(
     cluster: Cluster, make_daemon: MakeDaemon, fault: str
 ) -> None:
-    """The same charging rule as on one machine: max_attempts engines, then that image alone fails."""
+    """As on one machine, an image may cost max_attempts engines; then it alone fails."""
     cluster.add_host()
     cluster.add_host()
     bounds = {"image_timeout_seconds": 1, "kill_grace_seconds": 0.5, "max_attempts": 2}
@@ -98,7 +98,7 @@ def test_engines_are_unloaded_though_others_wait_for_a_host(
 
 
 def test_any_number_of_engines_begin_at_once(own_cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """More than the socket to the gateway takes at once: each waits for a host, none is an error.
+    """If there are more than the socket to the gateway takes at once, each still begins, without an error.
 
     They stop waiting when the daemon ends: a host that comes then is free for another daemon.
     """
@@ -133,7 +133,7 @@ def test_what_is_asked_for_once_leaves_no_engine_behind(
 
 
 def test_the_daemon_imports_no_ray() -> None:
-    """Only the gateway does: the single-machine path has nothing to do with it."""
+    """Only the gateway imports ray; without a cluster nothing does."""
     code = (
         "import sys, promptdrop.cli.main, promptdrop.supervisor.supervisor, promptdrop.cluster.backend, promptdrop.engines.worker;"
         "import promptdrop.cluster.host; print('ray' in sys.modules)"

@@ -1,4 +1,4 @@
-"""docs/cluster.md as it is printed, on two machines with a cable between them."""
+"""The commands of docs/cluster.md, run as printed on two machines with a cable between them."""
 
 import re
 import subprocess
@@ -55,14 +55,14 @@ def follow(machine: Machine, name: str, no_gpu: str = NO_GPU) -> str:
 
 
 def both_ready(machine: Machine) -> str:
-    """What the page's look prints once an engine is ready on each machine, else nothing."""
+    """The output of the page's status command if an engine is ready on each machine, else nothing."""
     printed = follow(machine, "look")
     ready = {line.split()[1] for line in printed.splitlines() if "\tready" in line}
     return printed if ready == {"gpu1", "gpu2"} else ""
 
 
 def hosts_of(machine: Machine, name: str) -> set[str]:
-    """Drop a job of twelve images; the hosts that its sidecars name."""
+    """Drop a job of twelve images. Returns the hosts that its sidecars name."""
     job = '--prompt "a cat" --size 64x64 --steps 2 --count 12'
     machine.write(f"/tmp/{name}.txt", f"{job}\n")
     machine.shell(f"cp /tmp/{name}.txt {SPOOL}/inbox/")
@@ -73,7 +73,7 @@ def hosts_of(machine: Machine, name: str) -> set[str]:
 
 
 def test_the_page_makes_a_cluster_of_two_machines(gpu1: Machine, gpu2: Machine) -> None:
-    """From nothing to images of both hosts, an upgrade, and a host taken out again."""
+    """Its commands lead from nothing to images of both hosts, an upgrade, and a host taken out again."""
     for machine in (gpu1, gpu2):
         follow(machine, "both")
     follow(gpu1, "token")

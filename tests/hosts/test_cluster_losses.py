@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 def test_a_host_that_is_lost_charges_nobody_and_another_takes_over(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """SIGKILL of a whole host in the middle, a new one added: every image once, first attempt."""
+    """If a host is killed and a new one added, every image is rendered once, at its first attempt."""
     first = cluster.add_host()
     daemon = make_daemon(settings(cluster, workers="auto"))
     daemon.start().until_ready()
@@ -42,7 +42,7 @@ def test_a_host_that_is_lost_charges_nobody_and_another_takes_over(
 def test_an_image_that_hosts_die_of_fails_in_the_end(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """Nobody is charged for a lost actor, but not for ever: after ten losses in a row with it in hand."""
+    """No attempt is charged for a lost actor, but after ten losses in a row the image in hand fails."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1))
     daemon.start()
@@ -107,7 +107,7 @@ def test_an_actor_out_of_descriptors_is_replaced(cluster: Cluster, make_daemon: 
 
 
 def test_a_gateway_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: MakeDaemon) -> None:
-    """The way into the cluster hangs: another is opened, and nobody is charged."""
+    """A gateway that hangs is replaced by another, and no image is charged."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1, image_timeout_seconds=600))
     daemon.start().until_ready()
@@ -131,7 +131,7 @@ def test_a_gateway_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: Ma
 def test_a_daemon_without_its_cluster_goes_on_accepting(
     own_cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """The head and all hosts are killed: drops are claimed, status says why; with them it goes on."""
+    """While head and hosts are killed, drops are claimed and the status says why; then work goes on."""
     cluster = own_cluster
     host = cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1))
@@ -156,7 +156,7 @@ def test_a_daemon_without_its_cluster_goes_on_accepting(
 
 
 def test_a_start_without_a_cluster_waits_for_it(make_daemon: MakeDaemon) -> None:
-    """Nothing answers there: the daemon runs, claims, says so; a drain exits 1 with that."""
+    """If no head answers, the daemon runs, claims and says so; a drain exits 1 with that reason."""
     address = f"127.0.0.1:{clusters.free_port()}"
     changes = {"model": {"device": "cpu"}, "engine": {"backend": "ray"}}
     daemon = make_daemon({**changes, "ray": {"address": address}})

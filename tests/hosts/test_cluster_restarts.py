@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def warm_on_two_hosts(cluster: Cluster, make_daemon: MakeDaemon) -> Daemon:
-    """A daemon with an engine on each."""
+    """A daemon with a warm engine on each of two hosts."""
     cluster.add_host()
     cluster.add_host()
     daemon = make_daemon(settings(cluster))
@@ -48,7 +48,7 @@ def test_engines_stay_warm_when_the_daemon_is_killed(
 def test_what_an_engine_is_not_made_of_leaves_it_warm(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """A restart with other timeouts finds the same process; with another batch, a new one, at once."""
+    """A restart with other timeouts keeps the engine process; another batch begins a new one at once."""
     cluster.add_host()
     daemon = make_daemon(settings(cluster, workers=1))
     daemon.start().until_ready()
@@ -73,7 +73,7 @@ def test_what_an_engine_is_not_made_of_leaves_it_warm(
 def test_a_new_life_finds_warm_engines_of_any_number(
     cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:
-    """`workers: auto`, and the host of engine-1 is lost: engine-2 is found where it is."""
+    """With `workers: auto`, engine-2 is found where it is though the host of engine-1 is lost."""
     first = cluster.add_host()
     daemon = make_daemon(settings(cluster, workers="auto"))
     daemon.start()
@@ -115,7 +115,7 @@ def test_fewer_workers_and_a_release_give_devices_back(
 
 
 def test_spools_with_one_path_have_engines_of_their_own(make_daemon: MakeDaemon) -> None:
-    """Machines may share a name and a path; a spool keeps its engines' names."""
+    """Machines may have the same name and paths, so each spool keeps the names of its engines."""
     names = []
     for _ in range(2):
         daemon = make_daemon()

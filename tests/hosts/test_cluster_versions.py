@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(300)
 PACKAGE = REPOSITORY / "daemon" / "promptdrop"
 
 
-# As little of a package in the layout of 0.1.0 as a daemon of today meets.
+# The few parts of a package in the layout of 0.1.0 that a daemon of today meets.
 OLD_INIT = '__version__ = "0.1.0"'
 OLD_HOST = """
 import os, socket
@@ -48,7 +48,7 @@ print(ray.get(actor.hello.remote()).version)
 
 
 def install_old(folder: Path) -> None:
-    """Write what a daemon meets of a promptdrop of 0.1.0 on a host."""
+    """Write the parts of promptdrop 0.1.0 that a daemon meets on a host."""
     package = folder / "promptdrop"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(OLD_INIT)
@@ -131,7 +131,7 @@ def test_a_release_ends_what_a_daemon_of_0_1_0_has_left(
 def test_a_host_whose_package_is_broken_is_left_in_peace(
     cluster: Cluster, make_daemon: MakeDaemon, tmp_path: Path
 ) -> None:
-    """It is tried a few times, then every 30 s; status says why."""
+    """Its engine is tried a few times, then every 30 s; the status says why."""
     broken = tmp_path / "old"
     shutil.copytree(PACKAGE, broken / "promptdrop")
     (broken / "promptdrop" / "cluster" / "host.py").unlink()

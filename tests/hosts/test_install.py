@@ -1,4 +1,4 @@
-"""From nothing to a service and back, by the commands of README.md and docs/systemd.md."""
+"""The commands of README.md and docs/systemd.md install, upgrade and remove a service."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from machine import CHECKOUT, Machine, booted
 
 INSTALLER = REPOSITORY / "systemd/install.sh"
 SPOOL = "/srv/promptdrop/spool"
-# What is unmounted shows the test's own folders; nothing may be removed while one is still there.
+# Once all is unmounted only the test's own folders are left; before that nothing may be removed.
 LEAVE_THIS_SYSTEM = f"""{ONLY_THERE}
 binds() {{ findmnt -rno TARGET | grep -E '^/(opt|srv|usr)/' | sort -r; }}
 binds | xargs -r -n 1 umount --lazy
@@ -70,7 +70,7 @@ def test_what_is_printed_can_be_pasted(fresh: Machine) -> None:
 def test_a_model_that_would_not_work_is_refused_first(
     fresh: Machine, named: str, reason: str
 ) -> None:
-    """Before anything is done, with the cure."""
+    """It is refused before anything is done, and the cure is named."""
     done = fresh.run(f"{CHECKOUT}/systemd/install.sh", "--run", named, check=False)
 
     assert done.returncode == 1
@@ -91,7 +91,7 @@ def drop_a_fox(machine: Machine) -> str:
 
 
 def test_a_life_as_the_documents_print_it(fresh: Machine) -> None:
-    """Install, drop, upgrade, a second service, uninstall: what is the user's stays until it is named."""
+    """Install, drop, upgrade, add a second service, uninstall: users' files stay until they are named."""
     machine = fresh
     machine.shell("id me >/dev/null 2>&1 || useradd --create-home me")
     checkout = f"export USER=me; cd {CHECKOUT}\n"

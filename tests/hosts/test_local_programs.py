@@ -1,4 +1,4 @@
-"""Programs of the same machine against the running daemon: nothing half-taken, nothing twice."""
+"""Files of programs on the same machine are taken whole and once."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ LOCAL = {
 
 @pytest.mark.parametrize("command", LOCAL.values(), ids=LOCAL.keys())
 def test_local_programs(running: Daemon, inbox: Path, source: Path, command: str) -> None:
-    """Old times, hidden temporaries, folders that are filled as they appear; junk stays where it is."""
+    """cp, mv, rsync, unzip and the like are understood; files that are no jobs stay where they are."""
     servers.need(*{"rsync", "zip", "unzip", "tar"} & set(command.split()))
     subprocess.run(["sh", "-ec", command], cwd=source, env={**os.environ, "INBOX": str(inbox)}, check=True)  # fmt: skip
 
@@ -35,7 +35,7 @@ def test_local_programs(running: Daemon, inbox: Path, source: Path, command: str
 
 
 def test_vim(running: Daemon, inbox: Path) -> None:
-    """Its swap and backup files are nobody's jobs; the file is taken as it was written."""
+    """Its swap and backup files are no jobs; the file is taken as it was written."""
     servers.need("vim.tiny")
     vim = ["vim.tiny", "-u", "NONE", "-es", "-n", "-c", "set backup writebackup"]
     change = ["-c", "normal ggOfirst", "-c", "w", "-c", "normal Glast", "-c", "normal olast", "-c", "wq!"]  # fmt: skip
@@ -55,7 +55,7 @@ def test_an_appender_that_pauses_less_than_settle_seconds(running: Daemon, inbox
 
 
 def test_a_slow_writer(running: Daemon, inbox: Path) -> None:
-    """Silent for longer than settle_seconds, but open: not taken before it is closed."""
+    """A file that is open is not taken, though it does not change for longer than settle_seconds."""
     command = 'exec > "$0"; echo one; sleep 2.5; echo two'
     subprocess.run(["sh", "-c", command, inbox / "a.txt"], check=True)
 
@@ -64,7 +64,7 @@ def test_a_slow_writer(running: Daemon, inbox: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--partial", "--inplace", "--archive"])
 def test_rsync_killed(running: Daemon, inbox: Path, tmp_path: Path, option: str) -> None:
-    """What arrived is left under the final name and refused; without these options nothing is."""
+    """With these options the part that arrived has the final name and is refused; else nothing is left."""
     servers.need("rsync")
     big = tmp_path / "big.json"
     big.write_text(BIG)
@@ -85,7 +85,7 @@ def test_rsync_killed(running: Daemon, inbox: Path, tmp_path: Path, option: str)
 
 
 def test_submit_cures_a_cut_upload(running: Daemon, inbox: Path, tmp_path: Path) -> None:
-    """Cut off in the middle of its writing it leaves nothing; else the whole file is taken once."""
+    """`submit` that is cut off leaves nothing in the inbox; otherwise the whole file is taken once."""
     servers.need("prlimit")
     (tmp_path / "sent.txt").write_text(TEXT)
     submit = running.command("submit", str(tmp_path / "sent.txt"), "--folder", inbox.name)
@@ -114,7 +114,7 @@ def test_a_ready_suffix_cures_a_cut_upload(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_fuse_mount_is_polled(make_daemon: MakeDaemon, tmp_path: Path, source: Path) -> None:
-    """Files appear from the other side, without an event; the mode is said in log, status, doctor.
+    """Files that appear there without an event are found; log, status and doctor name the mode.
 
     Whether somebody writes there cannot be asked: the quiet time alone holds an appender's file back.
     """

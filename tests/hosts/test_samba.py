@@ -15,7 +15,7 @@ from harness import Daemon, MakeDaemon
 
 
 def test_samba(running: Daemon, inbox: Path, source: Path, tmp_path: Path) -> None:
-    """smbclient, on the share that docs/network-share.md describes."""
+    """Files that smbclient puts on the share of docs/network-share.md are taken whole and once."""
     with servers.samba(running.root, tmp_path / "samba") as port:
         subprocess.run(
             ["smbclient", "//127.0.0.1/prompts", servers.PASSWORD, "-U", "root", "-p", str(port),
@@ -90,7 +90,7 @@ def test_samba_for_a_member_of_the_group(make_daemon: MakeDaemon, tmp_path: Path
 def test_an_smb2_client_that_sets_the_size_first(
     running: Daemon, inbox: Path, tmp_path: Path
 ) -> None:
-    """Full size at once, filled slowly, times set: whole. Killed half-way: NUL bytes, refused."""
+    """A file that has its full size at once is taken when it is filled; killed half-way, it is refused."""
     pytest.importorskip("smbprotocol")
     from smbprotocol.file_info import FileEndOfFileInformation  # noqa: F401 - the class must be there
 

@@ -1,4 +1,4 @@
-"""What the sandbox of the units denies, and what must work in it."""
+"""The sandbox of the units denies what it should, and torch works in it."""
 
 import json
 

@@ -14,7 +14,7 @@ LONG = f"{TEXT.splitlines()[0]:>500}\n" * 600  # 300 kB, of which a part is as g
 
 @pytest.mark.parametrize("program", ["scp", "sftp"])
 def test_ssh(running: Daemon, inbox: Path, source: Path, tmp_path: Path, program: str) -> None:
-    """Whole; and killed half-way: JSON is refused with a reason."""
+    """Uploads are taken whole; JSON of an upload that was killed half-way is refused with a reason."""
     with servers.ssh(tmp_path / "ssh") as options:
         if program == "scp":
             subprocess.run(["scp", "-q", "-rp", *options, f"{source}/.", f"127.0.0.1:{inbox}"], check=True)  # fmt: skip
@@ -31,7 +31,7 @@ def test_ssh(running: Daemon, inbox: Path, source: Path, tmp_path: Path, program
 
 
 def test_a_killed_upload_that_parses_is_taken(running: Daemon, inbox: Path, tmp_path: Path) -> None:
-    """Nobody can tell: this is what the cures are for."""
+    """It cannot be told from a whole file, which is why the cures are needed."""
     (tmp_path / "long.txt").write_text(LONG)
     with servers.ssh(tmp_path / "ssh") as options:
         upload_killed("sftp", options, tmp_path / "long.txt", inbox / "cut.txt")
@@ -40,7 +40,7 @@ def test_a_killed_upload_that_parses_is_taken(running: Daemon, inbox: Path, tmp_
 
 
 def test_rename_cures_a_killed_upload(running: Daemon, inbox: Path, tmp_path: Path) -> None:
-    """What is cut off stays under its hidden name for ever; what is renamed is whole, and taken once."""
+    """An upload that is cut off keeps its hidden name; one that is renamed is whole, and taken once."""
     (tmp_path / "long.txt").write_text(LONG)
     (tmp_path / "whole.txt").write_text(TEXT)
     commands = (

@@ -40,7 +40,7 @@ class Network:
             _ip("-n", name, "link", "set", f"v{self.tag}{end}", "up")
 
     def enter(self, host: str) -> tuple[str, ...]:
-        """In a namespace of its own the host has its own name, too."""
+        """Return the command that enters a host's namespace, in which it has its own name, too."""
         inside = f'hostname pd-{host}; exec "$@"'
         return ("ip", "netns", "exec", f"pd{self.tag}{host}", "unshare", "--uts", "sh", "-c", inside, "-")  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_two_hosts_share_the_work(network: Network, cluster: Cluster, make_daemo
 def test_a_cable_that_is_cut_loses_nothing(
     network: Network, cluster: Cluster, make_daemon: Any
 ) -> None:
-    """No packet from the other host: it is given up, and what it had in hand is rendered here."""
+    """A host from which no packet comes is given up; images that it had in hand are rendered here."""
     cluster.add_host(prefix=network.enter("a"), ip=HEAD)
     cluster.add_host(prefix=network.enter("b"), ip=WORKER)
     daemon = daemon_there(network, cluster, make_daemon)

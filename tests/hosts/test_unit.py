@@ -35,7 +35,7 @@ def test_a_reload_keeps_the_engine_warm(service: MakeService) -> None:
 
 
 def test_a_hung_daemon_is_killed_and_its_job_survives(service: MakeService) -> None:
-    """No WATCHDOG=1 from the loop: systemd kills daemon and engine, starts anew, the image is rendered."""
+    """Without WATCHDOG=1 systemd kills daemon and engine and starts anew; the image is rendered."""
     one = service({}, "WatchdogSec=1", "TimeoutAbortSec=1", "RestartSec=0").start()
     one.drop("a.txt", f"!wait {one.home}/go\n")
     one.until_begun()
@@ -51,7 +51,7 @@ def test_a_hung_daemon_is_killed_and_its_job_survives(service: MakeService) -> N
 
 
 def test_a_stop_in_the_middle_of_an_image(service: MakeService) -> None:
-    """In time, exit status 0, the job put back; the next start renders it."""
+    """It ends in time with exit status 0 and puts the job back; the next start renders it."""
     one = service({"engine": {"stop_seconds": 1}}).start()
     one.drop("a.txt", "!slow 600 a cat\n")
     one.until_begun()
@@ -69,7 +69,7 @@ def test_a_stop_in_the_middle_of_an_image(service: MakeService) -> None:
 
 
 def test_a_start_that_keeps_failing_is_given_up(service: MakeService) -> None:
-    """Five times within the hour, then start-limit-hit, with the reason in the journal."""
+    """systemd starts it five times within an hour, then gives up; the journal has the reason."""
     one = service({"model": {"revision": "!load-raise"}}, "RestartSec=0")
     one.systemctl("start", check=False)
     until(lambda: one.show("ActiveState") == "failed", "the end of all tries")
@@ -80,7 +80,7 @@ def test_a_start_that_keeps_failing_is_given_up(service: MakeService) -> None:
 
 
 def test_a_wrong_configuration_is_not_tried_again(service: MakeService) -> None:
-    """Exit 78, no restart."""
+    """The daemon exits 78, and systemd does not restart it."""
     one = service({}, "RestartSec=0")
     one.configure({"whatch": {}})
     one.systemctl("start", check=False)
@@ -91,7 +91,7 @@ def test_a_wrong_configuration_is_not_tried_again(service: MakeService) -> None:
 
 
 def test_a_second_daemon_is_not_tried_again(service: MakeService) -> None:
-    """Exit 75, no restart, and the first goes on."""
+    """It exits 75 and is not restarted; the first one goes on."""
     one = service().start()
     other = service({"root": f"{one.home}/spool"}, "RestartSec=0", f"ReadWritePaths={one.home}")
     other.systemctl("start", check=False)
@@ -131,7 +131,7 @@ def test_the_journal_has_json_lines(service: MakeService) -> None:
 
 
 def test_a_cluster_under_its_units(machine: Machine, service: MakeService) -> None:
-    """docs/cluster.md on one machine: head, token, the daemon with cluster.conf; an image comes out.
+    """docs/cluster.md on one machine, with head, token and cluster.conf, renders an image.
 
     The engine has no GPU here, so it asks for a core, which the head's own command does not offer.
     """

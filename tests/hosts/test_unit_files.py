@@ -1,4 +1,4 @@
-"""The files in systemd/: no complaints of systemd, sandbox scores, the template is the service."""
+"""The files in systemd/: systemd accepts them, their sandbox scores well, the template is the service."""
 
 import re
 import subprocess

@@ -10,7 +10,7 @@ from harness import Daemon, until
 
 
 def test_webdav(running: Daemon, inbox: Path, tmp_path: Path) -> None:
-    """An empty file is closed first, the content follows, here slowly."""
+    """A client closes an empty file first and sends the content later; the file is taken whole."""
     with servers.webdav(running.inbox, tmp_path / "dav") as port:
         for name, pause in (("quick.txt", 0.0), ("slow.txt", 0.3)):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

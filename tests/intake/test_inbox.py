@@ -1,4 +1,4 @@
-"""When a file in the inbox is complete. Real files, looks made by hand; the time is an argument."""
+"""When a file in the inbox is complete. Files are real, tests make the looks and say the time."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ WATCH = Watch(settle_seconds=1.0, give_up_seconds=10.0, writer_seconds=60.0)
 
 
 def offered(scan: Scan) -> list[str]:
-    """The paths of what is offered."""
+    """The paths of the files that a scan offers."""
     return [offer.path for offer in scan.offers]
 
 
@@ -59,7 +59,7 @@ def test_an_old_modification_time_says_nothing(tmp_path: Path, inbox: Inbox) -> 
 
 @pytest.mark.parametrize("change", ["content", "times", "replaced"])
 def test_every_change_starts_the_clock_again(tmp_path: Path, inbox: Inbox, change: str) -> None:
-    """A change of inode, size, mtime or ctime is a change of the file."""
+    """A change of inode, size, mtime or ctime counts as a change of the file."""
     path = tmp_path / "a.txt"
     path.write_text("x")
     inbox.scan(0.0, WATCH, True)
@@ -138,7 +138,8 @@ def test_a_writer_holds_a_file_back_for_a_while(tmp_path: Path, inbox: Inbox) ->
 
 
 def test_a_writer_holds_a_refusal_back_for_a_while(tmp_path: Path, inbox: Inbox) -> None:
-    """rsync --inplace writes nothing before it has 256 KiB, over a slow line for longer than we wait."""
+    """An empty file that is open for writing is not refused yet: rsync --inplace may write for the first
+    time after longer than we wait."""
     path = tmp_path / "a.txt"
     with path.open("w"):
         if not is_open_for_writing(path):

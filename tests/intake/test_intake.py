@@ -1,4 +1,4 @@
-"""From a file in the inbox to a job: the real loop, spool and threads, a desk that records, no daemon."""
+"""From a file in the inbox to a job, with the real loop, spool and threads; a desk records reports."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def front(make_front: Callable[..., Front]) -> Front:
 
 
 def test_a_drop_is_read_claimed_and_resolved(front: Front) -> None:
-    """It leaves the inbox in one step and comes to the desk as a job, its seeds drawn."""
+    """It leaves the inbox in one step and is reported as a job with all its seeds."""
     file = front.drop("night/cat.yaml", "prompts: [a, b]\nseed: 7\npriority: 3\n")
     front.look_twice(0.0)
     front.rest()
@@ -57,7 +57,7 @@ def test_the_desk_hears_of_a_look_before_its_files_are_taken(front: Front) -> No
 
 
 def test_an_empty_inbox_is_quiet_until_something_happens(front: Front) -> None:
-    """`--drain` may end after a look that began after everything else and found no job file."""
+    """The inbox is quiet once a look that began after the last activity has found no job file."""
     front.look(0.0)
     before = front.intake.is_quiet()
     front.drop("a.txt")
@@ -83,7 +83,7 @@ def test_a_look_lists_commands_also_where_the_inbox_cannot_be_read(front: Front)
 
 
 def test_a_file_that_changes_while_it_waits_is_put_back(front: Front) -> None:
-    """It settles anew, and what it says then is what is rendered."""
+    """It settles anew, and is then rendered with its new content."""
     file = front.drop("a.txt", "half\n")
     release = front.hold("reader")
     front.look_twice(0.0)
@@ -102,7 +102,7 @@ def test_a_file_that_changes_while_it_waits_is_put_back(front: Front) -> None:
 
 
 def test_a_bad_file_is_refused_only_after_give_up_seconds(front: Front) -> None:
-    """It may still be arriving: until then it stays in the inbox, and the reason is told."""
+    """Until then it stays in the inbox, as it may still be arriving, and the reason is told."""
     file = front.drop("a.yaml", "prompt: a\nsteps: 0\n")
     front.look_twice(0.0)
     front.rest()
@@ -121,7 +121,7 @@ def test_a_bad_file_is_refused_only_after_give_up_seconds(front: Front) -> None:
 
 
 def test_a_bad_file_that_is_corrected_is_a_job(front: Front) -> None:
-    """The rest of an upload makes it good."""
+    """A file that would be refused becomes a job when the rest of its upload arrives."""
     file = front.drop("a.yaml", "prompt: a\nsteps:")
     file.write_text("prompt: a\nsteps: many\n")
     front.look_twice(0.0)
@@ -135,7 +135,7 @@ def test_a_bad_file_that_is_corrected_is_a_job(front: Front) -> None:
 
 
 def test_a_file_withdrawn_between_look_and_claim_is_forgotten(front: Front) -> None:
-    """Nothing is made of it, nobody is told, and its name is free for another."""
+    """No job is made of it, nothing is reported, and its name is free for another file."""
     file = front.drop("a.txt")
     release = front.hold("clerk")
     front.look_twice(0.0)
@@ -153,7 +153,7 @@ def test_a_file_withdrawn_between_look_and_claim_is_forgotten(front: Front) -> N
 
 
 def test_a_file_changed_between_look_and_claim_is_read_again(front: Front) -> None:
-    """A writer may hold the file through the rename: the bytes that were moved are what counts."""
+    """A writer may hold the file through the rename, so the bytes that were moved count."""
     file = front.drop("a.txt", "first\n")
     release = front.hold("clerk")
     front.look_twice(0.0)
@@ -166,7 +166,7 @@ def test_a_file_changed_between_look_and_claim_is_read_again(front: Front) -> No
 
 
 def test_the_next_file_of_a_name_is_taken_too(front: Front) -> None:
-    """The name is free with the claim, before any look has seen it missing."""
+    """The next file may come right after the claim, before any look has found the name missing."""
     front.drop("a.txt", "one\n")
     front.look_twice(0.0)
     front.rest()
@@ -188,7 +188,7 @@ def test_the_next_file_of_a_name_is_taken_too(front: Front) -> None:
 def test_files_are_taken_in_turn(
     make_front: Callable[..., Front], policy: str, order: list[str]
 ) -> None:
-    """Fair: from each top-level sub-folder, the root being one. Fifo: by arrival, then by name."""
+    """`fair` takes one from each top-level folder in turn, the root included; `fifo` goes by arrival."""
     front = make_front(queue={"policy": policy})
     for path in ("c.txt", "b/sub/2.txt", "b/1.txt", "a/3.txt", "a/2.txt", "a/1.txt"):
         front.drop(path)
@@ -215,7 +215,7 @@ def test_a_crowd_leaves_the_clerk_room_for_other_work(front: Front) -> None:
 def test_a_file_that_cannot_be_moved_out_is_blocked_and_said(
     make_front: Callable[..., Front], tmp_path: Path
 ) -> None:
-    """Here since its path would be too long; it is tried again, and a drain does not wait for it."""
+    """Its path would be too long. It is tried again, and a drain does not wait for it."""
     root = tmp_path
     while len(str(root)) < 3900:
         root /= "d" * min(200, 3905 - len(str(root)))
@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_moved_out_is_blocked_and_said(
 
 
 def test_a_file_claimed_before_a_crash_is_read_where_it_lies(front: Front) -> None:
-    """What it asks for was not recorded yet."""
+    """Its request had not been recorded, so the file is read again in the job's folder."""
     front.drop("night/a.txt", "again\n")
     front.intake.resolve_again(claim.claim(front.spool, "night", "a.txt"))
     front.rest()
@@ -252,7 +252,7 @@ def test_a_file_claimed_before_a_crash_may_be_refused(front: Front) -> None:
 
 
 def test_a_file_is_turned_away_unread(front: Front) -> None:
-    """As a cancel mark does with a job that is not taken yet."""
+    """A file that is turned away, as a cancel mark may be, is claimed and refused without being read."""
     file = front.drop("night/a.txt")
     front.intake.turn_away("night/a.txt", RequestError("cancelled"))
     front.rest()
@@ -280,7 +280,7 @@ def test_the_same_bytes_again_are_refused_where_that_is_configured(
 def test_trouble_with_a_disk_is_reported_and_takes_nothing(
     make_front: Callable[..., Front],
 ) -> None:
-    """Too little space: files stay where they are until there is more."""
+    """With too little space files stay where they are until there is more."""
     front = make_front(limits={"min_free_disk_mib": 1 << 30})
     file = front.drop("a.txt")
     front.look_twice(0.0)

@@ -2,9 +2,9 @@
 
     PYTHONPATH=/CHECKOUT_OF_0.1.0/daemon:/CHECKOUT_OF_0.1.0/tests python tests/kept/make_spool.py
 
-Every life of a daemon has a spool of its own here, for the next life would put in order what the one
-before it left. Each ends as it shall, most of them dead before a change to the disk (crash_at.py),
-and what they left is put together in one tree. Ids and times are those of the day it was made; the
+Every life of a daemon has a spool of its own here, because a next life would complete what the one
+before it has left. Most lives are ended just before a change to the disk (crash_at.py), and the spools
+that they leave are put together in one tree. Ids and times are those of the day it was made; the
 machine's name and boot are taken out of the records, owners and times out of the archive.
 """
 
@@ -29,11 +29,14 @@ from promptdrop import clock
 # Long on purpose: what_is_half_done is a list of moments, one call each, with nothing between them.
 MADE_BY = "0.1.0"
 ARCHIVE = Path(__file__).with_name(f"spool-{MADE_BY}.tar.gz")
-# None of it is a default, and all of it differs from what test_kept_spool.py goes on with.
+# No value is a default, and each differs from the configuration in test_kept_spool.py.
 SETTINGS: dict[str, Any] = {
     "watch": {"settle_seconds": 0.02, "rescan_seconds": 0.1, "give_up_seconds": 0.05},
     "engine": {"warmup": [], "max_attempts": 2, "image_timeout_seconds": 55},
-    "prompt": {"max_tokens": 16, "overflow": "keep_tail"},  # eight words, and the template's eight
+    "prompt": {
+        "max_tokens": 16,
+        "overflow": "keep_tail",
+    },  # eight words, and eight tokens of the template
     "defaults": {"width": 80, "height": 64, "steps": 3},
     "output": {
         "format": "webp",
@@ -54,7 +57,7 @@ Wanted = Callable[[Daemon], Any]
 
 
 class Maker:
-    """A folder with a spool for each life of a daemon."""
+    """Makes a spool for each life of a daemon, all in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,7 +78,7 @@ class Maker:
     def cut_short(
         self, name: str, build: Build, wanted: Wanted, changes: dict[str, Any] | None = None
     ) -> None:
-        """The first spool that is as wanted, of a daemon that died before its n-th change to the disk."""
+        """Let daemons die before their n-th change to the disk, n = 1, 2 ..., until a spool is as wanted."""
         template = self._daemon(f"{name}-template", changes)
         build(template)
         n = 0
@@ -90,7 +93,7 @@ class Maker:
         print(f"{name}: dead before change {n}")
 
     def close(self) -> None:
-        """End what forks the daemons."""
+        """End the process that forks the daemons."""
         assert self._server.stdin
         self._server.stdin.close()
         self._server.wait()
@@ -114,7 +117,7 @@ class Maker:
 
 
 def what_ended(maker: Maker) -> None:
-    """Done, refused, partly failed, failed, cancelled; a drop and a retry that no daemon has seen."""
+    """Make jobs that are done, refused, partial, failed, cancelled; a drop and a retry no daemon has seen."""
     daemon = maker.life("ended", ONE_ATTEMPT)
     daemon.drop("finished.txt", '--prompt "a finished one" --seed 100\n')
     daemon.drop("refused.yaml", "promt: nobody knows this field\n")
@@ -135,7 +138,7 @@ def what_ended(maker: Maker) -> None:
 
 
 def what_waits(maker: Maker) -> None:
-    """Claimed and resolved while paused; one of them is to be cancelled by the next life."""
+    """Make jobs that were claimed and resolved while paused; the next life is to cancel one of them."""
     daemon = maker.life("waits")
     waits_and_dies(
         daemon,
@@ -158,7 +161,7 @@ def what_waits(maker: Maker) -> None:
 
 
 def what_is_in_hand(maker: Maker) -> None:
-    """One image published, one that failed once, one in hand, one not begun."""
+    """Make a job with one image published, one failed once, one in hand and one not begun."""
     daemon = maker.life("in-hand")
     second, third = "!once-raise charged.flag second", "!once-slow inhand.flag 60 third"
     daemon.drop("inhand.yaml", f"prompts: [first, '{second}', '{third}', fourth]\nseed: 150\n")
@@ -171,7 +174,7 @@ def what_is_in_hand(maker: Maker) -> None:
 
 
 def what_is_half_done(maker: Maker) -> None:
-    """Dead between two changes to the disk that belong together."""
+    """Make jobs of daemons that died between two changes to the disk that belong together."""
 
     def drops(name: str, content: str) -> Build:
         def build(daemon: Daemon) -> None:
@@ -227,7 +230,7 @@ def what_is_half_done(maker: Maker) -> None:
         ),
     )
     maker.cut_short(
-        "withdrawn",  # cancelled, and nothing done about it
+        "withdrawn",  # its cancel is recorded, and not carried out
         is_withdrawn,
         lambda daemon: own(daemon, "pending/*/cancelled"),
     )
@@ -257,7 +260,7 @@ def what_is_half_done(maker: Maker) -> None:
 
 
 def own(daemon: Daemon, pattern: str) -> list[Path]:
-    """What there is of the daemon's own."""
+    """Return the files and folders in the daemon's state folder that match a pattern."""
     return list(daemon.own.glob(pattern))
 
 
@@ -268,7 +271,7 @@ def asked(daemon: Daemon, *arguments: str) -> None:
 
 
 def waits_and_dies(daemon: Daemon, drops: dict[str, str]) -> None:
-    """Jobs that are claimed and resolved while the daemon is paused, which then dies."""
+    """Drop jobs that a paused daemon claims and resolves; then the daemon is killed."""
     asked(daemon, "pause")
     for name, content in drops.items():
         daemon.drop(name, content)
@@ -279,7 +282,7 @@ def waits_and_dies(daemon: Daemon, drops: dict[str, str]) -> None:
 
 
 def put_together(lives: list[Daemon], spool: Path) -> None:
-    """One tree of all; what there can be only one of is the first life's."""
+    """Put all spools together in one tree; files of which there can be only one are the first life's."""
     once = {"cache", "lock", "version", "status.json", ".promptdrop-status.json.tmp"}
     for n, daemon in enumerate(lives):
         here = {path.name for path in spool.rglob("*")}
@@ -295,7 +298,7 @@ def put_together(lives: list[Daemon], spool: Path) -> None:
 
 
 def pack(spool: Path, archive: Path) -> None:
-    """Modes are kept, owners and times are not: the same tree gives the same archive."""
+    """Pack a tree with modes, but without owners and times: the same tree gives the same archive."""
 
     def without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = member.mtime = 0

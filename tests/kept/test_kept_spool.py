@@ -28,7 +28,7 @@ TODAY: dict[str, Any] = {
 }
 # A prompt `!once-FAULT FLAG ...` does no more harm once the file FLAG is there.
 CURED = ("charged", "inhand", "told", "returning", "partly", "stopped", "failing")
-DONE = {"finished", "unsummed"}  # nothing of them is left to render
+DONE = {"finished", "unsummed"}  # jobs of which no image is left to render
 RENDERED = {  # folder in the outbox -> images that 0.1.0 left to be rendered
     "inhand": [2, 3, 4],
     "unnamed": [3],
@@ -46,7 +46,7 @@ PARKED = {  # ... and those that wait for `retry`
     "sub/unwanted": [1],
     "withdrawn": [1],
 }
-TODAYS = {"claimed", "later"}  # nothing of them was recorded
+TODAYS = {"claimed", "later"}  # jobs of which nothing was recorded
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -55,7 +55,7 @@ def kept(make_daemon: Callable[..., Daemon]) -> Daemon:
     """Today's daemon, not started, on the spool of 0.1.0."""
     daemon = make_daemon(TODAY)
     with tarfile.open(ARCHIVE) as archive:
-        # As filter="data", which Python has since 3.11.4: whose the files were does not matter.
+        # Like filter="data", which Python has since 3.11.4: owners do not matter.
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(daemon.root)
         for member in archive:  # the filter makes folders as the umask says
@@ -66,7 +66,7 @@ def kept(make_daemon: Callable[..., Daemon]) -> Daemon:
 
 
 def records(daemon: Daemon) -> dict[str, dict[str, Any]]:
-    """What 0.1.0 recorded of each job, by its folder in the outbox."""
+    """The request.json that 0.1.0 recorded of each job, by the job's folder in the outbox."""
     read = [json.loads(p.read_bytes()) for p in daemon.own.glob("*/*/request.json")]
     return {record["folder"]: record for record in read}
 
@@ -93,7 +93,7 @@ def sidecars(daemon: Daemon) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def rendered(daemon: Daemon, *jobs: dict[str, list[int]]) -> list[tuple[str, int]]:
-    """Which images today's daemon rendered of its own, in order; or would, of these jobs."""
+    """The images that today's daemon has rendered itself, in order, or would render of these jobs."""
     if jobs:
         return sorted((folder, n) for some in jobs for folder in some for n in some[folder])
     return sorted((file.rpartition("/")[0], image) for file, image in daemon.published())
@@ -110,7 +110,7 @@ def drain(daemon: Daemon) -> None:
 
 
 def assert_as_recorded(daemon: Daemon, record: dict[str, Any], numbers: list[int]) -> None:
-    """These images of a job stand under the recorded names and are what was recorded, with no others."""
+    """Assert that a job's folder has just these images, under the recorded names and as recorded."""
     folder, output, texts = record["folder"], record["settings"]["output"], record["texts"]
     found = sidecars(daemon).get(folder, {})
     assert sorted(found) == numbers, folder
@@ -132,7 +132,7 @@ def assert_as_recorded(daemon: Daemon, record: dict[str, Any], numbers: list[int
 
 
 def assert_gone_on(daemon: Daemon, made: dict[str, dict[str, Any]], old: dict[str, bytes]) -> None:
-    """All that was to be done was done, once, as it was recorded; what was there is there."""
+    """Assert that every recorded job was completed once, as recorded, and older files are unchanged."""
     outcomes = {
         str(path.parent.relative_to(daemon.outbox)): json.loads(path.read_bytes())["outcome"]
         for path in daemon.outbox.rglob("job.json")
@@ -234,7 +234,7 @@ def test_what_is_parked_waits_for_retry(kept: Daemon) -> None:
 
 
 def test_what_a_record_lacks_has_a_default(kept: Daemon) -> None:
-    """All that no picture, name or place depends on; so a key that comes later may be missing."""
+    """Keys that no picture, name or place depends on may be missing, as a key added later is."""
     made, old = records(kept), pictures(kept)
 
     def thin(record: dict[str, Any]) -> None:
@@ -265,7 +265,7 @@ def test_what_a_record_lacks_has_a_default(kept: Daemon) -> None:
 
 
 def test_what_a_later_version_added_is_passed_over(kept: Daemon) -> None:
-    """Keys that nobody knows, in any record of the same version of the spool."""
+    """Unknown keys in any record are ignored if the spool has the same version."""
     made, old = records(kept), pictures(kept)
 
     def thicken(record: dict[str, Any]) -> None:
@@ -288,7 +288,7 @@ def test_what_a_later_version_added_is_passed_over(kept: Daemon) -> None:
 
 @pytest.mark.parametrize("key", ["seed", "width", "texts", "max_attempts"])
 def test_a_record_that_lacks_what_has_no_default_is_read_again(kept: Daemon, key: str) -> None:
-    """As one that a disk tore: the file is there still, and the other jobs are none the worse."""
+    """It is treated like a torn record: the file is read again, and other jobs are not affected."""
 
     def tear(record: dict[str, Any]) -> None:
         if record["file"] == "waiting.jsonl":

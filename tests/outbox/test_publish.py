@@ -1,4 +1,4 @@
-"""An image becomes visible: whole, once, its sidecar after it."""
+"""Publishing an image: it becomes visible whole and once, its sidecar after it."""
 
 import json
 import os
@@ -37,14 +37,14 @@ def prepared(job: Job, **changes: Any) -> str:
 
 
 def next_life(spool: Spool) -> Job:
-    """The one job, as recovery finds it, with what was half-published completed."""
+    """Recover the spool, complete half-published images, and return its one job."""
     (job,), _ = recovery.recover(spool)
     publish.recover(job)
     return job
 
 
 def test_an_image_comes_with_its_sidecar(spool: Spool) -> None:
-    """The sidecar is of these bytes, the picture of these pixels; the image is in hand no more."""
+    """The sidecar describes these bytes, the picture has these pixels; the image is no longer in hand."""
     job = job_in_hand(spool)
     file = publication(job).run()
     image = job.outbox_folder / file
@@ -63,7 +63,7 @@ def test_an_image_comes_with_its_sidecar(spool: Spool) -> None:
 
 
 def test_a_placeholder_says_so(spool: Spool) -> None:
-    """In its sidecar, with no figures of a rendering; the error is the job's to tell."""
+    """Its sidecar says so and has no figures of a rendering; the error is kept for job.json."""
     job = job_in_hand(spool)
     file = publication(job, rendering=None, engine_name=None, error="too slow").run()
     sidecar = sidecar_of(job.outbox_folder / file)
@@ -75,7 +75,7 @@ def test_a_placeholder_says_so(spool: Spool) -> None:
 
 
 def test_nothing_is_visible_before_it_is_whole(spool: Spool) -> None:
-    """At every change to the disk: an image under its name is whole, a sidecar has its image."""
+    """At every change to the disk an image under its name is whole, and a sidecar has its image."""
     n, died, seen = 0, True, set()
     while died:
         n += 1
@@ -95,7 +95,7 @@ def test_nothing_is_visible_before_it_is_whole(spool: Spool) -> None:
 
 
 def test_a_publication_that_is_cut_short_is_completed_once(tmp_path: Path) -> None:
-    """Whenever the daemon dies: the same image, or, before its record stands, another attempt."""
+    """Whenever the daemon dies, the same image is published, or, before its record, another attempt is made."""
     n, died, rendered_again = 0, True, 0
     while died:
         n += 1
@@ -118,7 +118,7 @@ def test_a_publication_that_is_cut_short_is_completed_once(tmp_path: Path) -> No
 
 
 def test_an_image_that_was_taken_away_is_not_made_again(spool: Spool) -> None:
-    """A reader fetched it between its name and its sidecar: nothing is left to say."""
+    """If a reader fetched it before its sidecar was written, it counts as published."""
     job = job_in_hand(spool)
     temporary = prepared(job)
     (job.outbox_folder / temporary).rename(spool.paths.root / "fetched.png")
@@ -130,7 +130,7 @@ def test_an_image_that_was_taken_away_is_not_made_again(spool: Spool) -> None:
 
 
 def test_a_folder_that_was_taken_away_takes_its_image_with_it(spool: Spool) -> None:
-    """After the record stood the image was as good as published."""
+    """An image whose record was written counts as published, even if its folder is gone."""
     job = job_in_hand(spool)
     prepared(job)
     job.outbox_folder.rename(spool.paths.root / "fetched")
@@ -139,7 +139,7 @@ def test_a_folder_that_was_taken_away_takes_its_image_with_it(spool: Spool) -> N
 
 
 def test_a_sidecar_is_written_once(spool: Spool) -> None:
-    """One that stands already is this image's own, written just before the crash."""
+    """An existing sidecar, written just before a crash, is kept as it is."""
     job = job_in_hand(spool)
     temporary = prepared(job)
     (job.outbox_folder / temporary).rename(job.outbox_folder / "cat-0001.png")
@@ -151,7 +151,7 @@ def test_a_sidecar_is_written_once(spool: Spool) -> None:
 
 
 def test_a_torn_record_is_another_attempt(spool: Spool) -> None:
-    """A disk that lied about fsync: the image is rendered again, and its temporary goes."""
+    """If a disk that lied about fsync tore it, the image is rendered again; its temporary is removed."""
     job = job_in_hand(spool)
     prepared(job)
     job.record_path(1, "publishing").write_text('{"image": ')
@@ -196,7 +196,7 @@ def test_one_stem_has_one_sidecar(spool: Spool, format_: str) -> None:
 
 
 def test_trouble_with_the_disk_writes_the_pixels_once(spool: Spool) -> None:
-    """A record that cannot be written all night must not fill the outbox meanwhile."""
+    """While its record cannot be written, retries must not fill the outbox with temporaries."""
     job = job_in_hand(spool)
     one = publication(job)
     home = job.home
@@ -210,11 +210,11 @@ def test_trouble_with_the_disk_writes_the_pixels_once(spool: Spool) -> None:
 
     assert len(written) == 1
     assert files_below(job.outbox_folder) == ["cat-0001.json", "cat-0001.png"]
-    assert file == one.run()  # all of it may be asked for again
+    assert file == one.run()  # the whole run may be repeated
 
 
 def test_the_sidecar_has_what_was_recorded_before_the_crash(spool: Spool) -> None:
-    """The next life knows nothing of the engine: the record says it all."""
+    """The next life does not know the engine, so the record holds the whole sidecar."""
     job = job_in_hand(spool)
     prepared(job, engine_name="engine-7", attempt=3)
     recorded = json.loads(job.record_path(1, "publishing").read_bytes())

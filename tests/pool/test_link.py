@@ -1,4 +1,4 @@
-"""The daemon's handle of one engine: framing, sound answers, deadlines, and an engine that reads nothing."""
+"""The daemon's link to one engine: framing, sound answers, deadlines, an engine that reads nothing."""
 
 import os
 import pickle
@@ -86,7 +86,7 @@ def begun(engine: ScriptedEngine, link: EngineLink, *tickets: int, now: float = 
 
 
 def test_an_answer_comes_when_it_is_whole(engine: ScriptedEngine, link: EngineLink) -> None:
-    """It may arrive byte by byte; its sender is not waited for."""
+    """It may arrive byte by byte; the link does not wait for the rest."""
     data = framed(Stage("loading weights"))
     for byte in data[:-1]:
         engine.say_bytes(bytes([byte]))
@@ -100,7 +100,7 @@ def test_an_answer_comes_when_it_is_whole(engine: ScriptedEngine, link: EngineLi
 def test_answers_that_arrive_together_come_in_order(
     engine: ScriptedEngine, link: EngineLink
 ) -> None:
-    """Two whole ones and the beginning of a third."""
+    """Two whole answers are read; the beginning of a third is kept."""
     third = framed(Stage("c"))
     engine.say_bytes(framed(Stage("a")) + framed(Stage("b")) + third[:9])
     first = list(link.answers(1.0))
@@ -142,7 +142,7 @@ def test_an_engine_that_talks_nonsense_is_killed(
 def test_an_answer_that_does_not_fit_kills(
     engine: ScriptedEngine, warm: EngineLink, answer: Answer
 ) -> None:
-    """Each answer is of its type, and still no engine gives it now."""
+    """An answer that no sound engine gives at this time kills the engine, though its type is right."""
     warm.count_tokens(1, ("a", "b"), 0.0)
     send(warm, 2)
     engine.say(answer)
@@ -154,7 +154,7 @@ def test_an_answer_that_does_not_fit_kills(
 def test_answers_about_images_that_are_not_in_hand_are_left_out(
     engine: ScriptedEngine, warm: EngineLink
 ) -> None:
-    """An image that was cancelled may end in more than one way."""
+    """They are no fault, since an image that was cancelled may still end in another way."""
     begun(engine, warm, 1)
     engine.say(Cancelled(1))
     (answer,) = warm.answers(1.0)
@@ -187,7 +187,7 @@ def test_a_relay_says_where_its_engine_is_and_how_it_ended(
 def test_requests_arrive_in_order_with_memory_for_pixels(
     engine: ScriptedEngine, warm: EngineLink
 ) -> None:
-    """One piece of memory an image; the daemon reads what the engine writes there."""
+    """Each image has memory of its own, in which the daemon reads what the engine writes."""
     send(warm, 1, 2)
     warm.cancel(1)
     warm.count_tokens(3, ("a",), 0.0)
@@ -200,7 +200,7 @@ def test_requests_arrive_in_order_with_memory_for_pixels(
 def test_an_engine_that_reads_nothing_is_not_waited_for(
     engine: ScriptedEngine, warm: EngineLink
 ) -> None:
-    """What the pipe does not take is sent when it takes more, descriptors included."""
+    """Messages and descriptors that the pipe does not take are sent when it takes more."""
     warm.count_tokens(1, LONG, 0.0)
     send(warm, 2)
     stuck = warm.writers()
@@ -214,7 +214,7 @@ def test_an_engine_that_reads_nothing_is_not_waited_for(
 
 
 def test_what_a_dead_engine_never_read_is_dropped(engine: ScriptedEngine, warm: EngineLink) -> None:
-    """Its descriptors are closed, and sending goes on to be no error."""
+    """Unsent descriptors are closed, and sending to it is still no error."""
     before = len(os.listdir("/proc/self/fd"))
     warm.count_tokens(1, LONG, 0.0)
     send(warm, 2)
@@ -233,7 +233,7 @@ def test_what_a_dead_engine_never_read_is_dropped(engine: ScriptedEngine, warm: 
 
 
 def test_an_engine_must_be_warm_in_time(link: EngineLink) -> None:
-    """Not a moment longer than the limit, and the next deadline names that moment."""
+    """It is overdue right after the limit, which the next deadline names."""
     assert link.next_deadline(LIMITS) == 600.0
     assert link.overdue(600.0, LIMITS) is None
     assert "not loaded and warm within 600 s" in (link.overdue(600.1, LIMITS) or "")
@@ -250,7 +250,7 @@ def test_an_engine_that_waits_for_a_host_has_no_deadline() -> None:
 
 
 def test_each_step_moves_the_deadline(engine: ScriptedEngine, warm: EngineLink) -> None:
-    """Silence between two steps means hung."""
+    """Silence between two steps counts as hung, so each step moves that deadline."""
     begun(engine, warm, 1, now=10.0)
     assert warm.next_deadline(LIMITS) == 40.0
     engine.say(Step(1, 1, 2))
@@ -265,7 +265,7 @@ def test_each_step_moves_the_deadline(engine: ScriptedEngine, warm: EngineLink) 
 def test_an_image_has_its_timeout_and_a_batch_that_of_all(
     engine: ScriptedEngine, warm: EngineLink, images: int, seconds: int
 ) -> None:
-    """And the grace, in which the engine may end it by itself."""
+    """To the timeout comes the grace, in which the engine may end the image by itself."""
     begun(engine, warm, *range(images), now=10.0)
     patient = Limits(load=600.0, grace=5.0, stall=None, begin=40.0)
     deadline = 10.0 + seconds + 5.0
@@ -290,7 +290,7 @@ def test_an_engine_that_is_asked_must_begin(engine: ScriptedEngine, warm: Engine
 
 
 def test_a_closed_pipe_is_an_end_or_a_fault(engine: ScriptedEngine, link: EngineLink) -> None:
-    """It is dying, or it is killed after a while; meanwhile the pipe, always readable, is not waited on."""
+    """The engine is dying, or is killed after a while; the pipe, always readable, is not waited on."""
     link.life.ends = lambda: [99]  # type: ignore[method-assign]  # as a child process has
     engine.close_pipe()
     list(link.answers(10.0))
@@ -302,7 +302,7 @@ def test_a_closed_pipe_is_an_end_or_a_fault(engine: ScriptedEngine, link: Engine
 
 
 def test_a_kill_that_nothing_follows_is_noticed(engine: ScriptedEngine, link: EngineLink) -> None:
-    """In uninterruptible sleep; the first reason stands."""
+    """An engine in uninterruptible sleep outlives its kill; the first reason is kept."""
     engine.is_stubborn = True
     link.kill("overdue", 10.0, timed_out=True)
     link.kill("again", 11.0)

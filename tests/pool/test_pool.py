@@ -1,4 +1,4 @@
-"""All engines of a daemon: lives, deaths, kills and rests by an injected clock; who is sent what."""
+"""All engines of a daemon, by an injected clock: lives, deaths, kills, rests, and who gets images."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +42,7 @@ class World:
         self.pool = Pool(configured(**engine), self.backend)
 
     def hear(self, now: float | None = None, may_start: bool = True) -> list[Any]:
-        """The news of all engines at a moment."""
+        """Return the news of all engines at a moment."""
         self.now = self.now if now is None else now
         return [news for _, _, news in self.pool.hear(self.now, may_start)]
 
@@ -87,7 +87,7 @@ def make_world() -> Iterator[MakeWorld]:
 
 
 def test_there_are_as_many_engines_as_the_backend_wants(make_world: MakeWorld) -> None:
-    """Each begins at the first look at which it may."""
+    """Each begins at the first `hear` at which it may."""
     world = make_world(slots=3)
     world.hear(may_start=False)
     none = list(world.pool.slots)
@@ -100,7 +100,7 @@ def test_there_are_as_many_engines_as_the_backend_wants(make_world: MakeWorld) -
 
 
 def test_the_last_words_are_heard_before_the_death(make_world: MakeWorld) -> None:
-    """Then the next life begins, of the same slot."""
+    """Its last answers come before its end; then the next life of the slot begins."""
     world = make_world()
     (engine,) = world.warm()
     engine.say(Stage("about to die"))
@@ -114,7 +114,7 @@ def test_the_last_words_are_heard_before_the_death(make_world: MakeWorld) -> Non
 
 
 def test_an_engine_that_rests_begins_no_life_before_its_time(make_world: MakeWorld) -> None:
-    """Neither its death nor a look ends the rest; the next deadline names its end."""
+    """Neither its death nor `hear` ends the rest; the next deadline names its end."""
     world = make_world()
     (engine,) = world.warm()
     world.slot().rest("it cannot load", until=30.0)
@@ -142,7 +142,7 @@ def test_an_engine_that_rests_begins_no_life_before_its_time(make_world: MakeWor
 def test_a_silent_engine_is_killed_at_its_deadline(
     make_world: MakeWorld, said: list[Any], deadline: float, reason: str
 ) -> None:
-    """Not before; the log says so once, and its death is heard at the next look."""
+    """It is not killed earlier; the log says so once, and its end is heard next time."""
     world = make_world()
     world.hear()
     if said:
@@ -168,7 +168,7 @@ def test_a_silent_engine_is_killed_at_its_deadline(
 
 
 def test_an_engine_that_steps_is_left_alone_until_its_images_timeout(make_world: MakeWorld) -> None:
-    """Each step moves the deadline of silence, none that of the image."""
+    """Each step moves the deadline for silence, but not that of the image."""
     world = make_world()
     (engine,) = world.warm()
     world.send(1)
@@ -186,7 +186,7 @@ def test_an_engine_that_steps_is_left_alone_until_its_images_timeout(make_world:
 
 
 def test_an_engine_that_outlives_its_kill_is_trouble(make_world: MakeWorld) -> None:
-    """Nobody ends it; it is waited for, and no deadline wakes the loop any more."""
+    """Nothing can end it; it is waited for, and no deadline wakes the loop any more."""
     world = make_world()
     (engine,) = world.warm()
     engine.is_stubborn = True
@@ -210,7 +210,7 @@ def test_an_engine_that_outlives_its_kill_is_trouble(make_world: MakeWorld) -> N
 
 
 def test_one_engine_that_works_is_enough(make_world: MakeWorld) -> None:
-    """The trouble of another is the slot's own."""
+    """The trouble of another engine is only that of its slot."""
     world = make_world(slots=2)
     first, _ = world.warm()
     world.slot(1).rest("it cannot load", until=30.0)
@@ -226,7 +226,7 @@ def test_one_engine_that_works_is_enough(make_world: MakeWorld) -> None:
 
 
 def test_a_backend_that_is_full_is_asked_again_soon(make_world: MakeWorld) -> None:
-    """It is no error, and is not logged."""
+    """This is no error, and is not logged."""
     world = make_world()
     world.backend.refusals = [BlockingIOError()]
     with capture_logs() as logged:
@@ -239,7 +239,7 @@ def test_a_backend_that_is_full_is_asked_again_soon(make_world: MakeWorld) -> No
 
 
 def test_an_engine_that_cannot_begin_is_tried_again_like_a_sick_disk(make_world: MakeWorld) -> None:
-    """Status and log say why."""
+    """It is tried again after a while, and status and log say why."""
     world = make_world()
     world.backend.refusals = [OSError(24, "Too many open files")]
     with capture_logs() as logged:
@@ -264,7 +264,7 @@ def test_workers_and_devices_must_agree() -> None:
 
 
 def test_the_engine_with_the_fewest_images_has_room(make_world: MakeWorld) -> None:
-    """Each takes its batch and the next one, so that its device never waits; then nobody has room."""
+    """Each takes its batch and the next one, so that its device never waits; then none has room."""
     world = make_world(slots=2, batch=2)
     world.warm()
     sent = []
@@ -276,7 +276,7 @@ def test_the_engine_with_the_fewest_images_has_room(make_world: MakeWorld) -> No
 
 
 def test_an_engine_that_loads_or_was_killed_has_no_room(make_world: MakeWorld) -> None:
-    """Only a warm one takes images."""
+    """Only a warm engine takes images."""
     world = make_world()
     world.hear()
     loading = world.pool.has_room()
@@ -303,7 +303,7 @@ def test_images_that_were_sent_at_once_are_let_begin_at_once(make_world: MakeWor
 
 
 def test_an_idle_engine_takes_what_another_has_not_begun(make_world: MakeWorld) -> None:
-    """As many as its batch, each asked back once; what is being rendered stays, and so does a last one."""
+    """It gets as many as its batch, each asked back once; an image being rendered stays, and a last one."""
     world = make_world(slots=3, batch=1)
     first, second, third = world.warm()
     world.send(1, 2, to=1)
@@ -318,7 +318,7 @@ def test_an_idle_engine_takes_what_another_has_not_begun(make_world: MakeWorld) 
 
 
 def test_while_all_have_work_nothing_is_asked_back(make_world: MakeWorld) -> None:
-    """There is nobody to take it."""
+    """No engine is idle and could take an image."""
     world = make_world(slots=2, batch=1)
     first, _ = world.warm()
     world.send(1, 2, to=1)
@@ -333,7 +333,7 @@ def test_while_all_have_work_nothing_is_asked_back(make_world: MakeWorld) -> Non
 
 
 def test_engines_are_unloaded_until_there_is_work(make_world: MakeWorld) -> None:
-    """All end, none begins, and the next life counts as a first one."""
+    """All engines end, none begins, and the next life counts as the first."""
     world = make_world(slots=2)
     world.warm()
     loaded = world.pool.are_loaded
@@ -351,7 +351,7 @@ def test_engines_are_unloaded_until_there_is_work(make_world: MakeWorld) -> None
 
 
 def test_an_engine_that_waits_for_a_host_is_not_on_its_way(make_world: MakeWorld) -> None:
-    """Others may be unloaded meanwhile; one that was placed is loading."""
+    """It does not keep others from being unloaded; one that was placed is loading."""
     world = make_world(slots=2)
     world.hear()
     world.backend.engines[1].say(Ready(INFO))

@@ -13,7 +13,7 @@ FIELDS = {"Steps": 9, "Sampler": "Euler", "CFG scale": 0.0, "Seed": 7, "Size": "
 
 
 def test_an_infotext_is_prompt_negative_prompt_and_one_line_of_settings():
-    """The text is that which A1111 writes under a picture."""
+    """The text is the one that A1111 writes under a picture."""
     text = format_infotext("a cat", "blurry", {**FIELDS, "Model": "Z-Image"})
 
     assert text == (

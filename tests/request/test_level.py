@@ -1,4 +1,4 @@
-"""The fields of one mapping: what each of them means, and the words each is refused with."""
+"""The fields of one mapping: their meaning, and the words of their refusals."""
 
 import pytest
 
@@ -43,7 +43,7 @@ from promptdrop.nouns import SCHEDULERS
     ],
 )
 def test_a_field_means_what_the_contract_says(line, field, value):
-    """YAML 1.2 core scalars; text fields as written; null is not given, but for a prompt."""
+    """Scalars are YAML 1.2 core, text fields are as written; null is not given, except in a prompt."""
     text = line if line.startswith("prompt:") else f"prompt: a\n{line}"
 
     assert getattr(image(text), field) == value

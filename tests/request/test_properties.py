@@ -70,8 +70,8 @@ def test_a_tag_cannot_colour_a_terminal() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_dearest_inputs_are_answered_in_time(name: str) -> None:
-    """Work that grows with more than the size would show: ten times the bounds that bench/requests.py
-    measures, 100 ms up to 64 KiB and 3 s at the size limit, of this thread's own time."""
+    """They take at most ten times the bounds of bench/requests.py (100 ms up to 64 KiB, 3 s at the size
+    limit) of this thread's own time; work that grows faster than the size would take longer."""
     suffix, text_of = HOSTILE[name]
     for size, seconds in zip(SIZES, (0.1, 3.0), strict=True):
         data = text_of(size).encode()[:size]

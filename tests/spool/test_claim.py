@@ -11,7 +11,7 @@ from spools import claimed_job, make_spool
 
 
 def test_a_claim_of_a_withdrawn_file_leaves_nothing(spool: Spool) -> None:
-    """Gone between look and rename: forgotten."""
+    """If a file is gone between look and rename, no folder is left in pending/."""
     with pytest.raises(FileNotFoundError):
         claim.claim(spool, "", "gone.txt")
 
@@ -28,7 +28,7 @@ def test_a_ready_mark_goes_with_its_file(tmp_path: Path) -> None:
     taken_along = not mark.exists()
     (spool.paths.inbox / "a.txt").write_text("a\n")
     claim.claim(spool, "", "a.txt")
-    mark.touch()  # as if we had died before it was taken along
+    mark.touch()  # as after a crash before the mark was moved
     recovery.recover(spool)
 
     assert taken_along
@@ -36,7 +36,7 @@ def test_a_ready_mark_goes_with_its_file(tmp_path: Path) -> None:
 
 
 def test_the_request_is_recorded_before_its_folder_stands(spool: Spool) -> None:
-    """Whoever sees JOB in the outbox finds the job that it is of."""
+    """A folder JOB in the outbox always has a recorded job."""
     job = claimed_job(spool, "sub/a.txt")
 
     assert (job.home / REQUEST).exists()
@@ -46,7 +46,7 @@ def test_the_request_is_recorded_before_its_folder_stands(spool: Spool) -> None:
 
 
 def test_a_job_is_taken_once(spool: Spool) -> None:
-    """Its first image moves it; its next ones find it there."""
+    """Its first image moves it to active; its next ones find it there."""
     job = claimed_job(spool, "a.txt", images=2)
     for _ in range(2):
         claim.take(job)
@@ -56,7 +56,7 @@ def test_a_job_is_taken_once(spool: Spool) -> None:
 
 
 def test_a_job_that_cannot_be_read_is_not_taken(spool: Spool) -> None:
-    """Trouble with a disk comes before the rename, so that the same work can be tried again."""
+    """Trouble with a disk shows before the rename, so that the same work can be tried again."""
     job = claimed_job(spool, "a.txt")
     job.close()
     record = job.home / REQUEST
@@ -73,7 +73,7 @@ def test_a_job_that_cannot_be_read_is_not_taken(spool: Spool) -> None:
 
 
 def test_a_cancel_file_that_is_gone_is_done_with(spool: Spool, tmp_path: Path) -> None:
-    """Nor is anything removed through a link that took its folder's place."""
+    """Removing it is no error; nothing is removed through a link that took its folder's place."""
     (tmp_path / "x.cancel").touch()
     (spool.paths.inbox / "sub").symlink_to(tmp_path)
     (spool.paths.inbox / "b.cancel").touch()

@@ -7,7 +7,7 @@ from promptdrop.spool.spool import Spool
 
 
 def test_commands_are_read_until_they_are_done(spool: Spool) -> None:
-    """One file for each hundred targets; a crash before the end repeats a command."""
+    """There is one file for each hundred targets; a crash before the end repeats a command."""
     folder = spool.paths.control
     control.send(folder, control.Cancel(("x",)))
     control.send(folder, control.Retry(tuple(f"{n}.txt" for n in range(250))))
@@ -22,7 +22,7 @@ def test_commands_are_read_until_they_are_done(spool: Spool) -> None:
 
 
 def test_what_is_no_command_is_removed(spool: Spool) -> None:
-    """Whatever it is; a folder stays, and a file that is still being written is not looked at."""
+    """Any other file is removed; a folder stays, and a file that is still being written is not read."""
     folder = spool.paths.control
     for name, text in (
         ("a.json", "{"), ("b.json", '{"command": "stop", "targets": []}'), ("c.json", "[]"),
@@ -37,7 +37,7 @@ def test_what_is_no_command_is_removed(spool: Spool) -> None:
 
 
 def test_work_is_paused_by_a_command_or_a_file(spool: Spool) -> None:
-    """Each is told with how to go on."""
+    """Each reason says how to go on."""
     control.pause(spool.paths.control)
     by_command = control.why_paused(spool.paths)
     control.resume(spool.paths.control)

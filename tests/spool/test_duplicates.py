@@ -20,7 +20,7 @@ def drop(spool: Spool, path: str, text: str) -> Unresolved:
 
 
 def test_the_same_bytes_from_the_same_folder_are_known(spool: Spool) -> None:
-    """Under any name; from another folder they may be somebody else's."""
+    """They are known under any name; from another folder they may be somebody else's."""
     dropped = [
         drop(spool, path, text)
         for path, text in (
@@ -34,7 +34,7 @@ def test_the_same_bytes_from_the_same_folder_are_known(spool: Spool) -> None:
 
 
 def test_a_job_that_did_not_end_well_may_come_back(spool: Spool) -> None:
-    """Only by its own file: what another one is remembered for stays."""
+    """The note is removed only by the job that it is of."""
     first, second = drop(spool, "a.txt", "one"), drop(spool, "b.txt", "one")
     spool.duplicates.find_or_remember(first, LIMIT)
     spool.duplicates.forget(second, LIMIT)
@@ -46,7 +46,7 @@ def test_a_job_that_did_not_end_well_may_come_back(spool: Spool) -> None:
 
 
 def test_what_cannot_be_read_whole_is_not_known(spool: Spool) -> None:
-    """Grown by a writer that held it, or moved already: it is neither remembered nor refused."""
+    """A file that a writer has made larger, or that was moved, is neither remembered nor refused."""
     large, gone = drop(spool, "a.txt", "x" * (LIMIT + 1)), drop(spool, "b.txt", "b")
     gone.drop.unlink()
     for one in (large, gone):
@@ -57,7 +57,7 @@ def test_what_cannot_be_read_whole_is_not_known(spool: Spool) -> None:
 
 
 def test_files_are_forgotten_in_the_end(spool: Spool) -> None:
-    """After thirty days, so that the state folder does not grow for ever."""
+    """They are forgotten after thirty days, so that the state folder does not grow for ever."""
     first, second = drop(spool, "a.txt", "one"), drop(spool, "b.txt", "one")
     spool.duplicates.find_or_remember(first, LIMIT)
     spool.duplicates.forget_old()

@@ -1,4 +1,4 @@
-"""The end of a job: where its file lies then, and what says why."""
+"""The end of a job: the place of its file, and the record of the reason."""
 
 import json
 from functools import partial
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_the_images_decide_how_a_job_ended(
     spool: Spool, outcomes: list[Any], cancelled: bool, expected: str
 ) -> None:
-    """A placeholder is no image that was asked for."""
+    """The outcome follows from the images; a placeholder does not count as rendered."""
     job = claimed_job(spool, "a.txt", images=2)
     job.cancelled = cancelled
     for number, outcome in enumerate(outcomes, 1):
@@ -59,7 +59,7 @@ def test_the_images_decide_how_a_job_ended(
 
 
 def test_the_file_of_a_done_job_lies_beside_its_images(spool: Spool) -> None:
-    """With job.json; nothing of it is left in the state folder."""
+    """job.json is there, too; nothing of the job is left in the state folder."""
     job = ended_job(spool, "sub/a.txt", "rendered")
     ending.finish(spool, job)
 
@@ -71,7 +71,7 @@ def test_the_file_of_a_done_job_lies_beside_its_images(spool: Spool) -> None:
 
 
 def test_the_file_of_a_failed_job_lies_in_failed_with_its_reason(spool: Spool) -> None:
-    """And its records are kept for `retry`."""
+    """The job's records are kept for `retry`."""
     job = ended_job(spool, "sub/a.txt", "rendered", "failed")
     ending.finish(spool, job)
     reason = read(spool.paths.failed / "sub/a.txt.error.json")
@@ -84,7 +84,7 @@ def test_the_file_of_a_failed_job_lies_in_failed_with_its_reason(spool: Spool) -
 
 
 def test_a_refused_file_lies_in_failed_with_its_reason(spool: Spool) -> None:
-    """Nothing of it is kept: it is dropped again as it is."""
+    """Nothing else of it is kept, since `retry` just drops the file again."""
     (spool.paths.inbox / "a.yaml").write_text("promt: a\n")
     ending.refuse(spool, claim.claim(spool, "", "a.yaml"), PROBLEMS)
     reason = read(spool.paths.failed / "a.yaml.error.json")
@@ -96,7 +96,7 @@ def test_a_refused_file_lies_in_failed_with_its_reason(spool: Spool) -> None:
 
 
 def test_nothing_in_failed_is_overwritten(spool: Spool) -> None:
-    """Neither a file nor a reason that somebody left; SUB~2 where a file is named like the folder."""
+    """A file or a reason that somebody left stays; SUB~2 is used if a file is named like the folder."""
     for path in ("a.txt", "b.txt.error.json", "sub"):
         (spool.paths.failed / path).write_text("mine\n")
     for path in ("a.txt", "b.txt", "sub/c.txt"):
@@ -109,7 +109,7 @@ def test_nothing_in_failed_is_overwritten(spool: Spool) -> None:
 
 
 def test_a_job_is_refused_before_its_first_image(spool: Spool) -> None:
-    """Its outbox folder goes, unless somebody has put something there."""
+    """Its outbox folder is removed, unless somebody has put something there."""
     empty, used = claimed_job(spool, "a.txt"), claimed_job(spool, "b.txt")
     (used.outbox_folder / "note").write_text("mine\n")
     for job in (empty, used):
@@ -122,7 +122,7 @@ def test_a_job_is_refused_before_its_first_image(spool: Spool) -> None:
 
 @pytest.mark.parametrize("outcome", ["rendered", "failed"])
 def test_an_end_that_is_cut_short_is_completed(tmp_path: Path, outcome: str) -> None:
-    """Whenever the daemon dies: the next life ends the job, and its file lies in one place."""
+    """Whenever the daemon dies, the next life ends the job, and its file lies in one place."""
     n, died = 0, True
     while died:
         n += 1
@@ -145,7 +145,7 @@ def test_an_end_that_is_cut_short_is_completed(tmp_path: Path, outcome: str) -> 
 
 
 def test_a_refusal_that_is_cut_short_is_completed(tmp_path: Path) -> None:
-    """Whenever the daemon dies: the file is refused, or a claim that is read again."""
+    """Whenever the daemon dies, the file is refused, or becomes a claim that is read again."""
     n, died = 0, True
     while died:
         n += 1

@@ -11,7 +11,7 @@ from spools import make_spool
 
 
 def test_a_newer_spool_is_refused(spool: Spool) -> None:
-    """78: an old daemon must not touch what it does not understand."""
+    """The exit status is 78: an old daemon must not touch a format that it does not know."""
     spool.paths.version.write_text("99\n")
 
     with pytest.raises(ConfigError, match="version 99, written by a newer promptdrop"):
@@ -36,7 +36,7 @@ def test_a_folder_around_the_inbox_is_refused(tmp_path: Path) -> None:
 
 
 def test_outbox_and_failed_are_two_folders(tmp_path: Path) -> None:
-    """A failed job file is no image."""
+    """One folder for both is refused, since a failed job file is no image."""
     both = {"outbox": str(tmp_path / "x"), "failed": str(tmp_path / "x")}
 
     with pytest.raises(ConfigError, match="are one folder"):
@@ -44,7 +44,7 @@ def test_outbox_and_failed_are_two_folders(tmp_path: Path) -> None:
 
 
 def test_run_never_makes_a_configured_outbox(tmp_path: Path) -> None:
-    """Where a mount is missing, an empty folder must not take its place."""
+    """It may be a missing mount, whose place an empty folder must not take."""
     outbox = tmp_path / "share"
     spool = make_spool(tmp_path, paths={"outbox": str(outbox)})
     spool.folders.prepare()
@@ -57,7 +57,7 @@ def test_run_never_makes_a_configured_outbox(tmp_path: Path) -> None:
 
 
 def test_a_mount_point_is_remembered(spool: Spool) -> None:
-    """One that was mounted and is not is missing, though an empty folder stands there."""
+    """A folder that was a mount point and is not mounted counts as missing, though it exists."""
     fs.write_durably(spool.paths.mounts, b'{"mounts": ["outbox"]}')
     spool.folders.prepare()
 
@@ -66,7 +66,7 @@ def test_a_mount_point_is_remembered(spool: Spool) -> None:
 
 
 def test_a_full_disk_is_told_with_its_numbers(spool: Spool) -> None:
-    """Work waits before a write fails."""
+    """Work waits before a write fails, and the reason has the free space and the limit."""
     spool.folders.require_space(0)
 
     with pytest.raises(DiskTrouble, match=r"inbox .* has \d+ MiB free, less than .*: 99999999"):

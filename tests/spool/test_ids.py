@@ -4,7 +4,7 @@ from promptdrop.spool.ids import Ids, is_job_id
 
 
 def test_ids_sort_by_arrival() -> None:
-    """Also within a microsecond, and when the wall clock is set back."""
+    """They do so also within a microsecond, and when the wall clock is set back."""
     ids = Ids()
     made = [ids.new() for _ in range(20)]
     ids.last = "99991231T235959999999"
@@ -16,7 +16,7 @@ def test_ids_sort_by_arrival() -> None:
 
 
 def test_other_names_are_strangers() -> None:
-    """What lies among the jobs' folders under another name is not ours."""
+    """A folder with any other name among the jobs' folders is not ours."""
     new = Ids().new()
 
     assert not any(map(is_job_id, ("", "notes", f"{new}~", f"x{new}", f"{new}\n")))

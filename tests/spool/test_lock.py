@@ -26,7 +26,7 @@ def test_one_daemon_per_spool(spool: Spool, tmp_path: Path) -> None:
 
 
 def test_a_state_folder_that_comes_back_is_locked_anew(spool: Spool, tmp_path: Path) -> None:
-    """While it is gone, or another stands in its place, the daemon waits: it owns neither."""
+    """While it is gone, or another one is in its place, the daemon waits."""
     spool.lock.acquire()
     state, away = spool.paths.state, tmp_path / "away"
     state.rename(away)

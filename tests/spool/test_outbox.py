@@ -5,7 +5,7 @@ from spools import claimed_job
 
 
 def test_folders_are_never_shared(spool: Spool) -> None:
-    """JOB, JOB~2 ... compared without case; a sub-folder is never mirrored into a job's folder."""
+    """Names are compared without case (JOB, JOB~2); no sub-folder is mirrored into a job's folder."""
     paths = (
         "cat.txt", "cat.yaml", "CAT.txt", "cat/dog.txt",
         "Night/a.txt", "night/a.txt", "a b/con.txt",
@@ -18,7 +18,7 @@ def test_folders_are_never_shared(spool: Spool) -> None:
 
 
 def test_a_free_name_is_free_in_any_case(spool: Spool) -> None:
-    """`Cat` is taken where `cat` stands: some client could not tell them apart. So is status.json."""
+    """`Cat` is taken if `cat` exists, as some clients cannot tell them apart. status.json is taken, too."""
     for stranger in ("cat", "CAT~2"):
         (spool.paths.outbox / stranger).mkdir()
 
@@ -28,7 +28,7 @@ def test_a_free_name_is_free_in_any_case(spool: Spool) -> None:
 
 
 def test_a_name_is_free_again_once_its_folder_is_taken_away(spool: Spool) -> None:
-    """What readers fetch and remove does not count."""
+    """A folder that readers have removed does not count as taken."""
     first = claimed_job(spool, "sub/Cat.txt")
     (spool.paths.outbox / "sub" / "stranger").mkdir()
     spool.outbox.release(first)
@@ -41,7 +41,7 @@ def test_a_name_is_free_again_once_its_folder_is_taken_away(spool: Spool) -> Non
 
 
 def test_a_job_in_hand_keeps_its_name(spool: Spool) -> None:
-    """Also when somebody took its folder away: its next image goes there again."""
+    """It keeps the name also if its folder was removed: its next image goes there again."""
     first = claimed_job(spool, "cat.txt")
     first.outbox_folder.rmdir()
     second = claimed_job(spool, "cat.txt")
@@ -50,7 +50,7 @@ def test_a_job_in_hand_keeps_its_name(spool: Spool) -> None:
 
 
 def test_a_file_named_like_a_sub_folder_stays(spool: Spool) -> None:
-    """The outbox is the readers': what stands in the way there is not ours."""
+    """A file of a reader in the way of a sub-folder is kept; the sub-folder gets another name."""
     (spool.paths.outbox / "sub").write_text("mine\n")
 
     assert claimed_job(spool, "sub/a.txt").folder == "sub~2/a"
@@ -58,7 +58,7 @@ def test_a_file_named_like_a_sub_folder_stays(spool: Spool) -> None:
 
 
 def test_a_folder_that_was_taken_away_is_made_again(spool: Spool) -> None:
-    """With all above it: a reader may have fetched the whole tree."""
+    """The folders above it are made, too, since a reader may have removed the whole tree."""
     job = claimed_job(spool, "sub/a.txt")
     job.outbox_folder.rmdir()
     job.outbox_folder.parent.rmdir()

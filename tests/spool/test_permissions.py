@@ -1,4 +1,4 @@
-"""What a process may do with a folder."""
+"""Whether a process may use a folder, and the words that say why not."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a crash left in the state folder."""
+"""Recovery of what a crash has left in the state folder."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from spools import claimed_job, files_below, make_spool
 
 
 def test_jobs_come_back_in_the_order_they_came(spool: Spool, tmp_path: Path) -> None:
-    """Those in hand and those that wait, each with what came of its images."""
+    """Jobs in hand and jobs that wait come back, each with the states of its images."""
     jobs = [claimed_job(spool, f"{name}.txt", images=2) for name in "cab"]
     claim.take(jobs[1])
     record.fail_image(jobs[1], 1, "no luck")
@@ -25,7 +25,7 @@ def test_jobs_come_back_in_the_order_they_came(spool: Spool, tmp_path: Path) -> 
 
 
 def test_a_claim_that_was_not_recorded_is_read_again(spool: Spool) -> None:
-    """Also one whose record a disk tore; a claim that moved no file goes."""
+    """So is one whose record a disk has torn; a claim that moved no file is removed."""
     (spool.paths.inbox / "sub").mkdir()
     (spool.paths.inbox / "sub/a.txt").write_text("a\n")
     claimed = claim.claim(spool, "sub", "a.txt")
@@ -43,7 +43,7 @@ def test_a_claim_that_was_not_recorded_is_read_again(spool: Spool) -> None:
 
 
 def test_a_claim_is_resolved_where_it_lies(spool: Spool) -> None:
-    """One that was in hand before its record tore stays in hand."""
+    """A job that was active before its record was torn stays active."""
     torn = claimed_job(spool, "a.txt")
     claim.take(torn)
     asked = torn.detail
@@ -56,7 +56,7 @@ def test_a_claim_is_resolved_where_it_lies(spool: Spool) -> None:
 
 
 def test_strangers_among_our_folders_are_left_alone(spool: Spool) -> None:
-    """Whatever somebody keeps there, it is no job."""
+    """Other files and folders there are no jobs."""
     for state in ("pending", "active", "parked", "finished"):
         (spool.paths.state / state / "notes").mkdir()
         (spool.paths.state / state / "notes/a.txt").write_text("mine\n")
@@ -67,7 +67,7 @@ def test_strangers_among_our_folders_are_left_alone(spool: Spool) -> None:
 
 
 def test_what_has_ended_is_removed(spool: Spool) -> None:
-    """A job that was removed half-way, and a parked one whose file somebody took back."""
+    """These are jobs that were half removed, and parked ones whose file somebody has taken back."""
     done, parked, kept = (claimed_job(spool, f"{name}.txt") for name in "abc")
     done.home.rename(spool.paths.home("finished", done.id))
     for job in (parked, kept):
@@ -82,7 +82,7 @@ def test_what_has_ended_is_removed(spool: Spool) -> None:
 
 
 def test_a_folder_that_a_stranger_filled_is_not_ours(spool: Spool, tmp_path: Path) -> None:
-    """Recorded, but not made before the crash: by then somebody may have one of this name."""
+    """If a crash came before a recorded folder was made, somebody else may have made one of this name."""
     missing, taken, ours = (claimed_job(spool, f"{name}.txt") for name in "abc")
     missing.outbox_folder.rmdir()
     (taken.outbox_folder / "note").write_text("mine\n")
@@ -95,7 +95,7 @@ def test_a_folder_that_a_stranger_filled_is_not_ours(spool: Spool, tmp_path: Pat
 
 
 def test_half_written_files_go(spool: Spool) -> None:
-    """In the state folder, among the commands, in a job's folder and in failed/."""
+    """They are removed in the state folder, among the commands, in jobs' folders and in failed/."""
     job = claimed_job(spool, "a.txt")
     (spool.paths.failed / "sub").mkdir()
     folders = (spool.paths.state, spool.paths.control, job.home, spool.paths.failed / "sub")
@@ -107,7 +107,7 @@ def test_half_written_files_go(spool: Spool) -> None:
 
 
 def test_recovery_is_repeatable(spool: Spool) -> None:
-    """After trouble with a disk it begins again from the start."""
+    """After trouble with a disk it is run again from the start."""
     claimed_job(spool, "a.txt")
     first, second = recovery.recover(spool), recovery.recover(spool)
 

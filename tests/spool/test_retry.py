@@ -34,7 +34,7 @@ def refuse(spool: Spool, path: str) -> None:
 
 
 def test_a_parked_job_goes_on_with_what_is_missing(spool: Spool) -> None:
-    """Under the same id, in the same folder; a placeholder is missing, too."""
+    """It keeps its id and folder; a placeholder counts as missing, too."""
     job = parked_job(spool, "sub/a.txt")
     again = retry.retry(spool, "sub/a.txt")
 
@@ -46,7 +46,7 @@ def test_a_parked_job_goes_on_with_what_is_missing(spool: Spool) -> None:
 
 
 def test_a_cancelled_job_is_wanted_again(spool: Spool) -> None:
-    """Whoever retries it has changed their mind."""
+    """`retry` of a cancelled job takes the cancel back."""
     job = claimed_job(spool, "a.txt")
     record.cancel(job)
     job.cancelled = True
@@ -59,7 +59,7 @@ def test_a_cancelled_job_is_wanted_again(spool: Spool) -> None:
 
 
 def test_a_refused_file_is_dropped_again(tmp_path: Path) -> None:
-    """With the marker that it waits for, and beside a new file of its name."""
+    """It gets its marker, and another name if a new file has its own."""
     spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
     spool.folders.init()
     refuse(spool, "sub/a.txt")
@@ -80,7 +80,7 @@ def test_a_refused_file_is_dropped_again(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_nothing_outside_failed_is_moved(spool: Spool, tmp_path: Path, target: str) -> None:
-    """Anybody of the group says what is retried, and may put links into failed/."""
+    """Paths that lead out of failed/, also by a link, are refused, as anybody in the group may name them."""
     (tmp_path / "a.txt").write_text("mine\n")
     (spool.paths.inbox / "a.txt").write_text("waits\n")
     (spool.paths.failed / "link").symlink_to(tmp_path)
@@ -93,7 +93,7 @@ def test_nothing_outside_failed_is_moved(spool: Spool, tmp_path: Path, target: s
 
 
 def test_a_reason_that_names_another_job_moves_only_its_own_file(spool: Spool) -> None:
-    """Reasons can be written by anybody; where a job's file lies only the daemon records."""
+    """Anybody may write a reason, but the place of a job's file is the one that the daemon recorded."""
     parked_job(spool, "a.txt")
     refuse(spool, "b.txt")
     reason = (spool.paths.failed / "a.txt.error.json").read_bytes()
@@ -106,7 +106,7 @@ def test_a_reason_that_names_another_job_moves_only_its_own_file(spool: Spool) -
 
 
 def test_a_retry_that_is_cut_short_is_completed(tmp_path: Path) -> None:
-    """Whenever the daemon dies: the command is carried out, once, by recovery or when it is read again."""
+    """Whenever the daemon dies, the retry is done once, by recovery or when the command is read again."""
     n, died = 0, True
     while died:
         n += 1

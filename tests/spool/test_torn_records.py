@@ -22,7 +22,7 @@ def job(spool: Spool) -> Job:
 
 @pytest.mark.parametrize("bytes_of_record", [TORN, LACKING])
 def test_a_torn_record_is_a_claim_again(spool: Spool, job: Job, bytes_of_record: bytes) -> None:
-    """The file is read anew, and what came of images of the torn request does not count for the new."""
+    """The file is read anew; results of images of the torn request do not count for the new one."""
     (job.home / REQUEST).write_bytes(bytes_of_record)
 
     jobs, unresolved = recovery.recover(spool)

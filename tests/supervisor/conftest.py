@@ -1,4 +1,4 @@
-"""Fixtures: rooms whose threads and engines never outlive their test."""
+"""Fixtures: parts of the supervisor whose threads and engines never outlive their test."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from rooms import Rooms
 
 @pytest.fixture
 def make_rooms(tmp_path: Path) -> Iterator[Callable[..., Rooms]]:
-    """`make_rooms({...changes to config...}, slots=2)`."""
+    """`make_rooms({...changes to config...}, slots=2)` makes Rooms that are closed after the test."""
     made: list[Rooms] = []
 
     def make(changes: dict[str, Any] | None = None, slots: int = 1) -> Rooms:

@@ -20,7 +20,7 @@ def touch(rooms: Rooms, path: str) -> Path:
 
 
 def listing(rooms: Rooms, now: float = 0.0) -> dict[str, float]:
-    """What a look at the inbox finds: SUB/NAME.cancel -> since when it stands."""
+    """The cancel marks that a look at the inbox finds: SUB/NAME.cancel -> when it was first seen."""
     return Inbox(rooms.spool.paths.inbox).scan(now, rooms.config.watch, True).cancels
 
 
@@ -64,7 +64,7 @@ def test_a_cancel_that_a_stale_look_lists_spares_the_next_job(rooms: Rooms, logg
 
 
 def test_a_cancel_of_the_next_job_is_heeded(rooms: Rooms, logged: Logged) -> None:
-    """It has the name of the first one; the look after the one that may be stale brings it."""
+    """Though it has the name of the first one, the look after the one that may be stale brings it."""
     for _ in range(2):
         rooms.accept(rooms.job("a.txt"))
         touch(rooms, "a.txt.cancel")
@@ -76,7 +76,7 @@ def test_a_cancel_of_the_next_job_is_heeded(rooms: Rooms, logged: Logged) -> Non
 
 
 def test_a_cancel_that_names_nothing_waits_and_is_turned_away(make_rooms: MakeRooms) -> None:
-    """After watch.give_up_seconds; until then its job may still be claimed."""
+    """It is turned away after watch.give_up_seconds; until then its job may still be claimed."""
     rooms = make_rooms({"watch": {"give_up_seconds": 1}})
     touch(rooms, "a.cancel")
     heed(rooms, listing(rooms, now=1e18))

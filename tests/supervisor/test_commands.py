@@ -23,7 +23,7 @@ def send(rooms: Rooms, command: control.Command) -> None:
 
 
 def listing(rooms: Rooms) -> tuple[control.Command, ...]:
-    """What a look finds in the control folder now."""
+    """The commands that a look finds in the control folder now."""
     return control.read(rooms.spool.paths.control)
 
 
@@ -117,7 +117,7 @@ def test_a_retry_of_many_leaves_the_clerk_to_others(
 
 
 def test_trouble_with_a_disk_repeats_no_target(rooms: Rooms, logged: Logged) -> None:
-    """What was retried stays retried while the rest waits for the disk."""
+    """Targets that were retried are not retried again when the rest is."""
     cancelled_job(rooms, "a.txt")
     send(rooms, Retry(("a.txt", "nothing.txt")))
     failed, away = rooms.spool.paths.failed, rooms.spool.paths.root / "away"
@@ -132,7 +132,7 @@ def test_trouble_with_a_disk_repeats_no_target(rooms: Rooms, logged: Logged) -> 
 
 
 def test_commands_wait_until_every_job_is_known(rooms: Rooms) -> None:
-    """After a start, jobs are handed on in slices: a cancel may mean one that comes later."""
+    """After a start, jobs are handed on in slices, and a cancel may name one that comes later."""
     jobs = [rooms.job(f"{n}.txt") for n in range(3)]
     daemon = Supervisor(rooms.config)
     send(rooms, Cancel((jobs[2].id,)))

@@ -1,4 +1,4 @@
-"""Policy of the engines: a start that fails, a death and whom it is charged to, unloading."""
+"""Decisions about engines: a start that fails, a death and the image it is charged to, unloading."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def test_an_engine_that_cannot_start_ends_the_daemon(rooms: Rooms) -> None:
 
 
 def test_an_engine_that_cannot_start_beside_others_rests(make_rooms: MakeRooms) -> None:
-    """The daemon works on, and tries it again after REST_SECONDS."""
+    """The daemon goes on with the others, and tries it again after REST_SECONDS."""
     rooms = make_rooms(slots=2)
     first, _ = rooms.warm()
     first.die()
@@ -46,7 +46,7 @@ def test_an_engine_that_cannot_start_beside_others_rests(make_rooms: MakeRooms) 
 
 
 def test_an_engine_that_dies_loading_ends_the_daemon(rooms: Rooms) -> None:
-    """Its next life would die as well."""
+    """It is not started again, since its next life would die as well."""
     rooms.hear()
     rooms.backend.engines[1].die()
     rooms.hear()
@@ -56,7 +56,7 @@ def test_an_engine_that_dies_loading_ends_the_daemon(rooms: Rooms) -> None:
 
 
 def test_a_death_is_charged_to_the_image_in_hand(rooms: Rooms) -> None:
-    """Not to the prefetched one, which goes first now."""
+    """It is not charged to the prefetched image, which comes first now."""
     (engine,) = rooms.warm()
     fed(rooms, images=2)
     engine.begin(1)
@@ -88,7 +88,7 @@ def test_a_death_with_a_batch_in_hand_is_charged_to_nobody(make_rooms: MakeRooms
 
 
 def test_a_lost_host_is_charged_to_no_attempt(rooms: Rooms) -> None:
-    """It counts like a death of the daemon."""
+    """The loss counts like a death of the daemon."""
     (engine,) = rooms.warm()
     fed(rooms)
     engine.begin()
@@ -102,7 +102,7 @@ def test_a_lost_host_is_charged_to_no_attempt(rooms: Rooms) -> None:
 
 
 def test_an_image_that_comes_back_cancelled_is_next(rooms: Rooms) -> None:
-    """It was recalled for something more urgent, and nobody is charged."""
+    """It was recalled for a more urgent one, and is not charged."""
     (engine,) = rooms.warm()
     fed(rooms, images=3)
     (render, *_) = engine.renders()
@@ -115,7 +115,7 @@ def test_an_image_that_comes_back_cancelled_is_next(rooms: Rooms) -> None:
 
 
 def test_an_engine_that_dies_again_and_again_is_given_up(rooms: Rooms) -> None:
-    """IDLE_DEATHS in a row without an image to blame."""
+    """This happens after IDLE_DEATHS deaths in a row without an image in hand."""
     for _ in range(IDLE_DEATHS):
         ended = rooms.gate.exit_status
         (engine,) = rooms.warm()
@@ -128,7 +128,7 @@ def test_an_engine_that_dies_again_and_again_is_given_up(rooms: Rooms) -> None:
 
 
 def test_idle_engines_are_unloaded_and_loaded_again(make_rooms: MakeRooms) -> None:
-    """After engine.unload_after_seconds; their end is no death."""
+    """They are unloaded after engine.unload_after_seconds; their end is no death."""
     rooms = make_rooms({"engine": {"unload_after_seconds": 10}})
     rooms.look()
     rooms.warm()
@@ -148,7 +148,7 @@ def test_idle_engines_are_unloaded_and_loaded_again(make_rooms: MakeRooms) -> No
 
 
 def test_a_paused_daemon_stays_unloaded(make_rooms: MakeRooms) -> None:
-    """Images that wait for `resume` need no engine."""
+    """Images that wait for `resume` do not load an engine."""
     rooms = make_rooms({"engine": {"unload_after_seconds": 10}})
     rooms.look(paused="because")
     rooms.warm()

@@ -1,4 +1,4 @@
-"""Which images go to which engine, and when none does."""
+"""Feeding: which images are sent to which engine, and when none is."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ MakeRooms = Callable[..., Rooms]
 
 
 def test_nothing_is_sent_while_work_is_held(rooms: Rooms) -> None:
-    """Afterwards two images are: one to render and one ahead, so that the engine never waits."""
+    """Afterwards two are sent: one to render and one ahead, so that the engine never waits."""
     (engine,) = rooms.warm()
     rooms.accept(rooms.job(images=3))
     rooms.feed()
@@ -70,7 +70,7 @@ def test_only_what_may_not_be_poison_is_rendered_together(rooms: Rooms) -> None:
 
 
 def test_the_engine_with_the_least_in_hand_is_next(make_rooms: MakeRooms) -> None:
-    """Two images for two engines: one each."""
+    """Of two images for two engines each gets one."""
     rooms = make_rooms(slots=2)
     rooms.look()
     engines = rooms.warm()

@@ -1,4 +1,4 @@
-"""What may begin: images after a first look and while nothing holds them, engines until a stop."""
+"""The gate lets images begin after a first look and while nothing holds them, engines until a stop."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_a_stop_begins_nothing(rooms: Rooms) -> None:
 
 
 def test_no_engine_is_started_at_the_end(rooms: Rooms) -> None:
-    """The exit status is known, so nobody would use it."""
+    """Once the exit status is known no engine is started, since it would not be used."""
     rooms.gate.end(1, "because")
     rooms.hear()
 

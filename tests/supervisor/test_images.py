@@ -1,4 +1,4 @@
-"""The fate of an image: whom a failure is charged to, and when it is given up."""
+"""Decisions about an image: when a failure is charged to it, and when it is given up."""
 
 import json
 import time
@@ -19,7 +19,7 @@ MakeRooms = Callable[..., Rooms]
 
 
 def taken(rooms: Rooms, images: int = 1) -> Running:
-    """A job whose first image was taken from the queue and is in nobody's hand."""
+    """A job whose first image was taken from the queue and not sent to an engine."""
     rooms.accept(job := rooms.job(images=images))
     rooms.work.queue.take()
     return rooms.work.running[job.id]
@@ -34,7 +34,7 @@ def waiting(rooms: Rooms) -> list[int]:
 
 
 def begun(job: Job, number: int = 1) -> dict[str, int]:
-    """The record of an image in hand; empty: there is none."""
+    """The record of an image in hand; empty if there is none."""
     path = job.record_path(number, "begun")
     return json.loads(path.read_bytes()) if path.exists() else {}
 
@@ -45,7 +45,7 @@ def until_ended(rooms: Rooms) -> None:
 
 
 def test_a_failed_image_comes_last_of_its_job(rooms: Rooms) -> None:
-    """It may be poison. The attempt is remembered on the disk."""
+    """It comes last because it may be poison. The attempt is recorded on the disk."""
     running = taken(rooms, images=3)
     rooms.images.failed(running, spec(), "too bad", timed_out=False)
 
@@ -93,7 +93,7 @@ def test_a_timeout_may_leave_a_placeholder(
 
 
 def test_a_batch_s_failure_is_charged_to_nobody(rooms: Rooms) -> None:
-    """Nobody knows which image it was: each comes next, alone."""
+    """As nobody knows which image was at fault, each is rendered next, alone."""
     running = taken(rooms, images=3)
     rooms.images.batch_failed(running, spec(), "too bad")
 
@@ -135,7 +135,7 @@ def test_a_death_of_the_daemon_is_counted_in_advance(rooms: Rooms) -> None:
 
 
 def test_an_orderly_stop_charges_nobody(rooms: Rooms) -> None:
-    """Whatever is in hand is put down; charged attempts stay."""
+    """For images in hand the death counted in advance is taken back; charged attempts stay."""
     running = taken(rooms, images=2)
     rooms.images.failed(running, spec(), "too bad", timed_out=False)
     rooms.images.begun(running.job, spec())

@@ -21,7 +21,7 @@ def until_ended(rooms: Rooms) -> None:
 
 
 def test_a_job_ends_when_its_last_image_has(rooms: Rooms) -> None:
-    """Not before; then the status lists its end."""
+    """It does not end before; then the status lists its end."""
     rooms.accept(job := rooms.job(images=2))
     running = rooms.work.running[job.id]
     outcomes = []
@@ -49,7 +49,7 @@ def test_a_cancelled_job_ends_at_once_if_no_engine_holds_it(rooms: Rooms) -> Non
 
 
 def test_a_cancel_is_durable_before_its_command_goes(rooms: Rooms) -> None:
-    """A crash in between repeats the command."""
+    """It is recorded before the command is removed, so a crash in between repeats the command."""
     rooms.accept(job := rooms.job())
     found = []
     rooms.jobs.cancel([job.id], lambda: found.append((job.home / "cancelled").exists()), list)
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_job_goes_to_failed(rooms: Rooms) -> None:
 
 
 def test_a_more_urgent_job_recalls_what_is_prefetched(rooms: Rooms) -> None:
-    """Not what is being rendered, and nobody as urgent is."""
+    """An image that is being rendered is not recalled, nor one of the same priority."""
     rooms.look()
     (engine,) = rooms.warm()
     rooms.accept(rooms.job("a.txt", images=2))
@@ -104,7 +104,7 @@ def test_a_more_urgent_job_recalls_what_is_prefetched(rooms: Rooms) -> None:
 def test_with_many_images_a_job_waits_on_the_disk(
     rooms: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond OPEN_IMAGES queued, only its folder knows what it asks for."""
+    """If more than OPEN_IMAGES are queued, its detail is kept on the disk only."""
     monkeypatch.setattr(jobs_room, "OPEN_IMAGES", 1)
     jobs = [rooms.job(f"{n}.txt") for n in range(2)]
     for job in jobs:
@@ -126,7 +126,7 @@ def question(messages: list[Any]) -> CountTokens:
 def test_a_prompt_is_measured_first(
     make_rooms: MakeRooms, tokens: int, queued: int, refused: int
 ) -> None:
-    """With prompt.overflow: refuse. What fits is queued, what does not is refused as a whole."""
+    """With prompt.overflow: refuse, a job that fits is queued, and one that does not is refused whole."""
     rooms = make_rooms(REFUSE)
     rooms.accept(rooms.job())
     (engine,) = rooms.warm()
@@ -159,7 +159,7 @@ def test_another_engine_is_asked_when_one_dies(make_rooms: MakeRooms) -> None:
 
 
 def test_a_job_that_is_measured_can_be_cancelled(make_rooms: MakeRooms) -> None:
-    """What the engine says of it later is about nobody."""
+    """The engine's later answer about it is ignored."""
     rooms = make_rooms(REFUSE)
     (engine,) = rooms.warm()
     rooms.accept(job := rooms.job())

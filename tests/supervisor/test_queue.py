@@ -1,4 +1,4 @@
-"""Which image is next: by priority, then in turn between lanes or by arrival."""
+"""The queue chooses the next image by priority, then in turn between lanes or by arrival."""
 
 from promptdrop.spool.job import ImageState
 from promptdrop.supervisor.queue import Queue
@@ -42,7 +42,7 @@ def test_fifo_goes_by_arrival(rooms: Rooms) -> None:
 
 
 def test_an_image_that_daemons_die_of_goes_behind(rooms: Rooms) -> None:
-    """Three deaths in a row with it in hand: behind all other work, also when it is put back."""
+    """After three deaths in a row it goes behind all other work, also when it is put back."""
     queue = Queue()
     suspect = rooms.job("suspect.txt", images=2, priority=9)
     suspect.states[1] = ImageState(deaths=3)
@@ -60,7 +60,7 @@ def test_an_image_that_daemons_die_of_goes_behind(rooms: Rooms) -> None:
 
 
 def test_an_image_that_was_put_back_is_next(rooms: Rooms) -> None:
-    """It is the next of its job; one that may be poison is the last. The queue counts both."""
+    """It is the next of its job, but the last if it may be poison. The queue counts both."""
     queue, job = Queue(), rooms.job(images=3)
     queue.add(job, job.todo())
     for behind in (False, True):

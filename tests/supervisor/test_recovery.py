@@ -1,4 +1,4 @@
-"""After a start: jobs of the last life go on, in slices."""
+"""After a start, jobs of the last life are handed on in slices."""
 
 import time
 
@@ -7,7 +7,7 @@ from rooms import Rooms
 
 
 def recovered(rooms: Rooms) -> None:
-    """Look at the disk."""
+    """Look at the disk, and wait for the result."""
     rooms.recovery.start()
     rooms.until(lambda: not rooms.recovery.is_looking, "the recovery")
 
@@ -29,14 +29,14 @@ def test_a_turn_hands_on_only_so_many_jobs(rooms: Rooms) -> None:
 
 
 def test_an_empty_spool_is_recovered_at_once(rooms: Rooms) -> None:
-    """Commands need not wait for a turn more."""
+    """The recovery is over at once, so commands need not wait."""
     recovered(rooms)
 
     assert rooms.recovery.is_over
 
 
 def test_an_image_that_daemons_died_of_is_given_up(rooms: Rooms) -> None:
-    """After DEATHS_FAILED deaths in a row with it in hand; its neighbour is rendered."""
+    """It fails after DEATHS_FAILED deaths in a row with it in hand; other images are rendered."""
     job = rooms.job(images=2)
     (job.home / "0001.begun").write_text(f'{{"attempts": 0, "deaths": {DEATHS_FAILED}}}')
     recovered(rooms)

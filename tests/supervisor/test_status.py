@@ -1,4 +1,4 @@
-"""What the status says, and when it is told to whom."""
+"""The content of the status, and when it is reported to whom."""
 
 import json
 import time
@@ -31,7 +31,7 @@ def written(rooms: Rooms) -> dict[str, Any]:
 
 
 def test_the_state_is_one_word(rooms: Rooms) -> None:
-    """When several fit, the most urgent one is said."""
+    """If several states fit, the most urgent one is shown."""
     states = [rooms.composer.state()]
     (engine,) = rooms.warm()
     states.append(rooms.composer.state())
@@ -109,7 +109,7 @@ def test_news_is_written_at_most_once_a_second(rooms: Rooms) -> None:
 
 
 def test_the_end_of_a_job_is_told_at_once(rooms: Rooms) -> None:
-    """Whoever waits for it reads the status."""
+    """It does not wait for a second to pass, since people who wait for the job read the status."""
     reporter = reporter_of(rooms)
     reporter.report(1000.0)
     rooms.accept(job := rooms.job())
