@@ -60,6 +60,18 @@ def test_a_torn_record_is_no_job(spool: Spool, torn: str) -> None:
     assert record.load_if_whole(spool.paths, str(job.home), ["drop"]) is None
 
 
+@pytest.mark.parametrize("damaged", [{"settings": 1}, {"images": ["x"]}, {"images": [None]}])
+def test_a_record_with_values_of_other_types_is_no_job(
+    spool: Spool, damaged: dict[str, object]
+) -> None:
+    """It is whole JSON and has every field; reading it does not end the daemon at each start."""
+    job = claimed_job(spool, "a.txt")
+    whole = json.loads((job.home / REQUEST).read_bytes())
+    (job.home / REQUEST).write_text(json.dumps({**whole, **damaged}))
+
+    assert record.load_if_whole(spool.paths, str(job.home), os.listdir(job.home)) is None
+
+
 def test_a_death_is_counted_before_it_comes(spool: Spool) -> None:
     """What ends the image otherwise takes it back; attempts that were charged stay."""
     job = claimed_job(spool, "a.txt", images=2)

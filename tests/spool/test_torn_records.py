@@ -2,7 +2,8 @@
 
 import pytest
 
-from promptdrop.spool import ending, record, recovery, retry
+from promptdrop.nouns import Request
+from promptdrop.spool import claim, ending, record, recovery, retry
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import REQUEST
 from promptdrop.spool.spool import Spool
@@ -58,3 +59,22 @@ def test_a_retry_cut_short_with_a_torn_record_is_a_claim_again(spool: Spool, job
 
     assert jobs == []
     assert [claimed.path for claimed in unresolved] == ["cat.txt"]
+
+
+def test_a_retry_of_a_torn_record_forgets_that_the_job_was_cancelled(
+    spool: Spool, job: Job
+) -> None:
+    """A retry takes the cancel back: no later start may find it again."""
+    record.cancel(job)
+    job.cancelled = True
+    asked = job.detail
+    ending.finish(spool, job)
+    home = spool.paths.home("parked", job.id)
+    (spool.paths.failed / "cat.txt").rename(home / "drop" / "cat.txt")
+    (home / REQUEST).write_bytes(TORN)
+    ((), (claimed,)) = recovery.recover(spool)
+    claim.resolve(spool, claimed, Request(asked.specs), asked.settled, asked.settings)
+
+    ((resumed,), ()) = recovery.recover(spool)
+
+    assert not resumed.cancelled

@@ -120,6 +120,19 @@ def test_the_end_of_a_job_is_told_at_once(rooms: Rooms) -> None:
     assert [end["id"] for end in written(rooms)["finished"]] == [job.id]
 
 
+def test_a_job_that_waits_does_not_keep_the_loop_awake(rooms: Rooms) -> None:
+    """A pause may last all night, and a model loads for minutes: without news a look a second is enough."""
+    reporter = reporter_of(rooms)
+    rooms.look(paused="because")
+    rooms.accept(rooms.job())
+    dues = []
+    for now in (1000.0, 1000.5, 1001.5, 1005.0):
+        reporter.report(now)
+        dues.append(reporter.next_deadline(now))
+
+    assert dues == [1001.0, 1001.0, 1002.5, 1006.0]
+
+
 def test_a_progress_bar_hears_ten_times_a_second(rooms: Rooms) -> None:
     """It does so whether or not there is news."""
     told: list[Status] = []

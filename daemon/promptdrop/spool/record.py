@@ -44,7 +44,7 @@ def write(job: Job) -> None:
 def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
     """The job in a folder with these names in it. A field that its record lacks has its default.
 
-    Raises OSError; LookupError, TypeError, ValueError: request.json is torn.
+    Raises OSError; AttributeError, LookupError, TypeError, ValueError: request.json is torn.
 
     Thread: clerk, and the threads that help it to recover.
     """
@@ -79,7 +79,7 @@ def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
     """
     try:
         return load(paths, home, listed) if REQUEST in listed else None
-    except (LookupError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return None
 
 

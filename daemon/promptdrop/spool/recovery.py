@@ -10,7 +10,7 @@ from promptdrop.records import ErrorRecord
 from promptdrop.spool import claim, ending, record, retry
 from promptdrop.spool.failed import move_to_failed
 from promptdrop.spool.job import Job, Unresolved
-from promptdrop.spool.paths import DROP, FAILING, IN_HAND, Paths, parse_image_record
+from promptdrop.spool.paths import CANCELLED, DROP, FAILING, IN_HAND, Paths, parse_image_record
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 
@@ -115,6 +115,7 @@ def _recover_parked(spool: Spool, home: Path) -> None:
 
 def _claim_again(spool: Spool, home: Path) -> None:
     """Turn a job that was being retried and whose record is torn into a claim, to be read again."""
+    fs.remove_file(home / CANCELLED)
     fs.remove_file(home / FAILING)
     fs.rename(home, spool.paths.home("pending", home.name))
 

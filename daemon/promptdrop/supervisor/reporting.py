@@ -77,7 +77,7 @@ class Reporter:
         self._copy = OutboxCopy(loop, spool)
         self._key: object = None
         self._end: StatusFinished | None = None  # the end of a job that was shown last
-        self._shown_at = self._progress_at = 0.0  # monotonic seconds
+        self._shown_at = self._progress_at = self._reported_at = 0.0  # monotonic seconds
 
     def start(self) -> None:
         """Write the first status.json."""
@@ -94,6 +94,7 @@ class Reporter:
             self._copy.update(self.shown, now)
         if self._is_due(now):
             self._show(now)
+        self._reported_at = now
 
     def next_deadline(self, now: float) -> float:
         """Return when `report` may next have something to do, monotonic seconds."""
@@ -101,7 +102,7 @@ class Reporter:
         if self._notifier.watchdog_seconds:
             due.append(now + self._notifier.watchdog_seconds / 2)
         if self._work.running:
-            due.append(self._shown_at + STATUS_SECONDS)
+            due.append(self._next_look())
         if not self._recovery.is_looking:
             due.append(self._copy.due(self.shown))
         return min(due)
@@ -114,6 +115,11 @@ class Reporter:
             self._copy.write_last(last)
         if self._on_change:
             self._on_change(last)
+
+    def _next_look(self) -> float:
+        """Return when to look for news: a second after the status was shown, then every second."""
+        soon = self._shown_at + STATUS_SECONDS
+        return soon if self._reported_at < soon else self._reported_at + STATUS_SECONDS
 
     def _is_due(self, now: float) -> bool:
         if self._composer.last_end() is not self._end:
