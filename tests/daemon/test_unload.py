@@ -79,11 +79,14 @@ def test_resume_warms_the_engine_though_nothing_waits(make_daemon: MakeDaemon) -
 def test_an_engine_with_work_is_not_idle(make_daemon: MakeDaemon) -> None:
     """It is not unloaded while an image takes longer than that, nor between images."""
     daemon = make_daemon(unloading())
-    daemon.drop("a.txt", "!slow 0.4 a cat\n!slow 0.4 a dog\n")
+    daemon.drop("a.txt", "!slow 0.01 a hen\n!slow 0.4 a cat\n!slow 0.01 a dog\n")
     daemon.start()
 
     assert daemon.job("a")["outcome"] == "done"
-    assert len(daemon.log("engine.starting")) == 1
+    daemon.until_log("job.done")
+    events = [entry["event"] for entry in daemon.log()]
+    at_work = events[events.index("image.published") : events.index("job.done")]
+    assert "engine.unloaded" not in at_work
     assert daemon.stop() == 0
 
 
