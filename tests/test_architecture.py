@@ -1,4 +1,4 @@
-"""The house: which folder may import from which, no circles, no room too large."""
+"""The structure: which folder may import from which, no circles, no class or function too large."""
 
 import ast
 import re
@@ -76,7 +76,7 @@ def python_files() -> Iterator[Path]:
 
 
 def lines(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
-    """From the first line to the last, decorators left out."""
+    """Count the lines from the first to the last, without decorators."""
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
@@ -86,7 +86,7 @@ def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def too_large(path: Path) -> Iterator[str]:
-    """What in a file is over a limit, in words."""
+    """Say in words what in a file is over a limit."""
     text = path.read_text()
     if (length := text.count("\n")) > LONGEST_MODULE:
         yield f"{length} lines"
@@ -120,7 +120,7 @@ def test_every_folder_has_its_rule() -> None:
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - DOORS))
 def test_a_folder_imports_only_from_those_it_may(module: str) -> None:
-    """MAY_IMPORT holds for each module; what lies flat imports only from what lies flat."""
+    """MAY_IMPORT holds for each module; a module that lies flat imports only from others that do."""
     own = folder(module)
     allowed = MAY_IMPORT.get(own, set()) | {own, ""}
 
@@ -128,7 +128,7 @@ def test_a_folder_imports_only_from_those_it_may(module: str) -> None:
 
 
 def test_there_is_no_circle() -> None:
-    """No module imports, through whatever others, itself."""
+    """No module imports itself, not even through others."""
     order = TopologicalSorter({module: imported(module) for module in MODULES}).static_order()
 
     assert set(MODULES) <= set(order)
@@ -136,8 +136,8 @@ def test_there_is_no_circle() -> None:
 
 @pytest.mark.parametrize("path", [str(p.relative_to(REPOSITORY)) for p in python_files()])
 def test_no_room_is_too_large(path: str) -> None:
-    """No class over 300 lines, module over 400, function over 50, call with more than 6 positional
-    arguments; but for Triton's kernels, and where a sentence in the module says why."""
+    """No class has over 300 lines, no module over 400, no function over 50, no call more than 6 positional
+    arguments; except Triton's kernels, and where a sentence in the module says why."""
     has_excuse = EXCUSE in (REPOSITORY / path).read_text()
 
     assert has_excuse or list(too_large(REPOSITORY / path)) == []

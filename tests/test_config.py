@@ -101,7 +101,8 @@ def test_yaml_means_what_it_looks_like(tmp_path: Path) -> None:
 
 
 def test_a_sub_folder_is_a_preset(tmp_path: Path) -> None:
-    """Its keys win over `defaults`, an inner folder's over an outer one's, in any case and in NFD."""
+    """Its keys win over `defaults`, and an inner folder's over an outer one's; names match in any case and
+    in NFD."""
     text = """
         model: {id: x}
         defaults: {steps: 5}

@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent
 
 @dataclass(frozen=True)
 class Off:
-    """One call of `.off(ROOM, work, then)`; None: a function that is not defined in this folder."""
+    """One call of `.off(ROOM, work, then)`; a function that is not defined in this folder is None."""
 
     where: str
     room: str
@@ -40,7 +40,7 @@ def all_functions(path: Path) -> list[ast.FunctionDef]:
 
 
 def assigned(function: ast.FunctionDef) -> dict[str, ast.expr]:
-    """What a function assigns to local names, one on a line."""
+    """The values that a function assigns to local names, one on a line."""
     return {
         target.id: node.value
         for node in ast.walk(function)
@@ -91,14 +91,14 @@ def offs(path: Path) -> Iterator[Off]:
 
 
 def threads(function: ast.FunctionDef) -> list[str]:
-    """The rooms in the last line of a docstring, `Thread: clerk, publisher.`; none: the loop."""
+    """The rooms in the last line of a docstring, `Thread: clerk, publisher.`; none means the loop."""
     last = (ast.get_docstring(function) or "").rpartition("\n")[2]
     return last.removeprefix("Thread: ").removesuffix(".").split(", ") * last.startswith("Thread: ")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_work_leaves_the_loop(folder: str) -> None:
-    """Else the tests below would keep nothing."""
+    """Some calls are found in each folder; otherwise the tests below would check nothing."""
     assert any(off for path in (PACKAGE / folder).glob("*.py") for off in offs(path))
 
 

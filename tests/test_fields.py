@@ -16,7 +16,7 @@ TYPED = [name for name in FIELDS if name != "images"]  # whose type is made by t
 
 @pytest.mark.parametrize("name", TYPED)
 def test_a_field_takes_its_own_examples(name: str) -> None:
-    """Also its default, where it has one: what the schema shows is never refused."""
+    """It also takes its default, if it has one, so that no value in the schema is refused."""
     field = FIELDS[name]
     values = [*field.examples, *([] if field.default is None else [field.default])]
 
@@ -25,12 +25,12 @@ def test_a_field_takes_its_own_examples(name: str) -> None:
 
 
 def test_every_attribute_of_an_image_is_a_field() -> None:
-    """Of the same name, but for its number; `parse` fills them in by name."""
+    """Each has a field of the same name, except its number, since `parse` fills them in by name."""
     assert set(ImageSpec._fields) - {"image"} <= set(IMAGE_FIELDS)
 
 
 def test_the_sidecar_says_all_that_was_asked() -> None:
-    """Each attribute of an image, but what the sidecar's other parts say, or what is no part of it."""
+    """It has each attribute of an image, except those in other parts of the sidecar or in none."""
     elsewhere = {"image", "format", "timeout_seconds"}
 
     assert set(SidecarRequest.model_fields) == set(ImageSpec._fields) - elsewhere
@@ -45,7 +45,7 @@ def test_defaults_and_presets_give_the_configured_fields() -> None:
 
 
 def test_every_field_is_in_the_readme() -> None:
-    """The table of fields has a row for each, but for the lists of prompts and of images."""
+    """The table of fields has a row for each, except the lists of prompts and of images."""
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", (REPOSITORY / "README.md").read_text(), re.M)
     named = {name for row in rows for name in re.findall(r"\w+", row)}
 
@@ -53,6 +53,6 @@ def test_every_field_is_in_the_readme() -> None:
 
 
 def test_an_option_is_of_an_image_and_of_one_value() -> None:
-    """What the command line converts to: text, an integer or a number."""
+    """Each option is of a type to which the command line converts: text, an integer or a number."""
     assert set(OPTIONS) <= set(IMAGE_FIELDS)
     assert {field.kind for field in OPTIONS.values()} <= {str, int, float}

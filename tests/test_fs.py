@@ -10,7 +10,7 @@ from promptdrop import fs, mounts
 
 
 def test_a_move_never_overwrites(tmp_path: Path) -> None:
-    """Another file under the name stays; the same bytes are the rest of a move cut short."""
+    """Another file under the name stays; one with the same bytes is the rest of a move cut short."""
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / name).write_text(text)
 
@@ -23,7 +23,7 @@ def test_a_move_never_overwrites(tmp_path: Path) -> None:
 
 
 def test_a_move_to_another_file_system_is_a_copy(tmp_path: Path) -> None:
-    """Of the bytes, the times and the mode, but no bit that would let it run as somebody else."""
+    """The copy has the bytes, times and mode, but no bit that would let it run as somebody else."""
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or os.stat(elsewhere).st_dev == os.stat(tmp_path).st_dev:
         pytest.skip("there is no second file system here")
@@ -42,7 +42,7 @@ def test_a_move_to_another_file_system_is_a_copy(tmp_path: Path) -> None:
 
 
 def test_new_files_have_their_folders_group(tmp_path: Path) -> None:
-    """Also where no setgid bit passes it on."""
+    """They have it also where no setgid bit passes it on."""
     if os.geteuid() != 0:
         pytest.skip("only root can give files to any group")
     os.chown(tmp_path, -1, 12345)
@@ -58,7 +58,7 @@ def test_new_files_have_their_folders_group(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    """And nothing else; the error names the folder."""
+    """The old file and nothing else is there; the error names the folder."""
     path = tmp_path / "a"
     fs.write_durably(path, b"old")
     with pytest.raises(OSError, match="No space left") as caught, fs.temporary(tmp_path, 0o644):
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_new_file_replaces_none(tmp_path: Path) -> None:
-    """`write_once` leaves what stands there; `write_durably` and `write_quickly` replace it."""
+    """`write_once` keeps an existing file; `write_durably` and `write_quickly` replace it."""
     path = tmp_path / "a"
     fs.write_once(path, b"one")
     with pytest.raises(FileExistsError):
@@ -86,7 +86,7 @@ def test_a_new_file_replaces_none(tmp_path: Path) -> None:
 
 
 def test_a_tree_of_any_depth_is_walked(tmp_path: Path) -> None:
-    """Deeper than Python recurses, and than a path may be long; no link is followed."""
+    """A tree deeper than Python recurses and than a path may be long is walked; no link is followed."""
     script = "import os\nfor _ in range(2000):\n os.mkdir('d'); os.chdir('d')\nopen('x', 'w')"
     subprocess.run(["python3", "-c", script], cwd=tmp_path, check=True)
     (tmp_path / "link").symlink_to(tmp_path)
@@ -110,7 +110,7 @@ def test_what_cannot_be_told_is_not_taken_for_gone(tmp_path: Path) -> None:
 
 
 def test_only_empty_folders_are_removed(tmp_path: Path) -> None:
-    """A file that came after all is never lost."""
+    """A folder that holds a file is kept."""
     for path in ("empty/a/b", "used/a/b"):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "used/file").touch()
@@ -123,7 +123,7 @@ def test_only_empty_folders_are_removed(tmp_path: Path) -> None:
 
 
 def test_file_systems_are_named_as_the_kernel_does(tmp_path: Path) -> None:
-    """And their free space is what an unprivileged writer has."""
+    """Their names are those of mountinfo, and their free space is an unprivileged writer's."""
     assert mounts.file_system(Path("/proc")) == "proc"
     assert 0 < mounts.free_mib(tmp_path) < 2**40
     assert mounts.missing_mount(tmp_path) is None

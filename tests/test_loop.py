@@ -1,4 +1,4 @@
-"""The daemon's one wait: work goes to rooms, results come back, trouble with a disk is waited out."""
+"""The daemon's loop: work goes to rooms, results come back, trouble with a disk is waited out."""
 
 import threading
 import time
@@ -43,7 +43,7 @@ def test_work_runs_in_its_room_and_comes_back(loop: Loop) -> None:
 
 
 def test_the_clerk_does_one_thing_after_another(loop: Loop) -> None:
-    """In the order it was asked."""
+    """It does work in the order in which it was asked."""
     done: list[int] = []
     for n in range(50):
         loop.off("clerk", lambda n=n: n, done.append)
@@ -54,7 +54,7 @@ def test_the_clerk_does_one_thing_after_another(loop: Loop) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), DiskTrouble("full")])
 def test_trouble_with_a_disk_is_tried_again(loop: Loop, error: Exception) -> None:
-    """Until it is cured: said once, whoever waits for it, and the result comes once."""
+    """It is tried until the disk is cured; the log says it once for all work, and the result comes once."""
     tries, came = [], []
 
     def work() -> str:
@@ -75,7 +75,7 @@ def test_trouble_with_a_disk_is_tried_again(loop: Loop, error: Exception) -> Non
 
 
 def test_any_other_error_comes_out(loop: Loop) -> None:
-    """It is a fault of ours: the daemon ends rather than go on with half a state."""
+    """It is a bug, so the daemon ends rather than go on with half a state."""
     loop.off("clerk", lambda: 1 // 0, lambda _: None)
 
     with pytest.raises(ZeroDivisionError):
@@ -83,7 +83,7 @@ def test_any_other_error_comes_out(loop: Loop) -> None:
 
 
 def test_what_has_not_begun_at_the_end_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work that runs is waited for."""
+    """Only work that has begun is waited for."""
     loop, begun, release = Loop(1.0), threading.Event(), threading.Event()
     ran: list[str] = []
 

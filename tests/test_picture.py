@@ -17,7 +17,7 @@ TRAINED = b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMed
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_picture_has_the_format_and_size_asked_for(format_):
-    """Any buffer of uint8 [height, width, 3] does."""
+    """It has both for any buffer of uint8 [height, width, 3]."""
     data = encode(memoryview(PIXELS), WIDTH, HEIGHT, format_, 92, None)
 
     with Image.open(io.BytesIO(data)) as image:
@@ -26,7 +26,7 @@ def test_a_picture_has_the_format_and_size_asked_for(format_):
 
 
 def test_png_keeps_every_pixel():
-    """Rows from the top, RGB."""
+    """Pixels are read back as they were, rows from the top, RGB."""
     data = encode(PIXELS, WIDTH, HEIGHT, "png", 92, "a cat")
 
     with Image.open(io.BytesIO(data)) as image:
@@ -36,7 +36,7 @@ def test_png_keeps_every_pixel():
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("prompt", ["a cat", "é", "猫 😀\nsecond line", "", "x" * 20_000])
 def test_the_infotext_comes_back(tmp_path, format_, prompt):
-    """From PNG's `parameters` or from EXIF's UserComment."""
+    """It is read back from PNG's `parameters` or from EXIF's UserComment."""
     file = tmp_path / "picture"
     file.write_bytes(encode(PIXELS, WIDTH, HEIGHT, format_, 92, prompt))
 
@@ -45,7 +45,7 @@ def test_the_infotext_comes_back(tmp_path, format_, prompt):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_picture_says_that_a_model_made_it(format_):
-    """IPTC's digital source type, in XMP."""
+    """Its XMP has IPTC's digital source type."""
     data = encode(PIXELS, WIDTH, HEIGHT, format_, 92, "a cat")
 
     assert TRAINED in data
@@ -53,7 +53,7 @@ def test_a_picture_says_that_a_model_made_it(format_):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_without_an_infotext_there_is_no_metadata(tmp_path, format_):
-    """output.embed_metadata: false."""
+    """A picture without an infotext (output.embed_metadata: false) has no metadata at all."""
     file = tmp_path / "picture"
     file.write_bytes(encode(PIXELS, WIDTH, HEIGHT, format_, 92, None))
 
@@ -63,7 +63,7 @@ def test_without_an_infotext_there_is_no_metadata(tmp_path, format_):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_the_same_input_gives_the_same_bytes(format_):
-    """No clock, no random names."""
+    """Neither clock nor random names go into a picture."""
     first, second = (encode(PIXELS, WIDTH, HEIGHT, format_, 92, "a cat") for _ in range(2))
 
     assert first == second
@@ -103,7 +103,7 @@ def test_jpeg_comments_are_what_exif_says_they_are():
 
 
 def test_quality_matters_but_for_png():
-    """1 to 100."""
+    """A higher quality gives larger files in every format but PNG."""
     sizes = {f: [len(encode(PIXELS, WIDTH, HEIGHT, f, q, None)) for q in (10, 95)] for f in FORMATS}
 
     assert {f: low < high for f, (low, high) in sizes.items()} == {
@@ -115,14 +115,14 @@ def test_quality_matters_but_for_png():
 
 
 def test_pixels_of_another_size_are_a_fault_of_ours():
-    """Not an image with a torn edge."""
+    """They raise an error, and give no torn image."""
     with pytest.raises(ValueError, match="9 bytes are not 64x48 RGB pixels"):
         encode(b"123456789", WIDTH, HEIGHT, "png", 92, None)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1024, 768), (64, 4096), (4096, 64)])
 def test_a_placeholder_is_striped_and_has_words(size):
-    """Of the size asked for, the words dark on white."""
+    """It has the size asked for, and dark words on white."""
     pixels = placeholder(*size, "image 3 timed out after 60 s")
     image = Image.frombytes("RGB", size, pixels)
     colours = {colour for _, colour in image.getcolors(1 << 24) or ()}
@@ -132,7 +132,7 @@ def test_a_placeholder_is_striped_and_has_words(size):
 
 
 def test_a_placeholder_shows_its_own_text():
-    """Two reasons, two pictures; the same reason, the same."""
+    """Two reasons give two pictures, the same reason the same picture."""
     first, again, other = (placeholder(256, 256, text) for text in ("timed out", "timed out", "x"))
 
     assert first == again

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is run, parsed and looked up, not believed."""
+"""Commands, job files, keys and links in README.md and docs/ are run, parsed or looked up."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_tests_that_are_named_exist() -> None:
-    """docs/reliability.md rests on them. NAME_... stands for all that begin so."""
+    """docs/reliability.md names tests; NAME_... stands for all whose names begin with NAME."""
     texts = [file.read_text() for file in (REPOSITORY / "tests").rglob("test_*.py")]
     there = {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
     named = re.findall(r"`(test_\w+)(\.\.\.)?", (REPOSITORY / "docs/reliability.md").read_text())
@@ -124,7 +124,7 @@ def test_the_tests_that_are_named_exist() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """What takes more room stands in docs/."""
+    """The README has a limited length; longer explanations are in docs/."""
     assert len(README.read_text().splitlines()) <= 220
 
 

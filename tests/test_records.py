@@ -13,7 +13,7 @@ KINDS = [Status, Sidecar, JobSummary, ErrorRecord]
 
 
 def test_reading_loses_nothing_of_our_own() -> None:
-    """What this version writes is read back as it was."""
+    """A document that this version writes is read back unchanged."""
     written = status(
         engines=[{**ENGINE, "current": image()}, ENGINE],
         finished=[end("cat.txt", "failed", error="no luck")],
@@ -25,7 +25,7 @@ def test_reading_loses_nothing_of_our_own() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_need_be_there(kind: type[Record]) -> None:
-    """Defaults, null where the schema allows it, else empty; in the parts of a document, too."""
+    """A missing key has its default, null if the schema allows it, else an empty value; in parts, too."""
     empty = records.read(kind, {})
 
     for name, field in kind.model_fields.items():
@@ -36,7 +36,7 @@ def test_nothing_need_be_there(kind: type[Record]) -> None:
 
 
 def test_the_empty_values() -> None:
-    """Text, numbers, lists, words of a list, and what may be null."""
+    """There is an empty value for text, numbers, lists, words of a list, and values that may be null."""
     empty = records.read(Status, {})
 
     assert (empty.state, empty.pid, empty.jobs, empty.reason) == ("", 0, [], None)
@@ -65,7 +65,7 @@ def test_values_of_another_version(document: Any, attribute: str, value: object)
 
 
 def test_keys_of_another_version() -> None:
-    """Unknown ones are ignored, at every depth."""
+    """Unknown keys are ignored at every depth."""
     read = records.read(Status, {"dreams": 1, "queue": {"images": 5, "sheep": 9}})
 
     assert read.queue.images == 5

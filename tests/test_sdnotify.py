@@ -1,4 +1,4 @@
-"""What the daemon tells systemd, and how often."""
+"""The messages of the daemon to systemd, and how often they are sent."""
 
 import socket
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises and a machine can check: no pickle from disk, no remote code, pinned hashes."""
+"""Promises of SECURITY.md that a machine can check: no pickle from disk, no remote code, pinned hashes."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ UNHASHED = {"torch"}  # its CPU and CUDA builds share a version, not a file
 
 
 def pins(file: str) -> dict[str, str]:
-    """Name, spelled as PEP 503 has it -> version."""
+    """Read pins: the name, spelled as PEP 503 has it -> the version."""
     found = PIN.findall((ROOT / file).read_text())
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 

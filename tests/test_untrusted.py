@@ -24,7 +24,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 
 
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
-    """One byte more than the limit, which tells that there is more; whatever its size says."""
+    """At most one byte more than the limit is read, whatever the file's size says."""
     (tmp_path / "file").write_bytes(b"x" * 100)
 
     assert len(untrusted.read_plain(tmp_path / "file", 10)[0]) == 11
@@ -32,7 +32,7 @@ def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_reached_without_links(tmp_path: Path) -> None:
-    """And the path to it holds, though its name goes to another one meanwhile."""
+    """The path to it stays valid, even if its name is given to another folder meanwhile."""
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/file").write_text("mine\n")
     (tmp_path / "link").symlink_to(tmp_path / "a")
@@ -60,7 +60,7 @@ def test_an_error_below_names_the_real_path(tmp_path: Path) -> None:
 
 
 def test_a_signature_changes_with_its_file(tmp_path: Path) -> None:
-    """In content, in identity; what is no regular file has none."""
+    """It changes with content and identity; a path that is no regular file has none."""
     path = tmp_path / "file"
     path.write_text("one")
     first = untrusted.signature_of(path)

@@ -1,4 +1,4 @@
-"""Where a model's files are found, offline, and what is said when they are not."""
+"""Finding a model's files offline, and the errors when they are missing."""
 
 import hashlib
 import json
@@ -115,7 +115,7 @@ def test_a_git_lfs_pointer_is_not_weights(tmp_path: Path) -> None:
 
 
 def test_vocab_and_merges_are_a_tokenizer_too(tmp_path: Path) -> None:
-    """tokenizer.json, or vocab.json with merges.txt."""
+    """A tokenizer is tokenizer.json, or vocab.json with merges.txt."""
     directory = checkpoint(tmp_path / "m")
     (directory / "tokenizer/tokenizer.json").unlink()
     (directory / "tokenizer/vocab.json").write_text("{}")
@@ -144,7 +144,7 @@ def test_modelscope_layouts(caches: Path, layout: str) -> None:
 
 
 def test_modelscope_default_cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without MODELSCOPE_CACHE: ~/.cache/modelscope."""
+    """Without MODELSCOPE_CACHE the cache is ~/.cache/modelscope."""
     monkeypatch.delenv("MODELSCOPE_CACHE")
     monkeypatch.setenv("HOME", str(caches / "home"))
     directory = checkpoint(caches / "home/.cache/modelscope" / MODELSCOPE_LAYOUTS[0])
@@ -201,7 +201,7 @@ def test_a_whole_copy_is_preferred_to_a_broken_one(caches: Path) -> None:
 
 
 def test_not_found_names_every_place_and_the_command(caches: Path) -> None:
-    """The text can be acted on."""
+    """The error lists every place that was looked at, and the command that fetches the model."""
     with pytest.raises(ModelError) as raised:
         weights.require(configured())
 
@@ -213,7 +213,7 @@ def test_not_found_names_every_place_and_the_command(caches: Path) -> None:
 
 
 def test_an_incomplete_cache_names_the_command(caches: Path) -> None:
-    """What fetches the rest is said beside what is missing."""
+    """The error names the missing files and the command that fetches the rest."""
     directory = checkpoint(caches / "ms" / MODELSCOPE_LAYOUTS[0])
     (directory / "transformer" / SHARDS[1]).unlink()
 
@@ -279,7 +279,7 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def log_message(self, *_: object) -> None:
-        """No line on stderr for each request."""
+        """Print no line on stderr for each request."""
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
@@ -327,7 +327,7 @@ def test_fetch_to_a_folder(tmp_path: Path) -> None:
 
 
 def test_fetch_to_a_file_is_refused(tmp_path: Path) -> None:
-    """Before anything is asked of the network, naming the path."""
+    """It is refused before anything is asked of the network, and the error names the path."""
     (tmp_path / "model").touch()
     done = subprocess.run(
         [sys.executable, "-m", "promptdrop", "model", "fetch", MODEL,

@@ -1,9 +1,9 @@
 """Files and folders of our own: durable writes, exclusive moves, listing, removal.
 
 A durable write is a hidden temporary, fsync, rename, fsync of the directory; there is no other place
-that does it. Nothing here overwrites a file it did not make: moves are exclusive (renameat2,
-RENAME_NOREPLACE). Every temporary starts with `.promptdrop-`, so a later start knows its leftovers.
-Everything here may wait for a disk; nothing keeps a state, so any thread may call it.
+that does it. Moves are exclusive (renameat2, RENAME_NOREPLACE), so that no file of others is
+overwritten. Every temporary starts with `.promptdrop-`, by which a later start finds leftovers.
+Everything here may wait for a disk. Any thread may call it, since there is no state.
 """
 
 import ctypes
@@ -75,9 +75,9 @@ def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def write_quickly(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace a file in one step, for what may be lost in a power cut. One writer at a time.
+    """Replace a file in one step, without flushing: a power cut may lose it. One writer at a time.
 
-    The temporary has a name of its own: what a crash leaves is taken away by the next write.
+    Each path has one temporary, so that the next write removes what a crash has left.
     """
     leftover = path.parent / f"{TEMPORARY}{path.name}.tmp"
     remove_file(leftover)
@@ -88,12 +88,12 @@ def write_quickly(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def touch_durably(path: Path) -> None:
-    """Make an empty file that survives a power cut, in one step; it may stand already."""
+    """Make an empty file that survives a power cut, in one step; it may exist already."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         os.fsync(fd)
     except OSError as e:
-        e.filename = str(path)  # a message must say where
+        e.filename = str(path)  # fsync(2) names no file, and a message must
         raise
     finally:
         os.close(fd)
@@ -113,7 +113,10 @@ def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
 def temporary(
     directory: Path, mode: int, keep: bool = False, name: Path | None = None
 ) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a new hidden file. It is unlinked afterwards, unless it was renamed or `keep` and no error."""
+    """Open a new hidden file, which is unlinked at the end unless it was renamed.
+
+    With `keep` it is unlinked only after an error.
+    """
     name = name or directory / f"{TEMPORARY}{secrets.token_hex(8)}.tmp"
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -122,7 +125,7 @@ def temporary(
             yield file, name
     except BaseException as e:
         if isinstance(e, OSError) and e.filename is None:
-            e.filename = str(directory)  # of a write or fsync; a message must say where
+            e.filename = str(directory)  # write(2) and fsync(2) name no file, and a message must
         remove_file(name)
         raise
     if not keep:
@@ -162,7 +165,10 @@ def make_directories(path: Path, mode: int, below: Path) -> None:
 
 
 def make_directory(path: Path, mode: int) -> None:
-    """mkdir with the mode whatever the umask, and its parent's group. Raises FileExistsError."""
+    """Make a folder with this mode, whatever the umask, and its parent's group.
+
+    Raises FileExistsError.
+    """
     os.mkdir(path)
     share(path, mode, path.parent)
 
@@ -183,12 +189,12 @@ def share(path: Path, mode: int, folder: Path) -> None:
     """Give a file or folder this mode and the group of `folder`, as far as we may.
 
     Every program of the group can then fetch and delete it, also where setgid is not set.
-    Nothing is done to what a link names.
+    A link is not followed.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
-        _refused(e)  # another owner's, not for us to read; or a link
+        _refused(e)  # not ours and unreadable for us, or a link
         return
     try:
         _share(fd, mode, folder)
@@ -197,29 +203,29 @@ def share(path: Path, mode: int, folder: Path) -> None:
 
 
 def _share(fd: int, mode: int, folder: Path) -> None:
-    """The same for an open file."""
+    """Do what `share` does for an open file."""
     try:
         group = os.stat(folder).st_gid
         if os.fstat(fd).st_gid != group:
             os.fchown(fd, -1, group)
     except OSError as e:
-        _refused(e)  # we are not of that group: the file keeps ours, and doctor says so
+        _refused(e)  # we are not in that group: the file keeps ours, and doctor says so
     try:
         os.fchmod(fd, mode)
     except OSError as e:
-        _refused(e)  # another owner's, or a share with forced modes (CIFS, FUSE): those stand
+        _refused(e)  # not ours, or on a share with forced modes (CIFS, FUSE): its mode stays
 
 
 def _refused(error: OSError) -> None:
-    """Pass over what is not ours to change, or what a file system does not have."""
+    """Ignore an error that means: not ours to change, or not supported by the file system."""
     if error.errno not in (errno.EPERM, errno.EACCES, errno.ELOOP, *_UNSUPPORTED):
         raise error
 
 
 def exists(path: Path) -> bool:
-    """Whether something has this name, a dangling link too. Raises OSError: nobody can tell now.
+    """Whether something has this name, even a dangling link. Raises OSError: this cannot be told now.
 
-    Path.exists and os.path.lexists say no then, and what is taken for gone may be given up.
+    Path.exists and os.path.lexists return False then, and a file taken for gone may be given up.
     """
     try:
         os.lstat(path)
@@ -229,7 +235,7 @@ def exists(path: Path) -> bool:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder; none if it is gone. Raises OSError: some of it cannot be read."""
+    """Yield every file below a folder; none if it is gone. Raises OSError: some of it cannot be read."""
     for entry in entries(folder):
         if entry.is_dir(follow_symlinks=False):
             yield from files(Path(entry.path))
@@ -238,9 +244,9 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Every folder at and below `root` that can be read, with what it holds; no link is followed.
+    """Yield every folder at and below `root` that can be read, with its entries; follow no link.
 
-    To any depth: os.walk and Path.rglob recurse, and anybody can make a tree that is too deep for that.
+    It goes to any depth: os.walk and Path.rglob recurse, and anybody can make a tree too deep for them.
     """
     folders = [str(root)]
     while folders:
@@ -250,7 +256,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
                 listed = list(scan)
             folders += [entry.path for entry in listed if entry.is_dir(follow_symlinks=False)]
         except OSError:
-            continue  # gone, kept from us, or a path that is too long
+            continue  # gone, closed to us, or its path is too long
         yield folder, listed
 
 
@@ -264,7 +270,7 @@ def remove_empty_tree(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory of our own with all it holds; gone already is fine."""
+    """Remove a directory of our own with all it holds; it may be gone already."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -272,7 +278,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Unlink a file of our own; gone already is fine."""
+    """Unlink a file of our own; it may be gone already."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -287,7 +293,7 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def entries(directory: Path) -> list[os.DirEntry[str]]:
-    """The entries of a directory; none if it is gone."""
+    """List the entries of a directory; none if it is gone."""
     try:
         with os.scandir(directory) as scan:
             return list(scan)
@@ -321,8 +327,8 @@ def _rename_exclusively(source: Path, target: Path) -> None:
 def _took_place(source: Path, target: Path) -> bool:
     """Whether a rename that was reported as failed was done: network file systems repeat requests.
 
-    A server that has done the first of two answers ENOENT to the second; one whose answer is lost
-    looks like EIO or ETIMEDOUT (rename(2), "BUGS").
+    A server that has done the first request answers ENOENT to the second; if its answer is lost, the
+    client reports EIO or ETIMEDOUT (rename(2), "BUGS").
     """
     return exists(target) and not exists(source)
 
@@ -330,7 +336,7 @@ def _took_place(source: Path, target: Path) -> bool:
 def _copy(source: Path, target: Path) -> None:
     """Copy a file durably, never onto an existing name.
 
-    A link, pipe or device is made anew: nothing is read through it.
+    A link, pipe or device is made anew, without reading through it.
     """
     status = os.lstat(source)
     if stat.S_ISLNK(status.st_mode):
@@ -342,7 +348,7 @@ def _copy(source: Path, target: Path) -> None:
     with open_plain(source) as original, temporary(target.parent, 0o600) as (file, name):
         shutil.copyfileobj(original, file, 1 << 20)
         file.flush()  # a later write would change the time again
-        # By descriptor, and without the bits that would make it a program of our own user's.
+        # By descriptor, and without setuid and setgid: the copy belongs to our user.
         os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode) & 0o777)
         os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
         sync(file)
@@ -350,7 +356,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _is_rest_of_move(source: Path, target: Path) -> bool:
-    """Whether a crash came between the copy of a file and the end of the original."""
+    """Whether a crash came between the copy of a file and the removal of the original."""
     return (
         target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
     )

@@ -1,8 +1,8 @@
-"""Nothing lost, nothing twice, nothing half-visible, wherever the daemon dies.
+"""Wherever the daemon dies, nothing is lost, done twice or visible half.
 
 Each case builds a spool once, runs it to the end undisturbed for reference, then once for every
-change to the disk with the daemon dead before that change, restarted, and compared. Seeds are in
-the files, so every image must come out with the reference's very bytes.
+change to the disk with a daemon that dies before that change and is restarted, and compares the two.
+Seeds are in the files, so every image must have the very bytes of the reference.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ Drain = Callable[[Daemon, int], int]
 
 @pytest.fixture(scope="module")
 def drain() -> Iterator[Drain]:
-    """`drain(daemon, n)`: `run --drain`, dead before its n-th change; returns the exit status."""
+    """`drain(daemon, n)` runs `run --drain`, dead before its n-th change; returns the exit status."""
     with subprocess.Popen(
         [sys.executable, CRASH_AT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
@@ -56,7 +56,7 @@ def drain() -> Iterator[Drain]:
 
 
 def visible(daemon: Daemon) -> dict[str, bytes]:
-    """Every file a reader sees in outbox and failed, by its path; but the outbox's status."""
+    """Every file that a reader sees in outbox and failed, except the outbox's status, by its path."""
     folders = {"outbox": daemon.outbox, "failed": daemon.failed}
     return {
         f"{name}/{path.relative_to(folder)}": path.read_bytes()
@@ -67,7 +67,7 @@ def visible(daemon: Daemon) -> dict[str, bytes]:
 
 
 def lasting(path: str, data: bytes) -> Any:
-    """What of a file must be the same in every run: all but times, ids and the machine's figures."""
+    """The content that a file must have in every run: all but times, ids and the machine's figures."""
     if not path.endswith(".json"):
         return hashlib.sha256(data).hexdigest()
     document = json.loads(data)
@@ -169,7 +169,7 @@ def a_retry_and_a_cancel(daemon: Daemon) -> None:
     (daemon.failed / "wrong.txt").write_text('--prompt "x" --seed 6 --width 64\n')
     assert daemon.run("pause").returncode == 0
     daemon.start()
-    # The engine has its hands full until the cancel has been carried out.
+    # Keeps the engine busy until the cancel has been carried out.
     daemon.drop("hold.txt", '--prompt "!wait spool/failed/never.txt.error.json" --seed 9\n')
     daemon.until_log("job.claimed", file="hold.txt")
     daemon.drop("never.txt", '--prompt "never" --seed 7\n')
@@ -201,7 +201,7 @@ def a_cancel_of_a_job_in_hand(daemon: Daemon) -> None:
     ids=lambda build: build.__name__,
 )
 def test_a_crash_at_any_change_loses_nothing(make_daemon: Make, drain: Drain, build: Any) -> None:
-    """Dead before the n-th rename, mkdir, fsync ... for every n: the same files come out, once."""
+    """If the daemon dies before the n-th rename, mkdir, fsync ..., for every n, the same files come out once."""
     assert crash_everywhere(make_daemon, drain, build) > 20
 
 
@@ -209,7 +209,7 @@ def test_a_crash_at_any_change_loses_nothing(make_daemon: Make, drain: Drain, bu
 def test_a_crash_with_the_outbox_on_another_file_system(
     make_daemon: Make, drain: Drain, tmp_path: Path
 ) -> None:
-    """The same where moves into outbox and failed are copies."""
+    """A crash at any change loses nothing also where moves into outbox and failed are copies."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK) or shared.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("/dev/shm is no second file system here")
@@ -233,7 +233,7 @@ def test_a_crash_with_the_outbox_on_another_file_system(
 
 @pytest.mark.timeout(900)
 def test_a_crash_in_the_recovery_from_a_crash(make_daemon: Make, drain: Drain) -> None:
-    """Dead before the n-th change, started, dead before the m-th: the third start makes it good."""
+    """If the daemon dies before its n-th change and, restarted, before its m-th, the third completes all."""
     template = make_daemon(QUICK, home="template")
     a_partly_failed_job_and_a_refused_file(template)
     reference = _copy(make_daemon, template, "reference", None)
@@ -260,8 +260,8 @@ def test_a_crash_in_the_recovery_from_a_crash(make_daemon: Make, drain: Drain) -
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_a_power_cut_after_each_image(make_daemon: Make, tmp_path: Path, kind: str) -> None:
-    """What was published before the power went is there when it is back, and whole; a sidecar that
-    stands has its image; the rest is rendered, and nothing twice."""
+    """Images that were published before it are there afterwards, and whole; each sidecar has its image;
+    the rest is rendered, and nothing twice."""
     with disks.block(tmp_path / "block", kind) as disk:
         daemon = make_daemon({**QUICK, "root": str(disk.path / "spool")})
         daemon.drop("cat.yaml", "prompt: '!slow 0.1 a cat'\ncount: 6\nseed: 1\n")
@@ -293,7 +293,7 @@ def test_a_power_cut_after_each_image(make_daemon: Make, tmp_path: Path, kind: s
 
 
 def _kill_group(daemon: Daemon) -> None:
-    """The daemon dies first; its engine follows at once (PR_SET_PDEATHSIG)."""
+    """Kill the daemon; its engine follows at once (PR_SET_PDEATHSIG)."""
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGKILL)
     daemon.process.wait(30)
@@ -301,8 +301,8 @@ def _kill_group(daemon: Daemon) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_short_night_of_kills(make_daemon: Make) -> None:
-    """What `make soak` does for longer: SIGKILL of daemon, engine or both, SIGTERM, SIGHUP, pause,
-    cancel and retry at random moments; every image once, whole, with its seed."""
+    """After SIGKILL of daemon, engine or both, SIGTERM, SIGHUP, pause, cancel and retry at random moments
+    every image is there once, whole, with its seed. `make soak` does the same for longer."""
     campaign = Campaign(make_daemon(SETTINGS), seed=20, images=150, kills=12)
     campaign.run()
 
@@ -312,5 +312,5 @@ def test_a_short_night_of_kills(make_daemon: Make) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_memory_of_the_daemon_is_flat(make_daemon: Make) -> None:
-    """However many images it has published; the engine's memory is its own affair."""
+    """The daemon's memory does not grow with the number of images that it has published."""
     assert Campaign(make_daemon(SETTINGS), seed=1, images=0, kills=0).growth_mib(400) <= MEMORY_MIB

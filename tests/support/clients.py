@@ -21,7 +21,7 @@ ALL = {"one": IMAGES, "two_words": IMAGES, "deeper/drei_ü": IMAGES}
 
 
 def count(daemon: Daemon, inbox: Path, jobs: dict[str, int], refused: int = 0) -> None:
-    """These jobs with so many images each, all done, each claimed once; nothing else was."""
+    """Assert that just these jobs were claimed, each once, and done with so many images."""
     sub = inbox.name
     for name, images in jobs.items():
         summary = daemon.job(f"{sub}/{name}")

@@ -18,7 +18,7 @@ import psutil
 from harness import Daemon, free_port, until
 
 RAY = Path(sys.executable).with_name("ray")
-# A host that is gone is known to be gone in seconds, not in minutes.
+# Ray notices in seconds, not in minutes, that a host is gone.
 HASTE = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
@@ -33,7 +33,7 @@ STORE = "--object-store-memory=80000000"
 
 @dataclass
 class Host:
-    """`ray start --block` in a session of its own."""
+    """A host of the cluster: `ray start --block` in a session of its own."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -43,7 +43,7 @@ class Host:
         until(lambda: "Ray runtime started" in self.log.read_text(), "a host of the cluster")
 
     def kill(self) -> None:
-        """SIGKILL; Ray's processes die with it (PR_SET_PDEATHSIG)."""
+        """Send SIGKILL; Ray's processes die with it (PR_SET_PDEATHSIG)."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -51,7 +51,7 @@ class Host:
 
 @dataclass
 class Cluster:
-    """Its folder holds Ray's sockets and logs; the path is short, for sockets allow 107 bytes."""
+    """A head and hosts. Its folder has Ray's sockets and logs, and a short path: a socket's has 107 bytes."""
 
     folder: Path
     port: int
@@ -75,7 +75,7 @@ class Cluster:
     def add_host(
         self, cores: int = 1, prefix: tuple[str, ...] = (), ip: str = "127.0.0.1", **env: str
     ) -> Host:
-        """A host for so many engines."""
+        """Add a host for so many engines."""
         host = self.start_ray(
             f"--address={self.address}", f"--num-cpus={cores}", f"--node-ip-address={ip}",
             prefix=prefix, **env,
@@ -86,7 +86,7 @@ class Cluster:
         return host
 
     def kill_hosts(self) -> None:
-        """All hosts but the head."""
+        """Kill all hosts but the head."""
         for host in self.hosts:
             host.kill()
         self.hosts.clear()
@@ -128,12 +128,12 @@ def prompts(*texts: str) -> str:
 
 
 def attempts(daemon: Daemon, folder: str) -> list[int]:
-    """How often each image was tried."""
+    """The attempt at which each image was rendered."""
     return [sidecar["job"]["attempt"] for sidecar in daemon.sidecars(folder)]
 
 
 def each_once(daemon: Daemon, folder: str, images: int) -> None:
-    """Every image is in the outbox and was published once, ever."""
+    """Assert that every image is in the outbox and was published only once."""
     job = daemon.job(folder)
     assert [image["outcome"] for image in job["images"]] == ["rendered"] * images
     numbers = sorted(image for file, image in daemon.published() if file.startswith(f"{folder}/"))

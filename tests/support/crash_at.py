@@ -1,4 +1,4 @@
-"""promptdrop, dead on the spot before its N-th change to the disk. For test_crash.py.
+"""Run promptdrop so that it dies before its N-th change to the disk. For test_crash.py.
 
 Counts every rename, replace, mkdir, fsync, link, unlink and rmdir of the daemon, on any thread.
 N = 0 never dies; the number of changes counted is then written to `count`.
@@ -36,7 +36,7 @@ _last = 0
 
 
 def counted(change: Callable[..., Any], fatal: int) -> Callable[..., Any]:
-    """The same change, unless it is the fatal one."""
+    """Wrap a call that changes the disk: it is counted, and the process dies instead of the n-th."""
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         global _last
@@ -65,7 +65,7 @@ class ForkedEngine:
 
     @staticmethod
     def _become_engine(requests: socket.socket) -> int:
-        """In the child. Without a request it ends with the daemon, whose end of the pair closes."""
+        """Run an engine in the child. Without a request it ends when the daemon closes its end of the pair."""
         os.setsid()
         _, (pipe, *_), _, _ = socket.recv_fds(requests, 1, 1)
         requests.close()
@@ -99,7 +99,7 @@ class ForkedEngine:
 
 
 def use_forked_engine() -> None:
-    """Let the daemon's first engine be one that is forked now; a further one is executed as ever."""
+    """Make the daemon's first engine one that is forked now; further ones are executed as usual."""
     forked = [ForkedEngine()]
 
     def popen(command: list[str], **options: Any) -> Any:
@@ -113,7 +113,7 @@ def use_forked_engine() -> None:
 
 
 def arm(n: int) -> None:
-    """From now on this process counts its changes to the disk, and dies before the n-th."""
+    """Count this process's changes to the disk from now on, and die before the n-th."""
     for name in ("rename", "replace", "mkdir", "fsync", "link", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name), n))
     fs._renameat2 = counted(ctypes.CDLL(None, use_errno=True).renameat2, n)
@@ -147,7 +147,7 @@ def serve() -> None:
 
 
 def run(n: int, arguments: list[str], home: str, count: str) -> int:
-    """In the forked process: the daemon, from start to end."""
+    """Run the daemon, from start to end, in the forked process."""
     os.chdir(home)
     log = os.open("daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for fd in (1, 2):

@@ -35,13 +35,13 @@ def _mount(*arguments: str) -> None:
 
 
 def unmount(path: Path) -> None:
-    """Lazily: whoever still has files open there keeps them."""
+    """Unmount lazily: a process that still has files open there keeps them."""
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @contextmanager
 def tmpfs(path: Path, size: str = "16m") -> Iterator[Path]:
-    """A small one in memory on `path`, which is made."""
+    """Mount a small file system in memory on `path`, which is made."""
     path.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={size}", "promptdrop-test", str(path))
     try:
@@ -62,19 +62,19 @@ class Block:
         _mount("-o", "loop", "-t", self.kind, str(self.image), str(self.path))
 
     def unmount(self) -> None:
-        """For good: nothing of it may be in use."""
+        """Unmount it for good; no file of it may be in use."""
         subprocess.run(["umount", str(self.path)], check=True)
 
     def freeze(self) -> None:
-        """Whoever writes waits in uninterruptible sleep until `thaw`."""
+        """Make every process that writes wait in uninterruptible sleep until `thaw`."""
         self._ioctl(_FIFREEZE, 0)
 
     def thaw(self) -> None:
-        """Go on."""
+        """End the freeze, so that writes go on."""
         self._ioctl(_FITHAW, 0)
 
     def cut_power(self) -> None:
-        """What was not flushed is lost, and every later call fails, as for a disk without power."""
+        """Lose all data that was not flushed, and make every later call fail, as a disk without power."""
         self._ioctl(_SHUTDOWN, _NO_LOG_FLUSH)
 
     def _ioctl(self, request: int, argument: int) -> None:
@@ -141,7 +141,7 @@ class Faulty:
         self._process.wait(20)
 
     def fail(self, *operations: str, error: str = "EIO", **more: Any) -> None:
-        """From now on these operations fail.
+        """Make these operations fail from now on.
 
         `match`: only on paths where this is found (a regular expression). `times`: only so often. `done`: after they were
         done all the same. `delay`: they take so many seconds, and succeed if `error` is empty.
@@ -152,7 +152,7 @@ class Faulty:
         new.rename(self._control)
 
     def heal(self) -> None:
-        """All is well again."""
+        """End all faults."""
         self.fail(error="")
 
 
@@ -174,14 +174,14 @@ def faulty(home: Path) -> Iterator[Faulty]:
 
 
 def drop_behind(disk: Faulty, name: str, text: str) -> None:
-    """A file comes into the inbox without passing through the mount."""
+    """Drop a file into the inbox without passing through the mount."""
     new = disk.behind / "spool" / f".{name}"
     new.write_text(text)
     new.rename(disk.behind / "spool" / "inbox" / name)
 
 
 def nothing_was_charged(daemon: Daemon) -> None:
-    """No attempt, no failure; each job done once; no leftovers of ours."""
+    """Assert that no attempt was charged, each job was done once, and no leftovers are there."""
     assert daemon.log("image.failed") == []
     for path in daemon.outbox.rglob("job.json"):
         job = json.loads(path.read_bytes())

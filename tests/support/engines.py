@@ -24,7 +24,7 @@ from specs import spec
 Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 OnStep = Callable[[int, int], None]
 
-torch.set_num_threads(1)  # the small model is quickest so, many times on a busy machine
+torch.set_num_threads(1)  # the small model is quickest like this, by far on a busy machine
 
 DEVICES = ["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"]
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -41,7 +41,7 @@ class FaultyDisk(mfusepy.Operations):
             setattr(self, name, functools.partial(self._call, name, getattr(self, name)))
 
     def _call(self, name: str, operation: Callable[..., Any], path: str, *rest: Any) -> Any:
-        """Every call comes through here, one after the other."""
+        """Carry out a call, or its fault. All calls come through here, one after the other."""
         faults = self._read_faults()
         is_hit = name in faults["operations"] and re.search(faults.get("match", ""), path)
         if not is_hit or self._left <= 0:
@@ -141,7 +141,7 @@ class FaultyDisk(mfusepy.Operations):
 if __name__ == "__main__":
     # It must not outlive the test run: PR_SET_PDEATHSIG, SIGTERM.
     ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-    # No caching by the kernel: every call shall come here, and fail.
+    # The kernel caches nothing, so that every call comes here.
     mfusepy.FUSE(
         FaultyDisk(sys.argv[1], sys.argv[3]), sys.argv[2], foreground=True, nothreads=True,
         noforget=True, attr_timeout=0, entry_timeout=0, negative_timeout=0,

@@ -81,7 +81,7 @@ class Front:
         self.until(lambda: len(self.desk.surveys) > surveys)
 
     def look_twice(self, at: float) -> None:
-        """Look `at` and once more when what stood there has settled."""
+        """Look `at`, and once more when the files found then have settled."""
         self.look(at)
         self.look(at + 1)
 

@@ -19,6 +19,6 @@ def block(page: str, name: str) -> str:
 
 
 def offline(commands: str) -> str:
-    """The same without the commands that fetch something: what they bring is there already."""
+    """Leave out the commands that fetch something, which is there already."""
     lines = commands.replace("\\\n", " ").splitlines()
     return "\n".join(line for line in lines if not FETCHING.search(line))

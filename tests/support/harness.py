@@ -142,7 +142,7 @@ class Daemon:
         return self
 
     def drain(self, timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
-        """`run --drain` to its end."""
+        """Run `run --drain` to its end."""
         done = self.run("run", "--drain", timeout=timeout)
         with self.log_file.open("a") as log:
             log.write(done.stderr)
@@ -155,7 +155,7 @@ class Daemon:
         return self.process.wait(PATIENCE_SECONDS)
 
     def kill(self) -> None:
-        """SIGKILL daemon and engine, as a power cut would."""
+        """Send SIGKILL to daemon and engine: they end at once, as in a power cut."""
         if self.process is None:
             return
         engine = (self.status().get("engine") or {}).get("pid")
@@ -168,7 +168,7 @@ class Daemon:
     # --- what it says ---
 
     def status(self) -> dict[str, Any]:
-        """status.json as it stands, or an empty mapping."""
+        """Read status.json as it is now, or an empty mapping."""
         try:
             loaded: dict[str, Any] = json.loads((self.own / "status.json").read_bytes())
         except (OSError, ValueError):
@@ -176,14 +176,16 @@ class Daemon:
         return loaded
 
     def log(self, event: str | None = None) -> list[dict[str, Any]]:
-        """The log's lines, or those of one event."""
+        """Read the log's lines, or those of one event."""
         if self.log_file.exists():
             with self.log_file.open("rb") as file:
                 file.seek(self._read)
-                new, newline, _ = file.read().rpartition(b"\n")  # the last may be in the writing
+                new, newline, _ = file.read().rpartition(
+                    b"\n"
+                )  # the last line may not be complete yet
             self._read += len(new + newline)
             for line in new.splitlines():
-                with suppress(ValueError):  # a line of Python's own
+                with suppress(ValueError):  # a line that Python itself printed
                     self._entries.append(json.loads(line))
         return [e for e in self._entries if event is None or e.get("event") == event]
 
@@ -249,7 +251,7 @@ class Daemon:
     # --- what came of it ---
 
     def job(self, folder: str) -> dict[str, Any]:
-        """job.json of an outbox folder; waits for it."""
+        """Wait for job.json of an outbox folder, and read it."""
         path = self.outbox / folder / "job.json"
         try:
             until(path.exists, str(path))
@@ -259,7 +261,7 @@ class Daemon:
         return loaded
 
     def error(self, name: str) -> dict[str, Any]:
-        """FILE.error.json of failed/; waits for it."""
+        """Wait for FILE.error.json in failed/, and read it."""
         path = self.failed / f"{name}.error.json"
         until(path.exists, str(path))
         loaded: dict[str, Any] = json.loads(path.read_bytes())
@@ -282,14 +284,14 @@ class Daemon:
         )
 
     def unfinished(self) -> list[str]:
-        """Jobs that are still ours."""
+        """The folders of jobs that have not ended."""
         return sorted(
             p.name for state in ("pending", "active") for p in (self.own / state).glob("*")
         )
 
 
 def works(daemon: Daemon, name: str = "witness") -> None:
-    """An ordinary job goes through."""
+    """Assert that an ordinary job is rendered."""
     daemon.drop(f"{name}.txt", "a cat\n")
     assert daemon.job(name)["outcome"] == "done"
 

@@ -25,7 +25,7 @@ FILES = ("systemd", "docs", "README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE
 
 
 def why_not() -> str | None:
-    """What keeps a machine from booting here, or None."""
+    """Return the reason why no machine can boot here, or None."""
     if os.geteuid() != 0:
         return "namespaces and cgroups need root"
     if not SYSTEMD.exists():
@@ -47,7 +47,7 @@ def why_not() -> str | None:
 
 
 class Machine:
-    """`run` runs a command on it. The root of its file system is an overlay of ours."""
+    """A booted machine. The root of its file system is an overlay of ours."""
 
     def __init__(self, folder: Path, binds: dict[Path, str]) -> None:
         if reason := why_not():
@@ -73,7 +73,7 @@ class Machine:
         return state in ("running", "degraded")
 
     def _find_init(self) -> int:
-        """The innermost child, once it is systemd."""
+        """Find the innermost child, once it is systemd."""
         pid = self._process.pid
         while children := _children(pid):
             pid = children[0]
@@ -96,7 +96,7 @@ class Machine:
         return done
 
     def shell(self, script: str, check: bool = True) -> str:
-        """What a line of sh prints on the machine."""
+        """Run a line of sh on the machine. Returns what it prints."""
         return self.run("sh", "-ec", script, check=check).stdout
 
     def write(self, path: str, text: str) -> None:
@@ -108,11 +108,11 @@ class Machine:
         )  # fmt: skip
 
     def show(self, unit: str, key: str) -> str:
-        """One property of a unit."""
+        """Return one property of a unit."""
         return self.run("systemctl", "show", "--value", "-p", key, unit).stdout.strip()
 
     def journal(self, unit: str) -> list[str]:
-        """What the unit's own processes wrote, a line each."""
+        """Return the lines that the unit's own processes wrote to the journal."""
         self.run("journalctl", "--sync")
         done = self.run("journalctl", "-u", unit, "-o", "cat", "_TRANSPORT=stdout")
         return done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""A listener for what the daemon tells systemd."""
+"""A listener for the daemon's messages to systemd."""
 
 import socket
 import threading
@@ -8,7 +8,7 @@ from harness import until
 
 
 class Notified:
-    """What systemd would hear, with a watchdog of 0.4 s."""
+    """Hears the messages in systemd's place, with a watchdog of 0.4 s."""
 
     def __init__(self, path: Path) -> None:
         self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "400000"}
@@ -31,6 +31,6 @@ class Notified:
             self.heard.append(said.decode())
 
     def first(self, text: str) -> int:
-        """When a text was first heard; waits for it."""
+        """Wait for a text. Returns when it was first heard."""
         until(lambda: any(text in said for said in self.heard), text)
         return next(n for n, said in enumerate(self.heard) if text in said)

@@ -1,4 +1,4 @@
-"""Which test files `make quick` runs, and that they keep to it: no daemon, no torch.
+"""Choose the test files that `make quick` runs, and keep them from using a daemon or torch.
 
 A file is quick unless it lies in tests/daemon/ or tests/hosts/, or in a folder whose conftest.py imports
 torch, or names, also inside a function, what imports torch or a fixture of a daemon or of the model.
@@ -77,7 +77,7 @@ def _at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
 
 
 def forbid_what_is_slow() -> None:
-    """From now on an import of torch and the start of a daemon are errors in this process."""
+    """Make an import of torch and the start of a daemon errors in this process from now on."""
     sys.addaudithook(_refuse)
 
 

@@ -1,4 +1,4 @@
-"""The supervisor's rooms on a spool of their own, without a daemon: a test turns the loop by hand."""
+"""The parts of the supervisor on their own spool, without a daemon: a test turns the loop by hand."""
 
 import time
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from spools import claimed, put
 
 
 class Rooms:
-    """Real rooms, a real spool and a real loop; only the engines are scripted."""
+    """The real parts of a supervisor, with a real spool and loop; only the engines are scripted."""
 
     def __init__(self, home: Path, changes: dict[str, Any] | None = None, slots: int = 1) -> None:
         document = merged(FAST, {"root": str(home / "spool"), "watch": {"rescan_seconds": 0.05}})
@@ -119,7 +119,7 @@ class Rooms:
         return engines
 
     def feed(self) -> None:
-        """Send what waits to the engines."""
+        """Send waiting images to the engines."""
         self.feeder.feed(time.monotonic())
 
     def hear(self) -> None:

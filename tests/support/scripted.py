@@ -35,7 +35,7 @@ class ScriptedEngine:
             self._end.send(answer)
 
     def say_bytes(self, data: bytes) -> None:
-        """Send what no Connection would."""
+        """Send raw bytes, which need not be a message."""
         os.write(self._end.fileno(), data)
 
     def close_pipe(self) -> None:
@@ -52,7 +52,7 @@ class ScriptedEngine:
         return messages
 
     def heard_while(self, flush: Callable[[], None]) -> list[Any]:
-        """Every message of a daemon whose pipe is full: a thread reads while `flush` sends on."""
+        """Every message of a daemon whose pipe is full: a thread reads while `flush` goes on sending."""
         messages: list[Any] = []
         with ThreadPoolExecutor(1) as reader:
             reading = reader.submit(self.heard)

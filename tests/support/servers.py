@@ -26,7 +26,7 @@ def need(*programs: str) -> None:
 
 
 def which(program: str) -> str | None:
-    """Also where only root looks."""
+    """Find a program, also in the folders that only root's PATH has."""
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin:/usr/lib/openssh")
 
 

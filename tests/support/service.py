@@ -29,18 +29,18 @@ class Service:
         self.machine.write(self.config, yaml.safe_dump(self._settings))
 
     def override(self, *lines: str) -> None:
-        """A drop-in: shorter times than the unit's, or another command."""
+        """Write a drop-in, with shorter times than the unit's, or another command."""
         self.machine.write(
             f"/etc/systemd/system/{self.unit}.d/test.conf", "\n".join(("[Service]", *lines, ""))
         )
         self.machine.run("systemctl", "daemon-reload")
 
     def systemctl(self, verb: str, check: bool = True) -> int:
-        """The exit status of systemctl VERB."""
+        """Run systemctl VERB. Returns its exit status."""
         return self.machine.run("systemctl", verb, self.unit, check=check).returncode
 
     def start(self) -> "Service":
-        """Returns once systemd says that the service is up."""
+        """Start the service. Returns once systemd says that it is up."""
         self.systemctl("start")
         return self
 

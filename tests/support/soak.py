@@ -43,7 +43,7 @@ MEMORY_MIB = 5.0  # most that the daemon may grow over them
 
 @dataclass
 class Campaign:
-    """One daemon's night. `run` raises AssertionError where a promise was broken."""
+    """One daemon and all that happens to it. `run` raises AssertionError where a promise was broken."""
 
     daemon: Daemon
     seed: int
@@ -73,7 +73,7 @@ class Campaign:
         self._count()
 
     def growth_mib(self, images: int) -> float:
-        """Render images in one undisturbed life; how much the daemon's memory grew over the last half."""
+        """Render images in one undisturbed life. Returns the growth of the daemon's memory in the last half."""
         self.daemon.start()
         wanted = sum(map(len, self.asked.values())) + images
         while sum(map(len, self.asked.values())) < wanted:
@@ -103,7 +103,7 @@ class Campaign:
     # --- what happens ---
 
     def _let_it_work(self) -> None:
-        """A random while: some images, or some moment of a start."""
+        """Wait a random while: for some images, or for some moment of a start."""
         if self.random.random() < 0.3:
             time.sleep(self.random.uniform(0, 0.6))
             return
@@ -113,7 +113,7 @@ class Campaign:
             time.sleep(0.01)
 
     def _disturb(self) -> None:
-        """One thing that happens at night."""
+        """Do one random thing that disturbs the daemon."""
         things: list[tuple[int, Callable[[], None]]] = [
             (4, self._kill_daemon),
             (4, self._kill_engine),
@@ -130,7 +130,7 @@ class Campaign:
         action()
 
     def _start_again(self) -> None:
-        """As systemd does. By itself it ends only when we kill an engine that is being loaded."""
+        """Start it again, as systemd does. By itself it ends only if we kill an engine that is loading."""
         assert self.daemon.process
         if (status := self.daemon.process.poll()) is None:
             return
@@ -234,7 +234,7 @@ class Campaign:
                 self.seen[path] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _count(self) -> None:
-        """Every image once, whole, with its seed; every file in its place; nothing else."""
+        """Assert that every image is there once, whole, with its seed, every file in its place, nothing else."""
         for job, seeds in self.asked.items():
             folder = self.daemon.outbox / job
             sidecars = self.daemon.sidecars(job)

@@ -107,7 +107,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def sidecar_of(image: Path) -> dict[str, Any]:
-    """The sidecar of an image, which is that of these very bytes."""
+    """Read the sidecar of an image, and check that it describes the image's bytes."""
     loaded: dict[str, Any] = json.loads(image.with_suffix(".json").read_bytes())
     assert loaded["image"]["file"] == image.name
     assert loaded["image"]["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()

@@ -13,7 +13,7 @@ from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """A record of our own; empty if it is gone, torn, no regular file or no JSON object.
+    """Read a record of our own; empty if it is gone, torn, no regular file or no JSON object.
 
     Thread: any.
     """
@@ -42,7 +42,7 @@ def write(job: Job) -> None:
 
 
 def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
-    """The job in a folder with these names in it. A field that its record lacks has its default.
+    """Read the job in a folder, whose names are `listed`. A field that its record lacks has its default.
 
     Raises OSError; AttributeError, LookupError, TypeError, ValueError: request.json is torn.
 
@@ -73,7 +73,7 @@ def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
 
 
 def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
-    """The job in a folder; None if it is not recorded yet, or torn by a disk that lied about fsync.
+    """Read the job in a folder; None if it is not recorded yet, or torn by a disk that lied about fsync.
 
     Thread: clerk, and the threads that help it to recover.
     """
@@ -95,7 +95,7 @@ def _load_image(state: ImageState, kind: str, record: dict[str, Any]) -> None:
 
 
 def begin_image(job: Job, number: int) -> None:
-    """Count a daemon death in advance; whatever ends the image otherwise takes it back.
+    """Count a daemon death in advance; it is taken back when the image ends while the daemon lives.
 
     Writes one small file, which is not flushed to the disk.
 
@@ -106,7 +106,7 @@ def begin_image(job: Job, number: int) -> None:
 
 
 def end_attempt(job: Job, number: int) -> None:
-    """Record that the image was put down while the daemon lives: only charged attempts stay.
+    """Take back the death counted by `begin_image`; charged attempts stay.
 
     Writes one small file, which is not flushed to the disk.
 
@@ -117,7 +117,7 @@ def end_attempt(job: Job, number: int) -> None:
 
 
 def fail_image(job: Job, number: int, error: str) -> None:
-    """Give an image up, durably.
+    """Record durably that an image has failed.
 
     Thread: clerk.
     """
@@ -127,9 +127,9 @@ def fail_image(job: Job, number: int, error: str) -> None:
 
 
 def cancel(job: Job) -> None:
-    """Remember durably that nobody wants the rest of this job, unless it has ended.
+    """Record durably that a job is cancelled, unless it has ended.
 
-    The loop may take the job meanwhile, from pending to active; there it is recorded then.
+    The loop may move the job from pending to active meanwhile; then it is recorded there.
 
     Thread: clerk.
     """
