@@ -73,7 +73,7 @@ class Timed(Supervisor):
             self._gate.end(0)
 
     def accept(self, job):  # type: ignore[no-untyped-def]  # as in Supervisor
-        """Note the first new one."""
+        """Note the time of the first new job."""
         if job.place == "pending" and self._recovery.is_over:
             self.claims += 1
             self.first_claim = self.first_claim or time.monotonic() - self.began
@@ -81,7 +81,7 @@ class Timed(Supervisor):
 
 
 def settings_for(home: Path, **more: object) -> config.Config:
-    """The gradient engine, small images, default watch settings."""
+    """Configure the gradient engine, small images and the default watch settings."""
     base = {
         "root": str(home / "spool"), "model": {"id": "gradient"}, "engine": {"warmup": []},
         "defaults": {"width": 64, "height": 64, "steps": 3},
@@ -121,7 +121,7 @@ def resident_mib() -> float:
 
 
 def in_a_child(measure: Callable[..., dict[str, float]], *args: object) -> dict[str, float]:
-    """Fresh memory for each measurement."""
+    """Run a measurement in a child process, so that each has fresh memory."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -138,7 +138,7 @@ def in_a_child(measure: Callable[..., dict[str, float]], *args: object) -> dict[
 
 
 def measure_pending(home: Path) -> dict[str, float]:
-    """Recovery, memory and turns."""
+    """Measure recovery, memory and turns."""
     settings = settings_for(home)
     spool = Spool(settings)
     spool.folders.prepare()
@@ -154,7 +154,7 @@ def measure_pending(home: Path) -> dict[str, float]:
 
 
 def measure_drop(home: Path, seconds: float) -> dict[str, float]:
-    """Files that lie there at the start, for so long."""
+    """Measure how files are claimed that lie in the inbox at the start, for so many seconds."""
     daemon = Timed(settings_for(home), 10**9, seconds)
     daemon.run()
     working = seconds - (daemon.first_claim or seconds)
@@ -165,7 +165,7 @@ def measure_drop(home: Path, seconds: float) -> dict[str, float]:
 
 
 def measure_one_job(home: Path, seconds: float) -> dict[str, float]:
-    """One job of very many images."""
+    """Measure one job of very many images."""
     daemon = Timed(settings_for(home), 10**9, seconds)
     daemon.run()
     turns = daemon.turns[len(daemon.turns) // 10 :]
@@ -176,7 +176,7 @@ def measure_one_job(home: Path, seconds: float) -> dict[str, float]:
 
 
 def measure_claims(home: Path, claims: int) -> dict[str, float]:
-    """Claim and resolve, without the engine."""
+    """Measure claim and resolve, without the engine."""
     spool = Spool(settings_for(home))
     spool.folders.prepare()
     times = []
@@ -240,7 +240,7 @@ def pick_up(files: int, there: int) -> dict[str, float]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder that goes again."""
+    """Make a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="promptdrop-bench-") as folder:
         yield Path(folder)
 

@@ -196,8 +196,8 @@ def rotate(x: Tensor, freqs: Tensor) -> Tensor:
 
 
 def quicken(transformer: ZImageTransformer2DModel) -> None:
-    """Same weights and names, fewer kernels: torch's own norms, rotary embeddings without complex
-    numbers.  Afterwards its attention expects a `Rotary`'s frequencies."""
+    """Make the transformer use fewer kernels, with the same weights and names: torch's own norms, rotary
+    embeddings without complex numbers.  Afterwards its attention expects a `Rotary`'s frequencies."""
     for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
         block.attention.set_processor(RealRotaryAttention())
     for module in list(transformer.modules()):

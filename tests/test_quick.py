@@ -1,4 +1,4 @@
-"""What belongs to `make quick`, and that nothing slow slips in."""
+"""The choice of tests for `make quick`, and the guard that keeps slow ones out."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ SUPPORT = Path(quick.__file__).parent
     ],
 )
 def test_what_is_quick(tmp_path: Path, source: str, expected: bool) -> None:
-    """No torch, not even by way of a module of ours, and no fixture of a daemon or of the model."""
+    """A quick test imports no torch, not even by a module of ours, and has no fixture of daemon or model."""
     file = tmp_path / "test_it.py"
     file.write_text(source)
 
@@ -42,7 +42,7 @@ def test_what_is_quick(tmp_path: Path, source: str, expected: bool) -> None:
     ],
 )
 def test_a_quick_test_that_is_slow_fails(statement: str, said: str) -> None:
-    """However it comes to it: an audit hook of the process refuses."""
+    """An audit hook of the process refuses torch and daemons, however the test comes to them."""
     code = f"import subprocess, quick; quick.forbid_what_is_slow(); {statement}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=SUPPORT, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Of two images in one engine, the one at fault is charged in the end."""
+"""If two images are in one engine, the one at fault is charged in the end."""
 
 import pytest
 

@@ -171,7 +171,7 @@ def _resident_mib(pid: int) -> float:
 
 
 def test_with_seeds_keeps_what_images_share() -> None:
-    """10,000 images of one prompt hold one prompt."""
+    """10,000 images of one prompt share one string in memory."""
     asked = parse.parse(b"prompt: a cat\ncount: 3\n", ".yaml", config.parse({"model": {"id": "x"}}))
     seeded: Request = parse.with_seeds(asked, "x")
 

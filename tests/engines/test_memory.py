@@ -39,7 +39,7 @@ def true_size() -> dict[str, Footprint]:
 
 
 def test_what_z_image_turbo_takes(true_size: dict[str, Footprint]) -> None:
-    """Of a streamed component two blocks stay on the device, and the little that is in no block."""
+    """A streamed component keeps two blocks on the device, and the little that is in no block."""
     mib = {name: (each.whole // MIB, each.streamed // MIB) for name, each in true_size.items()}
 
     assert mib["transformer"] == (11739, 714)

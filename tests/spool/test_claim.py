@@ -1,4 +1,4 @@
-"""From a file in the inbox to a job in hand."""
+"""Claiming, resolving and taking: a file in the inbox becomes a job in hand."""
 
 from pathlib import Path
 

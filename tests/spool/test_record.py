@@ -19,7 +19,7 @@ def again(spool: Spool, job: Job) -> Job:
 
 
 def test_a_job_is_read_as_it_was_recorded(spool: Spool) -> None:
-    """Every field of it, and every image with its prompt."""
+    """Every field of the job is read back, and every image with its prompt."""
     job = claimed_job(spool, "sub/a.txt", priority=7, images=3)
     read = again(spool, job)
     read.open()
@@ -29,7 +29,7 @@ def test_a_job_is_read_as_it_was_recorded(spool: Spool) -> None:
 
 
 def test_what_a_record_lacks_has_its_default(spool: Spool) -> None:
-    """Records of an older version; what a newer one added is passed over."""
+    """A field that an older version did not write has its default; one of a newer version is ignored."""
     job = claimed_job(spool, "a.txt", priority=7)
     document = json.loads((job.home / REQUEST).read_bytes())
     for name in ("inode", "priority", "settled"):
@@ -73,7 +73,7 @@ def test_a_record_with_values_of_other_types_is_no_job(
 
 
 def test_a_death_is_counted_before_it_comes(spool: Spool) -> None:
-    """What ends the image otherwise takes it back; attempts that were charged stay."""
+    """It is taken back when the image ends while the daemon lives; attempts that were charged stay."""
     job = claimed_job(spool, "a.txt", images=2)
     record.begin_image(job, 1)
     job.state(2).attempts = 1
@@ -89,7 +89,7 @@ def test_a_death_is_counted_before_it_comes(spool: Spool) -> None:
 
 
 def test_a_torn_count_is_one_death(spool: Spool) -> None:
-    """The count is not flushed to the disk: of a power cut nothing but its name may be left."""
+    """The count is not flushed to the disk, so after a power cut only the file's name may be left."""
     job = claimed_job(spool, "a.txt")
     job.record_path(1, "begun").touch()
 
@@ -97,7 +97,7 @@ def test_a_torn_count_is_one_death(spool: Spool) -> None:
 
 
 def test_an_image_that_is_given_up_stays_so(spool: Spool) -> None:
-    """With its reason, and without being in hand."""
+    """It has failed for the recorded reason, and is not in hand any more."""
     job = claimed_job(spool, "a.txt", images=2)
     record.begin_image(job, 1)
     record.fail_image(job, 1, "no luck")
@@ -108,7 +108,7 @@ def test_an_image_that_is_given_up_stays_so(spool: Spool) -> None:
 
 
 def test_a_cancel_is_remembered(spool: Spool) -> None:
-    """Over a crash; for a job that has ended meanwhile there is nothing to remember."""
+    """It is remembered over a crash; nothing is recorded for a job that has ended meanwhile."""
     job, ended = claimed_job(spool, "a.txt"), claimed_job(spool, "b.txt")
     ended.home.rename(spool.paths.root / "away")
     for one in (job, ended):
@@ -119,7 +119,7 @@ def test_a_cancel_is_remembered(spool: Spool) -> None:
 
 
 def test_only_small_jobs_are_closed(spool: Spool) -> None:
-    """Reading a large one again would hold the loop up."""
+    """A large job stays open, since reading it again would hold up the loop."""
     small, large = claimed_job(spool, "a.txt"), claimed_job(spool, "b.txt", 0, CLOSED_IMAGES + 1)
     for job in (small, large):
         job.close()
@@ -132,7 +132,7 @@ def test_only_small_jobs_are_closed(spool: Spool) -> None:
 
 
 def test_what_is_no_record_is_empty(tmp_path: Path) -> None:
-    """Gone, torn, no mapping, a pipe that nobody writes to, or so deep that it is an attack."""
+    """A file that is gone, torn, no mapping, a pipe or nested too deeply reads as an empty record."""
     for name, text in (("torn", '{"a": '), ("list", "[1]"), ("deep", "[" * 100_000), ("empty", "")):
         (tmp_path / name).write_text(text)
     os.mkfifo(tmp_path / "pipe")
@@ -143,9 +143,9 @@ def test_what_is_no_record_is_empty(tmp_path: Path) -> None:
 
 
 def test_a_cancel_is_recorded_though_the_job_is_taken_just_then(spool: Spool) -> None:
-    """The loop moves a job to active while the clerk records its cancel: no trouble with a disk."""
+    """The loop may move the job to active while the clerk records its cancel; this is no disk trouble."""
     job = claimed_job(spool, "a.txt")
-    job.home.rename(job.paths.home("active", job.id))  # and job.place does not say so yet
+    job.home.rename(job.paths.home("active", job.id))  # job.place does not say so yet
     record.cancel(job)
     job.place = "active"
 
@@ -153,7 +153,7 @@ def test_a_cancel_is_recorded_though_the_job_is_taken_just_then(spool: Spool) ->
 
 
 def test_a_cancel_of_a_job_that_has_ended_records_nothing(spool: Spool) -> None:
-    """Its folder is gone, and is not made again."""
+    """The job's folder is gone, and is not made again."""
     job = claimed_job(spool, "a.txt")
     finish(spool, job)
     record.cancel(job)

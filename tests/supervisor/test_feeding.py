@@ -70,7 +70,7 @@ def test_only_what_may_not_be_poison_is_rendered_together(rooms: Rooms) -> None:
 
 
 def test_the_engine_with_the_least_in_hand_is_next(make_rooms: MakeRooms) -> None:
-    """Of two images for two engines each gets one."""
+    """If there are two images and two engines, each engine gets one."""
     rooms = make_rooms(slots=2)
     rooms.look()
     engines = rooms.warm()

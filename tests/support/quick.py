@@ -1,8 +1,8 @@
 """Choose the test files that `make quick` runs, and keep them from using a daemon or torch.
 
 A file is quick unless it lies in tests/daemon/ or tests/hosts/, or in a folder whose conftest.py imports
-torch, or names, also inside a function, what imports torch or a fixture of a daemon or of the model.
-Nobody has to mark anything.
+torch, or names, also inside a function, a module that imports torch or a fixture of a daemon or of the
+model. No test has to be marked.
 """
 
 import ast
