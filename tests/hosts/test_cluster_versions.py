@@ -67,7 +67,8 @@ def leave_actor(cluster: Cluster, daemon: Daemon, site: Path) -> None:
     command = [sys.executable, "-c", LEAVE_ACTOR, cluster.address, name]
     environment = {**os.environ, "PYTHONPATH": str(site)}
 
-    assert subprocess.check_output(command, env=environment, text=True) == "0.1.0\n"
+    said = subprocess.check_output(command, env=environment, text=True)
+    assert "0.1.0" in said.splitlines()  # Ray may tell of hosts that earlier tests took away
 
 
 @pytest.mark.parametrize(("install", "version"), [(install_other, "0.0.9"), (install_old, "0.1.0")])
