@@ -135,7 +135,7 @@ def test_there_is_no_circle() -> None:
 
 
 @pytest.mark.parametrize("path", [str(p.relative_to(REPOSITORY)) for p in python_files()])
-def test_no_room_is_too_large(path: str) -> None:
+def test_no_module_is_too_large(path: str) -> None:
     """No class has over 300 lines, no module over 400, no function over 50, no call more than 6 positional
     arguments; except Triton's kernels, and where a sentence in the module says why."""
     has_excuse = EXCUSE in (REPOSITORY / path).read_text()

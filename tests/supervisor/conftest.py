@@ -7,27 +7,27 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from rooms import Rooms
+from parts import Parts
 
 
 @pytest.fixture
-def make_rooms(tmp_path: Path) -> Iterator[Callable[..., Rooms]]:
-    """`make_rooms({...changes to config...}, slots=2)` makes Rooms that are closed after the test."""
-    made: list[Rooms] = []
+def make_parts(tmp_path: Path) -> Iterator[Callable[..., Parts]]:
+    """`make_parts({...changes to config...}, slots=2)` makes Parts that are closed after the test."""
+    made: list[Parts] = []
 
-    def make(changes: dict[str, Any] | None = None, slots: int = 1) -> Rooms:
-        made.append(Rooms(tmp_path / str(len(made)), changes, slots))
+    def make(changes: dict[str, Any] | None = None, slots: int = 1) -> Parts:
+        made.append(Parts(tmp_path / str(len(made)), changes, slots))
         return made[-1]
 
     yield make
-    for rooms in made:
-        rooms.close()
+    for parts in made:
+        parts.close()
 
 
 @pytest.fixture
-def rooms(make_rooms: Callable[..., Rooms]) -> Rooms:
-    """Rooms with one engine that is not started."""
-    return make_rooms()
+def parts(make_parts: Callable[..., Parts]) -> Parts:
+    """Parts with one engine that is not started."""
+    return make_parts()
 
 
 @pytest.fixture

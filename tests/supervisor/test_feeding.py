@@ -2,79 +2,79 @@
 
 from collections.abc import Callable
 
+from parts import Parts
 from promptdrop.supervisor.feeding import PUBLISHERS
-from rooms import Rooms
 
-MakeRooms = Callable[..., Rooms]
+MakeParts = Callable[..., Parts]
 
 
-def test_nothing_is_sent_while_work_is_held(rooms: Rooms) -> None:
+def test_nothing_is_sent_while_work_is_held(parts: Parts) -> None:
     """Afterwards two are sent: one to render and one ahead, so that the engine never waits."""
-    (engine,) = rooms.warm()
-    rooms.accept(rooms.job(images=3))
-    rooms.feed()
+    (engine,) = parts.warm()
+    parts.accept(parts.job(images=3))
+    parts.feed()
     before = engine.renders()
-    rooms.look()
-    rooms.feed()
+    parts.look()
+    parts.feed()
 
     assert before == []
     assert [render.spec.image for render in engine.renders()] == [1, 2]
-    assert len(rooms.work.tickets) == 2
+    assert len(parts.work.tickets) == 2
 
 
-def test_images_that_are_saved_slowly_hold_back_the_next(rooms: Rooms) -> None:
+def test_images_that_are_saved_slowly_hold_back_the_next(parts: Parts) -> None:
     """Memory holds only so many pictures that are not on the disk yet."""
-    rooms.look()
-    (engine,) = rooms.warm()
-    rooms.accept(rooms.job())
-    rooms.publishing.under_way = PUBLISHERS
-    rooms.feed()
+    parts.look()
+    (engine,) = parts.warm()
+    parts.accept(parts.job())
+    parts.publishing.under_way = PUBLISHERS
+    parts.feed()
 
     assert engine.renders() == []
 
 
-def test_trouble_with_a_disk_puts_the_image_back(rooms: Rooms) -> None:
+def test_trouble_with_a_disk_puts_the_image_back(parts: Parts) -> None:
     """The first image moves its job's folder; nothing is sent until a look finds the disk well."""
-    rooms.look()
-    rooms.warm()
-    rooms.accept(job := rooms.job())
-    away = job.home.rename(rooms.spool.paths.root / "away")
-    rooms.feed()
-    held = rooms.gate.why_held()
+    parts.look()
+    parts.warm()
+    parts.accept(job := parts.job())
+    away = job.home.rename(parts.spool.paths.root / "away")
+    parts.feed()
+    held = parts.gate.why_held()
     away.rename(job.home)
-    rooms.feed()
-    still = len(rooms.work.tickets)
-    rooms.look()
-    rooms.feed()
+    parts.feed()
+    still = len(parts.work.tickets)
+    parts.look()
+    parts.feed()
 
     assert "No such file" in str(held)
-    assert (still, len(rooms.work.tickets)) == (0, 1)
+    assert (still, len(parts.work.tickets)) == (0, 1)
 
 
-def test_only_what_may_not_be_poison_is_rendered_together(rooms: Rooms) -> None:
+def test_only_what_may_not_be_poison_is_rendered_together(parts: Parts) -> None:
     """An image that failed, or whose batch did, has no kind in common with any other."""
-    rooms.look()
-    (engine,) = rooms.warm()
-    rooms.accept(job := rooms.job(images=4))
-    rooms.work.running[job.id].alone.add(1)
+    parts.look()
+    (engine,) = parts.warm()
+    parts.accept(job := parts.job(images=4))
+    parts.work.running[job.id].alone.add(1)
     job.state(2).attempts = 1
     kinds = []
     for _ in range(2):
-        rooms.feed()
+        parts.feed()
         kinds += [render.kind for render in engine.renders()]
-        rooms.work.tickets.clear()
-        rooms.pool.slots[0].link.in_hand.clear()  # as if they had come back
+        parts.work.tickets.clear()
+        parts.pool.slots[0].link.in_hand.clear()  # as if they had come back
 
     assert kinds[:2] == [None, None]
     assert kinds[2] == kinds[3] is not None
 
 
-def test_the_engine_with_the_least_in_hand_is_next(make_rooms: MakeRooms) -> None:
+def test_the_engine_with_the_least_in_hand_is_next(make_parts: MakeParts) -> None:
     """If there are two images and two engines, each engine gets one."""
-    rooms = make_rooms(slots=2)
-    rooms.look()
-    engines = rooms.warm()
-    rooms.accept(rooms.job(images=2))
-    rooms.feed()
+    parts = make_parts(slots=2)
+    parts.look()
+    engines = parts.warm()
+    parts.accept(parts.job(images=2))
+    parts.feed()
 
     assert [len(engine.renders()) for engine in engines] == [1, 1]

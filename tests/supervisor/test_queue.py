@@ -1,8 +1,8 @@
 """The queue chooses the next image by priority, then in turn between lanes or by arrival."""
 
+from parts import Parts
 from promptdrop.spool.job import ImageState
 from promptdrop.supervisor.queue import Queue
-from rooms import Rooms
 
 
 def turns(queue: Queue) -> list[str]:
@@ -13,40 +13,40 @@ def turns(queue: Queue) -> list[str]:
     return order
 
 
-def queue_of(rooms: Rooms, policy: str) -> Queue:
+def queue_of(parts: Parts, policy: str) -> Queue:
     """Two jobs of one folder, one of another, one at the root, one urgent."""
     queue = Queue(policy)
     for sub, file, priority, images in (
         ("ann", "1.txt", 0, 2), ("ann", "2.txt", 0, 1), ("bob", "1.txt", 0, 2),
         ("", "x.txt", 0, 2), ("ann/deep", "hot.txt", 5, 1),
     ):  # fmt: skip
-        job = rooms.job(f"{sub}/{file}" if sub else file, images, priority)
+        job = parts.job(f"{sub}/{file}" if sub else file, images, priority)
         queue.add(job, job.todo())
     return queue
 
 
-def test_fair_takes_turns_between_folders(rooms: Rooms) -> None:
+def test_fair_takes_turns_between_folders(parts: Parts) -> None:
     """One image from each top-level folder with work; a job at the root is a lane of its own."""
-    assert turns(queue_of(rooms, "fair")) == [
+    assert turns(queue_of(parts, "fair")) == [
         "ann/deep/hot.txt:1", "ann/1.txt:1", "bob/1.txt:1", "x.txt:1",
         "ann/1.txt:2", "bob/1.txt:2", "x.txt:2", "ann/2.txt:1",
     ]  # fmt: skip
 
 
-def test_fifo_goes_by_arrival(rooms: Rooms) -> None:
+def test_fifo_goes_by_arrival(parts: Parts) -> None:
     """Within a priority, who came first is rendered first."""
-    assert turns(queue_of(rooms, "fifo")) == [
+    assert turns(queue_of(parts, "fifo")) == [
         "ann/deep/hot.txt:1", "ann/1.txt:1", "ann/1.txt:2", "ann/2.txt:1",
         "bob/1.txt:1", "bob/1.txt:2", "x.txt:1", "x.txt:2",
     ]  # fmt: skip
 
 
-def test_an_image_that_daemons_die_of_goes_behind(rooms: Rooms) -> None:
+def test_an_image_that_daemons_die_of_goes_behind(parts: Parts) -> None:
     """After three deaths in a row it goes behind all other work, also when it is put back."""
     queue = Queue()
-    suspect = rooms.job("suspect.txt", images=2, priority=9)
+    suspect = parts.job("suspect.txt", images=2, priority=9)
     suspect.states[1] = ImageState(deaths=3)
-    other = rooms.job("other.txt", priority=-9)
+    other = parts.job("other.txt", priority=-9)
     queue.add(suspect, suspect.todo())
     queue.add(other, other.todo())
     first = [queue.take() for _ in range(3)]
@@ -59,9 +59,9 @@ def test_an_image_that_daemons_die_of_goes_behind(rooms: Rooms) -> None:
     assert turns(queue) == ["other.txt:1", "suspect.txt:1"]
 
 
-def test_an_image_that_was_put_back_is_next(rooms: Rooms) -> None:
+def test_an_image_that_was_put_back_is_next(parts: Parts) -> None:
     """It is the next of its job, but the last if it may be poison. The queue counts both."""
-    queue, job = Queue(), rooms.job(images=3)
+    queue, job = Queue(), parts.job(images=3)
     queue.add(job, job.todo())
     for behind in (False, True):
         taken = queue.take()
@@ -72,13 +72,13 @@ def test_an_image_that_was_put_back_is_next(rooms: Rooms) -> None:
     assert turns(queue) == ["a.txt:2", "a.txt:3", "a.txt:1"]
 
 
-def test_a_dropped_job_leaves_no_image(rooms: Rooms) -> None:
+def test_a_dropped_job_leaves_no_image(parts: Parts) -> None:
     """The queue counts and takes only the images of other jobs."""
-    queue = queue_of(rooms, "fair")
+    queue = queue_of(parts, "fair")
     first = queue.take()
     assert first
     queue.drop(first[0])
-    cancelled = rooms.job("late.txt")
+    cancelled = parts.job("late.txt")
     queue.add(cancelled, cancelled.todo())
     queue.drop(cancelled)
 

@@ -35,7 +35,7 @@ from specs import spec
 from spools import claimed, put
 
 
-class Rooms:
+class Parts:
     """The real parts of a supervisor, with a real spool and loop; only the engines are scripted."""
 
     def __init__(self, home: Path, changes: dict[str, Any] | None = None, slots: int = 1) -> None:
