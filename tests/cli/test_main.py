@@ -81,7 +81,10 @@ def test_control_c_ends_a_command(owned: Spool, config_file: str) -> None:
     write_status(owned.paths.status)
     command = [sys.executable, "-m", "promptdrop", "status", "--watch", "--config", config_file]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["env", "--default-signal=INT", *command],  # a shell ignores it in what runs behind it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout
         process.stdout.readline()

@@ -3,15 +3,12 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from promptdrop.config import Watch
 from promptdrop.intake.inbox import Inbox, Scan
-from promptdrop.intake.watcher import Watcher, watch_mode
 from promptdrop.intake.writers import is_open_for_writing
 
 WATCH = Watch(settle_seconds=1.0, give_up_seconds=10.0, writer_seconds=60.0)
@@ -218,44 +215,6 @@ def test_offers_come_in_the_order_of_arrival(tmp_path: Path, inbox: Inbox) -> No
     inbox.scan(0.5, WATCH, True)
 
     assert offered(inbox.scan(2.0, WATCH, True)) == ["z.txt", "a.txt", "b.txt"]
-
-
-def test_a_dead_watcher_thread_is_replaced(tmp_path: Path) -> None:
-    """Events are heard again after any thread of watchdog's has ended, also the one that reads them."""
-    woken = threading.Event()
-    watcher = Watcher(woken.set)
-    watcher.check({tmp_path: True})
-    first = watcher._observer
-    assert first is not None
-    emitter = next(iter(first.emitters))
-    emitter.stop()
-    emitter.join()
-    watcher.check({tmp_path: True})
-    second = watcher._observer
-    woken.clear()
-    (tmp_path / "a.txt").write_text("a\n")
-    heard = woken.wait(10)
-    watcher.close()
-
-    assert second is not first
-    assert heard
-
-
-@pytest.mark.parametrize(
-    ("kind", "wanted", "mode"),
-    [
-        ("ext4", "auto", "inotify"), ("xfs", "auto", "inotify"), ("tmpfs", "auto", "inotify"),
-        ("nfs4", "auto", "poll"), ("cifs", "auto", "poll"), ("smb3", "auto", "poll"), ("9p", "auto", "poll"),
-        ("virtiofs", "auto", "poll"), ("fuse.sshfs", "auto", "poll"), ("fuse", "auto", "poll"),
-        ("nfs", "inotify", "inotify"), ("ext4", "poll", "poll"),
-    ],
-)  # fmt: skip
-def test_the_mode_follows_the_file_system(kind: str, wanted: Any, mode: str) -> None:
-    """`auto` means inotify only where it hears every writer; a configured mode is kept."""
-    chosen, why = watch_mode(wanted, kind)
-
-    assert chosen == mode
-    assert wanted != "auto" or kind in why
 
 
 def test_a_cancel_has_its_own_time(tmp_path: Path, inbox: Inbox) -> None:

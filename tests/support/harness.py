@@ -137,7 +137,7 @@ class Daemon:
             self.process = subprocess.Popen(
                 [*head, "run", "--config", str(self.config), *arguments],
                 stdout=subprocess.DEVNULL, stderr=log, text=True, cwd=self.home,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})},
             )  # fmt: skip
         return self
 
@@ -149,10 +149,18 @@ class Daemon:
         return done
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Signal the daemon and return its exit status."""
+        """Signal the daemon and return its exit status.
+
+        One that does not end is made to show where its threads are, and its log is shown.
+        """
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE_SECONDS)
+        try:
+            return self.process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(PATIENCE_SECONDS)
+            raise AssertionError(f"did not stop:\n{self.log_file.read_text()[-8000:]}") from None
 
     def kill(self) -> None:
         """Send SIGKILL to daemon and engine: they end at once, as in a power cut."""

@@ -1,6 +1,7 @@
 """Notice changes in the inbox. An event only means "look now"; the periodic scan finds the rest."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ InotifyMoveEventGrouper.delay = 0.0
 
 Mode = Literal["inotify", "poll"]
 
+STOP_SECONDS = 2.0  # longest wait for the end of watchdog's threads
 # File systems whose other writers inotify cannot see: inotify(7), "Limitations".
 REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "afs", "ceph", "lustre", "glusterfs")
 
@@ -94,12 +96,26 @@ class Watcher:
         return bool(threads) and all(thread.is_alive() for thread in threads)
 
     def close(self) -> None:
-        """Stop watching."""
-        if self._observer is not None:
-            self._observer.stop()
-            self._observer.join()
-            self._observer = None
-        self._watched = {}
+        """Stop watching. Waits at most STOP_SECONDS for watchdog's threads; those left end with the process."""
+        observer, self._observer, self._watched = self._observer, None, {}
+        if observer is not None:
+            stopping = threading.Thread(target=_stop, args=(observer,), name="watch", daemon=True)
+            stopping.start()
+            stopping.join(STOP_SECONDS)
+
+
+def _stop(observer: BaseObserver) -> None:
+    """End an observer's threads, if watchdog can.
+
+    Where a watched folder was replaced by another of its name, watchdog 7.1.0 keeps two watches for one
+    path. Removing the second raises KeyError (InotifyWatchGroup._remove_watch_internally), which leaves
+    threads that nothing ends any more: a second `stop` waits for them for ever.
+    """
+    try:
+        observer.stop()
+    except KeyError:
+        return
+    observer.join()
 
 
 def watch_mode(wanted: Literal["auto", "inotify", "poll"], kind: str) -> tuple[Mode, str]:
