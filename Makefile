@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python examples/contact_sheet.py demo/spool/outbox demo/sheet.png
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Whatever starts no daemon and imports no torch: within a minute.
 quick: $(VENV)/installed
