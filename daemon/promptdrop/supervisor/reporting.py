@@ -1,10 +1,11 @@
 """Report the status when it is due, to status.json, its copy in the outbox, systemd and a bar."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 
 from promptdrop import fs
-from promptdrop.loop import TROUBLE, Loop
+from promptdrop.loop import CLOSE_SECONDS, TROUBLE, Loop
 from promptdrop.records import Status, StatusFinished, to_bytes
 from promptdrop.sdnotify import Notifier
 from promptdrop.spool.spool import Spool
@@ -38,9 +39,12 @@ class OutboxCopy:
             self._written, self._written_at, self._is_writing = status, now, True
             self._loop.off("herald", partial(self._write, status), self._write_done)
 
-    def write_last(self, status: Status) -> None:
-        """Write at the end, when no thread runs any more."""
-        self._write(status)
+    def write_last(self, status: Status) -> bool:
+        """Write at the end, when no room runs any more. False: it did not end in CLOSE_SECONDS."""
+        writing = threading.Thread(target=self._write, args=(status,), name="herald", daemon=True)
+        writing.start()
+        writing.join(CLOSE_SECONDS)
+        return not writing.is_alive()
 
     def _write(self, status: Status) -> None:
         """Write the copy, if the outbox can be written now.
@@ -107,14 +111,14 @@ class Reporter:
             due.append(self._copy.due(self.shown))
         return min(due)
 
-    def report_last(self, now: float, share: bool) -> None:
-        """Report that the daemon has stopped. share: also in the outbox, which must not hang."""
+    def report_last(self, now: float, share: bool) -> bool:
+        """Report that the daemon has stopped. share: also in the outbox. False: the outbox hangs."""
         last = self._composer.compose("stopping", now)
         self._write(last)
-        if share:
-            self._copy.write_last(last)
+        has_answered = not share or self._copy.write_last(last)
         if self._on_change:
             self._on_change(last)
+        return has_answered
 
     def _next_look(self) -> float:
         """Return when to look for news: a second after the status was shown, then every second."""

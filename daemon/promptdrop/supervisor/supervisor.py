@@ -179,12 +179,13 @@ class Supervisor:
         has_ended = self._loop.close()
         self._images.put_down_all()
         # An outbox in trouble is not waited for.
-        self._reporter.report_last(time.monotonic(), has_ended and not self._gate.why_held())
+        share = has_ended and not self._gate.why_held()
+        has_answered = self._reporter.report_last(time.monotonic(), share)
         self.spool.lock.release()
         self._notifier.close()
         status, published = self._gate.exit_status, self._publishing.published
         log.get().info("daemon.stopped", exit_status=status, published=published)
-        if not has_ended and status is not None:
+        if not (has_ended and has_answered) and status is not None:
             log.get().error("disk.hangs", reason="a disk did not answer; ended without it")
             log.settle()
             os._exit(status)  # the interpreter would wait for its threads
