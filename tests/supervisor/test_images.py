@@ -12,8 +12,9 @@ from promptdrop.pool.messages import Failed, Rendered
 from promptdrop.spool import record
 from promptdrop.spool.job import DEATHS_FAILED, Job
 from promptdrop.supervisor.work import Running
+from scripted import INFO
 from specs import spec
-from spools import INFO, RENDERING
+from spools import RENDERING
 
 MakeParts = Callable[..., Parts]
 

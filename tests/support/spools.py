@@ -8,16 +8,16 @@ from typing import Any
 from promptdrop import config
 from promptdrop.errors import Problem
 from promptdrop.metrics import RollingWindow
-from promptdrop.nouns import EngineInfo, Latency, Rendering, Request
+from promptdrop.nouns import Latency, Rendering, Request
 from promptdrop.outbox.publish import Publication
 from promptdrop.spool import claim, ending, record
 from promptdrop.spool.detail import ClaimedSettings, Settled
 from promptdrop.spool.job import ImageState, Job, Unresolved
 from promptdrop.spool.spool import Spool
+from scripted import INFO
 from specs import spec
 
 SETTINGS = ClaimedSettings(config.Prompt(), config.Output(), 3, "fail")
-INFO = EngineInfo("gradient", None, "float32", "none", False, "cpu")
 RENDERING = Rendering(
     prompt="a red fox in the snow",
     tokens=6,
