@@ -49,11 +49,15 @@ def test_a_drop_is_read_claimed_and_resolved(front: Front) -> None:
 def test_the_desk_hears_of_a_look_before_its_files_are_taken(front: Front) -> None:
     """The supervisor knows trouble and commands before new work comes."""
     front.drop("a.txt")
+    release = front.hold("reader")
     front.look_twice(0.0)
+    heard = front.desk.surveys[-1], list(front.desk.accepted), front.intake.is_idle()
+    release()
+    front.rest()
 
-    assert [offer.path for offer in front.desk.surveys[-1].lanes[""]] == ["a.txt"]
-    assert front.desk.accepted == []
-    assert not front.intake.is_idle()
+    assert [offer.path for offer in heard[0].lanes[""]] == ["a.txt"]
+    assert heard[1:] == ([], False)
+    assert front.desk.paths == ["a.txt"]
 
 
 def test_an_empty_inbox_is_quiet_until_something_happens(front: Front) -> None:
@@ -277,13 +281,14 @@ def test_the_same_bytes_again_are_refused_where_that_is_configured(
     assert "has the same bytes as a.txt" in str(front.desk.refused[0][1])
 
 
-def test_trouble_with_a_disk_is_reported_and_takes_nothing(
+def test_too_little_space_is_reported_and_files_are_claimed_all_the_same(
     make_front: Callable[..., Front],
 ) -> None:
-    """With too little space files stay where they are until there is more."""
+    """Only images wait for space: a claim is one rename and a small record."""
     front = make_front(limits={"min_free_disk_mib": 1 << 30})
-    file = front.drop("a.txt")
+    front.drop("a.txt")
     front.look_twice(0.0)
+    front.rest()
 
     assert "MiB" in (front.desk.surveys[-1].trouble or "")
-    assert file.exists()
+    assert front.desk.paths == ["a.txt"]
