@@ -52,8 +52,8 @@ def test_generate_goes_through_the_daemon(daemon: Daemon, tmp_path: Path) -> Non
     assert failed.returncode == 2
     assert "width" in failed.stderr
     assert not (tmp_path / "no.png").exists()
-    assert len(daemon.published()) == 3
     assert daemon.stop() == 0
+    assert len(daemon.published()) == 3
 
 
 def test_generate_with_an_engine_of_its_own(daemon: Daemon, tmp_path: Path) -> None:

@@ -66,8 +66,12 @@ def test_a_failing_call_is_waited_out(sick: Daemon, disk: Faulty, folder: str, e
 
         assert lasted < CURE_SECONDS, operation
         assert place in status["reason"], (operation, status["reason"])
-        reasons = [e["reason"] for e in sick.log("disk.trouble") if said in e["reason"]]
-        assert any(place in reason for reason in reasons), (operation, reasons)
+        until(
+            lambda place=place: [
+                e for e in sick.log("disk.trouble") if place in e["reason"] and said in e["reason"]
+            ],
+            f"the log's line about {operation} {error}",
+        )
         assert (disk.behind / f"spool/outbox/{n}/request.txt").read_text() == "a cat\n"
         sick.until_status("no reason", lambda s: s["reason"] is None)
 
@@ -262,6 +266,7 @@ def test_trouble_is_logged_once_and_its_cure_too(sick: Daemon, disk: Faulty) -> 
     disk.fail("create", error="ENOSPC", match="/outbox", times=3)
     drop_behind(disk, "a.txt", "a cat\n")
     assert sick.job("a")["outcome"] == "done"
+    sick.until_log("disk.cured")
 
     (trouble,) = sick.log("disk.trouble")
     assert "No space left on device" in trouble["reason"]

@@ -34,6 +34,9 @@ FAST: dict[str, Any] = {
     "limits": {"min_free_disk_mib": 0},
 }
 
+# Events of the log that end a job.
+ENDS = ("job.done", "job.partial", "job.failed", "job.cancelled", "job.refused")
+
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
     """Poll until `condition()` is true and return it; fail naming `what` when patience ends."""
@@ -93,6 +96,7 @@ class Daemon:
         self.log_file = home / "daemon.log"
         self._entries: list[dict[str, Any]] = []  # of the log, up to _read
         self._read = 0  # bytes
+        self._started_ns: int | None = None  # mtime of what was made when this life began
         self.write_config()
         for folder in (self.inbox, self.outbox, self.failed, self.own / "control"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +138,8 @@ class Daemon:
         """Start `promptdrop run`; `wrapper` replaces `python -m promptdrop`."""
         head = wrapper or [sys.executable, "-m", "promptdrop"]
         with self.log_file.open("a") as log:
+            os.utime(log.fileno())  # the kernel's clock, which is a tick behind ours
+            self._started_ns = os.fstat(log.fileno()).st_mtime_ns
             self.process = subprocess.Popen(
                 [*head, "run", "--config", str(self.config), *arguments],
                 stdout=subprocess.DEVNULL, stderr=log, text=True, cwd=self.home,
@@ -266,6 +272,7 @@ class Daemon:
         except AssertionError as e:
             raise AssertionError(f"{e}; the log:\n{self.log_file.read_text()[-4000:]}") from None
         loaded: dict[str, Any] = json.loads(path.read_bytes())
+        self._until_said(path, loaded, lambda line: line.get("job") == loaded["id"])
         return loaded
 
     def error(self, name: str) -> dict[str, Any]:
@@ -273,7 +280,26 @@ class Daemon:
         path = self.failed / f"{name}.error.json"
         until(path.exists, str(path))
         loaded: dict[str, Any] = json.loads(path.read_bytes())
+        self._until_said(path, loaded, lambda e: e.get("file", "").endswith(loaded["file"]))
         return loaded
+
+    def _until_said(
+        self, path: Path, end: dict[str, Any], is_about: Callable[[dict[str, Any]], bool]
+    ) -> None:
+        """Wait until the log says how a job has ended, as its lines may come after its files.
+
+        Nothing is waited for if the daemon runs no more, or if an earlier life made the file.
+        """
+
+        def is_said() -> bool:
+            assert self.process
+            if self.process.poll() is not None:
+                return True
+            ends = [e["event"] for e in self.log() if e["event"] in ENDS and is_about(e)]
+            return ends[-1:] == [f"job.{end['outcome']}"]
+
+        if self._started_ns is not None and path.stat().st_mtime_ns >= self._started_ns:
+            until(is_said, f"the log's line about {path}")
 
     def sidecars(self, folder: str) -> list[dict[str, Any]]:
         """The sidecars of an outbox folder, by image number."""
