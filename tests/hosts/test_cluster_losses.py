@@ -48,6 +48,7 @@ def test_an_image_that_hosts_die_of_fails_in_the_end(
     daemon.start()
     daemon.drop("a.txt", "!slow 5 a cat\n")
     daemon.until_begun()
+    daemon.until_log("engine.placed")
     assert daemon.process
     daemon.process.kill()
     daemon.process.wait()

@@ -16,14 +16,14 @@ def test_start_blocks_until_the_engine_is_warm(service: MakeService) -> None:
     one = service({"model": {"revision": "!load-slow 1"}}).start()
 
     assert one.show("ActiveState") == "active"
-    assert one.log("engine.ready")
+    one.until_log("engine.ready")
     assert until(lambda: one.show("StatusText").startswith("ready"), "the status")
 
 
 def test_a_reload_keeps_the_engine_warm(service: MakeService) -> None:
     """The same engine process serves jobs under the new configuration."""
     one = service().start()
-    (before,) = one.log("engine.starting")
+    (before,) = one.until_log("engine.starting")
     one.configure({"defaults": {"width": 128}})
     one.systemctl("reload")
     until(lambda: one.log("config.reloaded"), "the reload")
@@ -64,7 +64,7 @@ def test_a_stop_in_the_middle_of_an_image(service: MakeService) -> None:
 
     assert took < 60  # TimeoutStopSec
     assert (one.show("Result"), one.show("ExecMainStatus")) == ("success", "0")
-    assert one.log("daemon.stopped")
+    assert one.until_log("daemon.stopped")
     assert re.search(r"\d{8}T\d{12}-", left)
 
 
@@ -75,7 +75,7 @@ def test_a_start_that_keeps_failing_is_given_up(service: MakeService) -> None:
     until(lambda: one.show("ActiveState") == "failed", "the end of all tries")
 
     assert one.show("NRestarts") == "5"
-    assert len(one.log("daemon.started")) == 5
+    assert len(one.until_log("daemon.started", times=5)) == 5
     assert one.systemctl("start", check=False) != 0
 
 
@@ -107,13 +107,13 @@ def test_an_engine_that_is_killed_does_not_stop_the_service(service: MakeService
     main = one.show("MainPID")
     one.drop("a.txt", f"!wait {one.home}/go\n")
     one.until_begun()
-    one.machine.run("kill", "-KILL", str(one.log("engine.starting")[0]["pid"]))
+    one.machine.run("kill", "-KILL", str(one.until_log("engine.starting")[0]["pid"]))
     one.machine.write(f"{one.home}/go", "")
     job = one.until_done("a")
 
     assert job["outcome"] == "done"
     assert (one.show("OOMPolicy"), one.show("MainPID")) == ("continue", main)
-    assert len(one.log("engine.starting")) == 2
+    assert len(one.until_log("engine.starting", times=2)) == 2
 
 
 def test_the_journal_has_json_lines(service: MakeService) -> None:
@@ -122,6 +122,7 @@ def test_the_journal_has_json_lines(service: MakeService) -> None:
     one.drop("a.txt", "a cat\n")
     one.until_done("a")
     one.systemctl("stop")
+    one.until_log("daemon.stopped")
     lines = [json.loads(line) for line in one.machine.journal(one.unit)]
 
     assert {"daemon.started", "engine.ready", "image.published", "daemon.stopped"} <= {

@@ -58,6 +58,16 @@ class Service:
         entries = [json.loads(line) for line in self.machine.journal(self.unit) if line[:1] == "{"]
         return [entry for entry in entries if entry["event"] == event]
 
+    def until_log(self, event: str, times: int = 1) -> list[dict[str, Any]]:
+        """Wait until an event was logged so often; returns its lines."""
+
+        def found() -> list[dict[str, Any]] | None:
+            lines = self.log(event)
+            return lines if len(lines) >= times else None
+
+        lines: list[dict[str, Any]] = until(found, f"{times} x {event}")
+        return lines
+
     def read(self, path: str) -> dict[str, Any]:
         """A JSON document below the spool, or an empty mapping."""
         text = self.machine.shell(f"cat {self.home}/spool/{path} 2>/dev/null || true")
