@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from harness import Daemon, MakeDaemon, until
+from order import noted, rendered_in_order
 from users import obedient
 
 SLOW = "!slow 0.05\n"
@@ -269,12 +270,12 @@ def test_ten_thousand_images_do_not_keep_a_single_one_waiting(daemon: Daemon) ->
 def test_a_higher_priority_goes_in_front_at_the_next_image(daemon: Daemon) -> None:
     """It goes also before an image that the engine was sent ahead of time."""
     go = daemon.home / "go"
-    daemon.drop("low.txt", f"!wait {go}\n" * 4)
+    daemon.drop("low.txt", f"!wait {go}\n" + f"{noted(daemon, 'low')}\n" * 3)
     daemon.start().until_begun(1)
-    daemon.drop("high.yaml", "{prompt: high, priority: 5}")
+    daemon.drop("high.yaml", f"prompt: '{noted(daemon, 'high')}'\npriority: 5\n")
     until(lambda: len(list(daemon.own.glob("active/*"))) == 2, "high with the engine")
     go.touch()
     daemon.job("low")
 
-    assert begun_in_order(daemon) == ["low", "high", "low", "low", "low"]
+    assert rendered_in_order(daemon) == ["high", "low", "low", "low"]
     assert daemon.stop() == 0

@@ -1,20 +1,16 @@
 """Whose turn it is: fair between sub-folders, first in first out, priorities."""
 
-import json
+from collections.abc import Sequence
 
 from harness import Daemon, MakeDaemon, until
+from order import noted, rendered_in_order
 
 
-def rendered_in_order(daemon: Daemon) -> list[str]:
-    """The jobs' folders, one for each image, in the order the images were begun."""
-    sidecars = [
-        json.loads(p.read_bytes()) for p in daemon.outbox.rglob("*-[0-9][0-9][0-9][0-9].json")
-    ]
-    return [s["job"]["name"] for s in sorted(sidecars, key=lambda s: s["time"]["started"])]
+def render_paused_drops(daemon: Daemon, drops: Sequence[tuple[str, str]]) -> list[str]:
+    """Claim these files one after the other while paused, then render them all.
 
-
-def render_paused_drops(daemon: Daemon, drops: list[tuple[str, str]]) -> list[str]:
-    """Claim these files one after the other while paused, then render them all."""
+    Returns the names that their images note, in order.
+    """
     daemon.run("pause")
     daemon.start()
     for n, (name, content) in enumerate(drops, 1):
@@ -26,31 +22,33 @@ def render_paused_drops(daemon: Daemon, drops: list[tuple[str, str]]) -> list[st
     return rendered_in_order(daemon)
 
 
-IMAGE = "!slow 0.01\n"  # long enough for the order in which images begin to be seen
-FOLDERS = [("big/a.txt", IMAGE * 4), ("small/b.txt", IMAGE * 2), ("c.txt", IMAGE), ("d.txt", IMAGE)]
+def folders(daemon: Daemon) -> list[tuple[str, str]]:
+    """Two jobs in sub-folders, two at the root."""
+    images = [("big/a", 4), ("small/b", 2), ("c", 1), ("d", 1)]
+    return [(f"{job}.txt", f"{noted(daemon, job[-1])}\n" * count) for job, count in images]
 
 
 def test_fair_takes_turns_between_sub_folders(make_daemon: MakeDaemon) -> None:
     """One image in turn from each sub-folder with work, each job at the root being a lane."""
-    order = render_paused_drops(make_daemon({"queue": {"policy": "fair"}}), FOLDERS)
+    daemon = make_daemon({"queue": {"policy": "fair"}})
+    order = render_paused_drops(daemon, folders(daemon))
 
     assert order == ["a", "b", "c", "d", "a", "b", "a", "a"]
 
 
 def test_fifo_goes_by_arrival(make_daemon: MakeDaemon) -> None:
     """A job is finished before the next one begins."""
-    order = render_paused_drops(make_daemon({"queue": {"policy": "fifo"}}), FOLDERS)
+    daemon = make_daemon({"queue": {"policy": "fifo"}})
+    order = render_paused_drops(daemon, folders(daemon))
 
     assert order == ["a"] * 4 + ["b"] * 2 + ["c", "d"]
 
 
 def test_priority_goes_first(daemon: Daemon) -> None:
     """Priority counts before any turn-taking, the higher before the lower."""
-    two = 'prompts: ["!slow 0.01 a", "!slow 0.01 b"]\n'
     drops = [
-        ("low.yaml", f"{two}priority: -5\n"),
-        ("plain.yaml", two),
-        ("high.yaml", f"{two}priority: 10\n"),
+        (f"{name}.yaml", f"prompt: '{noted(daemon, name)}'\ncount: 2\npriority: {priority}\n")
+        for name, priority in (("low", -5), ("plain", 0), ("high", 10))
     ]
 
     assert render_paused_drops(daemon, drops) == ["high", "high", "plain", "plain", "low", "low"]

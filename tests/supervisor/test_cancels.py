@@ -1,11 +1,14 @@
 """NAME.cancel in the inbox withdraws the one job it names, exactly once, or is turned away."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from parts import Parts
 from promptdrop.intake.inbox import Inbox
+from spools import put
 
 MakeParts = Callable[..., Parts]
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -87,6 +90,45 @@ def test_a_cancel_that_names_nothing_waits_and_is_turned_away(make_parts: MakePa
     assert list(early) == ["a.cancel"]
     assert parts.jobs.finished[-1].error == "names no job that waits or is being rendered"
     assert (parts.spool.paths.failed / "a.cancel").exists()
+
+
+def test_a_cancel_waits_while_its_file_is_on_the_way(make_parts: MakeParts, logged: Logged) -> None:
+    """However long it takes to read and record a file, its mark is not turned away meanwhile."""
+    parts = make_parts({"watch": {"give_up_seconds": 0}})
+    reader_may_go_on = threading.Event()
+    parts.loop.off("reader", reader_may_go_on.wait, lambda _: None)
+    put(parts.spool, "sub/a.txt")
+    now = time.monotonic()
+    for look in (now, now + 60):
+        parts.intake.look(look)
+        parts.until(lambda look=look: parts.intake.next_look() < float("inf"), "the end of a look")
+    touch(parts, "sub/A.cancel")
+    heed(parts, {"sub/A.cancel": -1.0})
+    early = list(logged("job.cancelling")), list(parts.jobs.finished), parts.intake.is_idle()
+    reader_may_go_on.set()
+    parts.until(lambda: parts.work.running, "a job")
+    heed(parts, {"sub/A.cancel": -1.0})
+
+    assert early == ([], [], False)
+    assert len(logged("job.cancelling")) == 1
+
+
+def test_images_begin_once_the_first_marks_are_obeyed(parts: Parts) -> None:
+    """A job that was withdrawn while no daemon ran is not rendered first."""
+    (engine,) = parts.warm()
+    parts.accept(parts.job("a.txt"))
+    touch(parts, "a.cancel")
+    clerk_may_go_on = threading.Event()
+    parts.loop.off("clerk", clerk_may_go_on.wait, lambda _: None)
+    parts.cancels.surveyed(listing(parts))
+    parts.feed()
+    early = engine.renders(), parts.gate.lets_images_begin
+    clerk_may_go_on.set()
+    parts.until(lambda: parts.gate.lets_images_begin, "the gate")
+    parts.feed()
+
+    assert early == ([], False)
+    assert engine.renders() == []
 
 
 def test_a_name_that_fits_two_jobs_cancels_neither(make_parts: MakeParts) -> None:

@@ -1,5 +1,6 @@
 """Each command in the control folder is carried out exactly once, whatever a look lists."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,12 +65,44 @@ def test_a_job_that_failed_again_is_not_retried_by_a_stale_look(
     send(parts, Retry(("a.txt",)))
     found, stale = listing(parts), listing(parts)
     obey(parts, found)
-    parts.jobs.cancel([job.id], lambda: None, lambda: None)
+    parts.jobs.cancel([job.id], lambda: None, lambda _: None)
     parts.until(lambda: not parts.work.running, "its second end")
     obey(parts, stale)
 
     assert len(logged("job.retried")) == 1
     assert (parts.spool.paths.failed / "a.txt").exists()
+
+
+def test_no_image_of_a_cancelled_job_begins_while_the_clerk_is_slow(parts: Parts) -> None:
+    """Its images are held on the loop at once; that it is cancelled is recorded when the clerk has time."""
+    (engine,) = parts.warm()
+    parts.look()
+    clerk_may_go_on = threading.Event()
+    parts.loop.off("clerk", clerk_may_go_on.wait, lambda _: None)
+    parts.jobs.accept(job := parts.job())
+    send(parts, Cancel((job.id,)))
+    parts.commands.surveyed(listing(parts))
+    parts.feed()
+    sent = engine.renders()
+    clerk_may_go_on.set()
+    parts.until(lambda: not parts.work.running, "the end of the job")
+
+    assert sent == []
+    assert parts.jobs.finished[-1].outcome == "cancelled"
+
+
+def test_a_cancel_waits_for_a_job_that_is_not_accepted_yet(parts: Parts, logged: Logged) -> None:
+    """Its record may be on the disk, where `promptdrop cancel` finds it, before the loop has heard of it."""
+    job = parts.job()
+    send(parts, Cancel((job.id, "20260101T000000000000-abcdef", "../..")))
+    obey(parts, listing(parts))
+    early = listing(parts)
+    parts.accept(job)
+    obey(parts, listing(parts))
+
+    assert len(early) == 1
+    assert listing(parts) == ()
+    assert [line["job"] for line in logged("job.cancelling")] == [job.id]
 
 
 def test_a_command_is_not_begun_again_while_it_is_carried_out(parts: Parts, logged: Logged) -> None:

@@ -40,7 +40,7 @@ def test_a_job_ends_when_its_last_image_has(parts: Parts) -> None:
 def test_a_cancelled_job_ends_at_once_if_no_engine_holds_it(parts: Parts) -> None:
     """Its images leave the queue and its file goes to failed/, to be retried."""
     parts.accept(job := parts.job(images=3))
-    parts.jobs.cancel([job.id], lambda: None, lambda: None)
+    parts.jobs.cancel([job.id], lambda: None, lambda _: None)
     until_ended(parts)
 
     assert len(parts.work.queue) == 0
@@ -51,11 +51,12 @@ def test_a_cancelled_job_ends_at_once_if_no_engine_holds_it(parts: Parts) -> Non
 def test_a_cancel_is_durable_before_its_command_goes(parts: Parts) -> None:
     """It is recorded before the command is removed, so a crash in between repeats the command."""
     parts.accept(job := parts.job())
-    found = []
-    parts.jobs.cancel([job.id], lambda: found.append((job.home / "cancelled").exists()), list)
+    found, ends = [], []
+    remove = lambda: found.append((job.home / "cancelled").exists())  # noqa: E731
+    parts.jobs.cancel([job.id], remove, ends.append)
     until_ended(parts)
 
-    assert found == [True]
+    assert (found, ends) == ([True], [True])
 
 
 def test_a_cancelled_job_waits_for_the_image_that_is_rendered(parts: Parts) -> None:
@@ -66,7 +67,7 @@ def test_a_cancelled_job_waits_for_the_image_that_is_rendered(parts: Parts) -> N
     parts.feed()
     (ticket,) = engine.begin()
     parts.hear()
-    parts.jobs.cancel([job.id], lambda: None, lambda: None)
+    parts.jobs.cancel([job.id], lambda: None, lambda _: None)
     parts.until(lambda: job.cancelled, "the cancel")
 
     assert engine.heard() == [Cancel(ticket)]
@@ -164,7 +165,7 @@ def test_a_job_that_is_measured_can_be_cancelled(make_parts: MakeParts) -> None:
     (engine,) = parts.warm()
     parts.accept(job := parts.job())
     asked = question(engine.heard())
-    parts.jobs.cancel([job.id], lambda: None, lambda: None)
+    parts.jobs.cancel([job.id], lambda: None, lambda _: None)
     until_ended(parts)
     engine.say(Tokens(asked.ticket, (1000,)))
     parts.hear()

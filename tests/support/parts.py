@@ -52,7 +52,7 @@ class Parts:
         self.jobs = jobs = Jobs(work, loop, self.spool, intake)
         self.recovery = Recovery(loop, self.spool, intake, self.accept)
         self.commands = Commands(loop, self.spool, jobs, intake)
-        self.cancels = Cancels(work, loop, self.spool, jobs, intake)
+        self.cancels = Cancels(work, loop, self.spool, jobs, intake, heard=self.gate.open)
         self.publishing = Publishing(loop, self.spool, jobs.image_ended)
         self.images = Images(work, loop, jobs, self.publishing)
         self.feeder = Feeder(work, self.gate, self.publishing)
@@ -106,7 +106,8 @@ class Parts:
         )
 
     def look(self, paused: str | None = None, trouble: str | None = None) -> bool:
-        """Let the gate know what a look found. Returns whether a pause began or ended."""
+        """Let the gate know what a look found, which may be the first. Returns whether a pause began or ended."""
+        self.gate.open()
         return self.gate.surveyed(Survey(None, trouble, paused, (), {}, 0.0))
 
     def warm(self) -> list[ScriptedEngine]:

@@ -2,7 +2,7 @@
 
 A word at the start of the prompt scripts a fault, a word in `model.revision` a fault of loading;
 `!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first; `!wait PATH`
-renders once the file PATH exists; `!text-FAULT` does FAULT wherever the text is encoded, when the image
+renders once the file PATH exists; `!note PATH TEXT` appends TEXT to that file, as a line; `!text-FAULT` does FAULT wherever the text is encoded, when the image
 is prepared, too.
 """
 
@@ -211,6 +211,9 @@ def _image_fault(fault: str, arguments: list[str]) -> None:
         _hang()
     elif fault == "wait":
         _wait_for(Path(arguments[0]))
+    elif fault == "note":
+        with open(arguments[0], "a") as file:
+            file.write(" ".join(arguments[1:]) + "\n")
     elif fault == "hang-gil":
         _hang_holding_the_gil()
     elif fault == "raise":

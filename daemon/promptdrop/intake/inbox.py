@@ -166,7 +166,7 @@ class Inbox:
         self, cancels: dict[str, float], found: set[str], waiting: dict[str, str], now: float
     ) -> dict[str, float]:
         """Remember the cancel marks; return those whose file is not in the inbox. The others wait."""
-        held = set(_named(cancels, found))
+        held = set(those_of(cancels, found))
         for path in held:
             waiting[path] = "waits until the file it names is taken"
             cancels[path] = now  # how long the mark stands counts from when that file is gone
@@ -196,7 +196,7 @@ def _judge(path: str, seen: Seen, now: float, watch: Watch) -> Verdict:
     return Verdict(None)
 
 
-def _named(cancels: Iterable[str], files: Iterable[str]) -> list[str]:
+def those_of(cancels: Iterable[str], files: Iterable[str]) -> list[str]:
     """Return those of `cancels` whose file is among `files`.
 
     SUB/cat.txt is the file of SUB/cat.cancel and of SUB/cat.txt.cancel.

@@ -4,6 +4,7 @@ The scanner looks, the reader reads, the clerk claims and resolves; in between t
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,8 +72,9 @@ class Intake:
         self._last_scan = self._next_scan = self._rested = 0.0
         self._quiet_since: float | None = None  # start of the last look that found no job file
         self._turns = Turns()
-        self._offered = 0  # files that wait for their turn, are being read or claimed
-        self._taking = 0  # ... of which being read or claimed
+        # SUB/FILE of those that wait for their turn, are being read, claimed or resolved -> how many.
+        self.arriving: Counter[str] = Counter()
+        self._taking = 0  # ... of which have had their turn
         self._verdicts: list[Callable[[], None]] = []  # changes of the inbox, made by the next look
 
     def wake(self) -> None:
@@ -99,7 +101,7 @@ class Intake:
 
     def is_idle(self) -> bool:
         """Whether nothing is being looked at or taken."""
-        return not (self._scanning or self._offered or self._verdicts)
+        return not (self._scanning or self.arriving or self._verdicts)
 
     def look(self, now: float) -> None:
         """Start a look if one is due."""
@@ -111,10 +113,12 @@ class Intake:
 
     def resolve_again(self, claimed: Unresolved) -> None:
         """Read a file that was claimed before a crash."""
-        self._offered += 1
+        self.arriving[claimed.path] += 1
         self._taking += 1
         self._loop.off(
-            "clerk", partial(taking.resolve, self._spool, claimed, None, None), self._resolve_done
+            "clerk",
+            partial(taking.resolve, self._spool, claimed, None, None),
+            partial(self._resolve_done, claimed.path),
         )
 
     def has_room(self) -> bool:
@@ -126,7 +130,7 @@ class Intake:
         sub, _, file = path.rpartition("/")
         now = time.monotonic()
         offer = Offer(sub, file, (0, 0, 0, 0), now)
-        self._offered += 1
+        self.arriving[path] += 1
         self._taking += 1
         self._loop.off(
             "clerk",
@@ -199,7 +203,7 @@ class Intake:
             self._quiet_since = scan.started if scan.found == 0 else None
             stuck = scan.blocked and len(scan.blocked) == scan.found
             self.obstacle = next(iter(scan.blocked.values())) if stuck else None
-            self._offered += len(scan.offers)
+            self.arriving.update(offer.path for offer in scan.offers)
             self._turns.add(survey.lanes)
             self._take_turns()
 
@@ -213,24 +217,26 @@ class Intake:
                 "reader", partial(taking.read, self._spool, offer), partial(self._read_done, offer)
             )
 
-    def _took(self) -> None:
+    def _took(self, path: str) -> None:
         """Give the next file its turn, after one that was taken, refused or left in the inbox."""
-        self._offered -= 1
+        self.arriving[path] -= 1
+        if not self.arriving[path]:
+            del self.arriving[path]
         self._taking -= 1
         self._take_turns()
 
     def _read_done(self, offer: Offer, result: Request | RequestError | None) -> None:
         if result is None:
-            self._not_taken(lambda: self._inbox.put_back(offer.path))
+            self._not_taken(offer.path, lambda: self._inbox.put_back(offer.path))
         elif isinstance(result, RequestError) and offer.give_up is None:
-            self._not_taken(lambda: self._inbox.object(offer.path, str(result)))
+            self._not_taken(offer.path, lambda: self._inbox.object(offer.path, str(result)))
         else:
             then = partial(self._claim_done, offer, result)
             self._loop.off("clerk", partial(taking.claim, self._spool, offer), then)
 
-    def _not_taken(self, verdict: Callable[[], None]) -> None:
+    def _not_taken(self, path: str, verdict: Callable[[], None]) -> None:
         self._verdicts.append(verdict)
-        self._took()
+        self._took(path)
         self.wake()
 
     def _claim_done(
@@ -238,26 +244,26 @@ class Intake:
     ) -> None:
         self.last_activity = now = time.monotonic()
         if claimed is None:
-            self._not_taken(lambda: self._inbox.put_back(offer.path))
+            self._not_taken(offer.path, lambda: self._inbox.put_back(offer.path))
             return
         if isinstance(claimed, str):
             again = now + self._desk.config.watch.rescan_seconds
-            self._not_taken(lambda: self._inbox.block(offer.path, claimed, again))
+            self._not_taken(offer.path, lambda: self._inbox.block(offer.path, claimed, again))
             return
         # Its name is free: the next file under it may be there before the next look.
         self._verdicts.append(lambda: self._inbox.put_back(offer.path))
         if isinstance(result, RequestError):
-            self._took()
+            self._took(offer.path)
             self._desk.refuse(claimed, result)
         else:
             self._loop.off(
                 "clerk",
                 partial(taking.resolve, self._spool, claimed, offer, result),
-                self._resolve_done,
+                partial(self._resolve_done, offer.path),
             )
 
-    def _resolve_done(self, result: Job | tuple[Unresolved, RequestError]) -> None:
-        self._took()
+    def _resolve_done(self, path: str, result: Job | tuple[Unresolved, RequestError]) -> None:
+        self._took(path)
         self.last_activity = time.monotonic()
         if isinstance(result, Job):
             log.get().info(

@@ -105,6 +105,13 @@ class Paths:
         """Return the folder of a job in this state."""
         return self.state / state / job_id
 
+    def is_in_hand(self, job_id: str) -> bool:
+        """Whether a job of this id was claimed and has not ended. Raises OSError: nobody can tell.
+
+        Thread: clerk.
+        """
+        return any(fs.exists(self.home(state, job_id)) for state in ("pending", "active"))
+
     def homes(self, *states: State) -> Iterator[str]:
         """Yield the folders of all jobs in these states; as text, since there may be a hundred thousand.
 

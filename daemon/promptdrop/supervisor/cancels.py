@@ -1,11 +1,12 @@
 """Obey NAME.cancel in the inbox: withdraw the one job that it names, or say why not."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from promptdrop import names
 from promptdrop.errors import RequestError
+from promptdrop.intake.inbox import those_of
 from promptdrop.intake.intake import Intake
 from promptdrop.loop import Loop
 from promptdrop.spool import claim
@@ -19,9 +20,18 @@ from promptdrop.supervisor.work import Work
 class Cancels:
     """Obeys each NAME.cancel once; one that names no job goes to failed/ after a while."""
 
-    def __init__(self, work: Work, loop: Loop, spool: Spool, jobs: Jobs, intake: Intake) -> None:
+    def __init__(
+        self,
+        work: Work,
+        loop: Loop,
+        spool: Spool,
+        jobs: Jobs,
+        intake: Intake,
+        heard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`heard` is called once what a look has found is withdrawn."""
         self._work, self._loop, self._spool = work, loop, spool
-        self._jobs, self._intake = jobs, intake
+        self._jobs, self._intake, self._heard = jobs, intake, heard
         self._obeying = Obeying()
         self._turned_away: set[str] = set()  # marks that fit no job, as long as they stand
 
@@ -44,8 +54,10 @@ class Cancels:
         if cancels:
             self._obeying.begin(cancels)
             jobs = [running.job for running in self._work.running.values()]
-            then = partial(self._find_jobs_done, cancels)
-            self._loop.off("clerk", partial(_find_jobs, list(cancels), jobs), then)
+            work = partial(_find_jobs, list(cancels), jobs, list(self._intake.arriving))
+            self._loop.off("clerk", work, partial(self._find_jobs_done, cancels))
+        else:
+            self._heard()
         self._obeying.looked()
 
     def refused(self, path: str) -> None:
@@ -57,25 +69,32 @@ class Cancels:
     def _find_jobs_done(self, cancels: dict[str, float], named: dict[str, list[str]]) -> None:
         """Withdraw the job of each mark that names just one; move a few of the other marks to failed/.
 
-        The rest of those follows later, so that they do not hold up dropped files.
+        The rest of those follows later, so that they do not hold up dropped files. A mark that is not
+        in `named` waits, too: its file is on the way to a job.
         """
         self._obeying.leave(cancels)
         too_late = time.monotonic() - self._work.config.watch.give_up_seconds
         for path, since in cancels.items():
-            ids = named[path]
+            if (ids := named.get(path)) is None:
+                continue
             if len(ids) == 1:
                 self._obeying.begin([path])
                 remove = partial(claim.take_cancel, self._spool, path)
-                self._jobs.cancel(ids, remove, partial(self._obeying.done, path))
+                self._jobs.cancel(ids, remove, partial(self._obeying.end, path))
             elif since <= too_late and self._intake.has_room():
                 self._turned_away.add(path)
                 why = f"names {len(ids)} jobs: {', '.join(ids[:20])}" if ids else ""
                 why = why or "names no job that waits or is being rendered"
                 self._intake.turn_away(path, RequestError(why))
+        self._heard()
 
 
-def _find_jobs(cancels: Iterable[str], jobs: Iterable[Job]) -> dict[str, list[str]]:
+def _find_jobs(
+    cancels: Iterable[str], jobs: Iterable[Job], arriving: Iterable[str]
+) -> dict[str, list[str]]:
     """Return the ids of the jobs that each SUB/NAME.cancel fits: NAME is a FILE, a JOB or an id.
+
+    One that fits no job but a file of `arriving` is left out.
 
     Thread: clerk.
     """
@@ -88,4 +107,7 @@ def _find_jobs(cancels: Iterable[str], jobs: Iterable[Job]) -> dict[str, list[st
         name = names.fold(names.split(path)[0])
         ids = known.get(name, []) + known.get(f"/{name.rpartition('/')[2]}", [])
         named[path] = list(dict.fromkeys(ids))
+    for path in those_of(cancels, arriving):
+        if not named[path]:
+            del named[path]
     return named

@@ -39,9 +39,7 @@ class Commands:
                 self._obey_retry(command.file, list(command.targets))
             else:
                 remove = partial(control.done, self._spool.paths.control, command.file)
-                self._jobs.cancel(
-                    command.targets, remove, partial(self._obeying.done, command.file)
-                )
+                self._jobs.cancel(command.targets, remove, partial(self._obeying.end, command.file))
         self._obeying.looked()
 
     def _obey_retry(self, file: str, left: list[str]) -> None:

@@ -16,13 +16,20 @@ class Gate:
         self.exit_status: int | None = None  # set: the daemon ends
         self.ending: str | None = None  # why the daemon ends; None: it was asked to
         self._loop, self._pool = loop, pool
-        self._looked = False
+        self._is_open = False
+
+    def open(self) -> None:
+        """Let images begin from now on, as far as nothing holds them.
+
+        Before, disks, a pause and the jobs that were cancelled while no daemon ran are not known.
+        """
+        self._is_open = True
 
     @property
     def lets_images_begin(self) -> bool:
-        """Whether a new image may begin; never before the first look at the disks and the pause."""
+        """Whether a new image may begin."""
         is_held = self.paused or self.trouble or self.stop_at is not None
-        return self._looked and not is_held
+        return self._is_open and not is_held
 
     @property
     def lets_engines_begin(self) -> bool:
@@ -44,7 +51,6 @@ class Gate:
 
     def surveyed(self, survey: Survey) -> bool:
         """Take in what a look found. Returns whether a pause began or ended."""
-        self._looked = True
         if survey.trouble != self.trouble:
             self.trouble = survey.trouble
             if survey.trouble:

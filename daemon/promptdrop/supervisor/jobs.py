@@ -14,6 +14,7 @@ from promptdrop.loop import Loop
 from promptdrop.nouns import JobOutcome
 from promptdrop.records import ErrorRecord, StatusFinished
 from promptdrop.spool import ending, record
+from promptdrop.spool.ids import is_job_id
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.measuring import Measuring
@@ -53,27 +54,40 @@ class Jobs:
     # --- cancelling ---------------------------------------------------------------------------
 
     def cancel(
-        self, ids: Sequence[str], remove: Callable[[], None], then: Callable[[], None]
+        self, ids: Sequence[str], remove: Callable[[], None], then: Callable[[bool], None]
     ) -> None:
-        """Withdraw jobs. Once that is recorded, `remove` takes the command away on the clerk's thread."""
-        work = partial(self._cancel, ids, remove)
-        self._loop.off("clerk", work, partial(self._cancel_done, ids, then))
+        """Withdraw jobs, of which no image begins from now on.
 
-    def _cancel(self, ids: Sequence[str], remove: Callable[[], None]) -> None:
-        """Record durably that nobody wants these jobs, before the command goes.
+        Once that is recorded, `remove` takes the command away on the clerk's thread. `then(False)`:
+        the command stays for the next look, as it names a job that is claimed but not accepted yet.
+        """
+        named = [running for job_id in ids if (running := self._work.running.get(job_id))]
+        for running in named:
+            self._work.queue.drop(running.job)
+        unknown = [job_id for job_id in ids if job_id not in self._work.running]
+        work = partial(self._cancel, [running.job for running in named], unknown, remove)
+        self._loop.off("clerk", work, partial(self._cancel_done, named, then))
+
+    def _cancel(
+        self, jobs: Sequence[Job], unknown: Sequence[str], remove: Callable[[], None]
+    ) -> bool:
+        """Record durably that nobody wants these jobs, then remove the command if it is done with.
 
         Thread: clerk.
         """
-        for job_id in ids:
-            if running := self._work.running.get(job_id):
-                record.cancel(running.job)
+        for job in jobs:
+            record.cancel(job)
+        if any(is_job_id(one) and self._spool.paths.is_in_hand(one) for one in unknown):
+            return False
         remove()
+        return True
 
-    def _cancel_done(self, ids: Sequence[str], then: Callable[[], None], _: None) -> None:
-        then()
-        for job_id in ids:
-            running = self._work.running.get(job_id)
-            if running and not running.ending:
+    def _cancel_done(
+        self, named: Sequence[Running], then: Callable[[bool], None], is_done: bool
+    ) -> None:
+        then(is_done)
+        for running in named:
+            if not (running.ending or running.job.cancelled):
                 self._withdraw(running)
 
     def _withdraw(self, running: Running) -> None:

@@ -1,6 +1,7 @@
 """Report the status when it is due, to status.json, its copy in the outbox, systemd and a bar."""
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -24,7 +25,7 @@ class OutboxCopy:
     def __init__(self, loop: Loop, spool: Spool) -> None:
         self._loop, self._spool = loop, spool
         self._written: Status | None = None
-        self._written_at = 0.0  # monotonic seconds
+        self._written_at = 0.0  # when the last write had ended, monotonic seconds
         self._is_writing = False
 
     def due(self, status: Status) -> float:
@@ -36,7 +37,7 @@ class OutboxCopy:
     def update(self, status: Status, now: float) -> None:
         """Write a status that differs from the last one, if it is time."""
         if now >= self.due(status):
-            self._written, self._written_at, self._is_writing = status, now, True
+            self._written, self._is_writing = status, True
             self._loop.off("herald", partial(self._write, status), self._write_done)
 
     def write_last(self, status: Status) -> bool:
@@ -59,7 +60,7 @@ class OutboxCopy:
             pass  # reported by the work that needs the outbox
 
     def _write_done(self, _: None) -> None:
-        self._is_writing = False
+        self._is_writing, self._written_at = False, time.monotonic()
 
 
 class Reporter:
