@@ -44,10 +44,12 @@ def test_the_wall_clock_may_jump(make_daemon: Make, tmp_path: Path) -> None:
         },
     )
     for name, jump in (("a", "+1d"), ("b", "-1d"), ("c", "+0d")):
-        daemon.drop(f"{name}.txt", "!slow 0.3 x\n")
+        go = daemon.home / name
+        daemon.drop(f"{name}.txt", f"!wait {go}\n")
         daemon.until_log("job.claimed", file=f"{name}.txt")
         daemon.until_begun()
         clock.write_text(jump)
+        go.touch()
         assert daemon.job(name)["outcome"] == "done"
     sidecars = [daemon.sidecars(name)[0] for name in ("a", "b", "c")]
     started = [datetime.fromisoformat(s["time"]["started"]) for s in sidecars]
@@ -55,7 +57,7 @@ def test_the_wall_clock_may_jump(make_daemon: Make, tmp_path: Path) -> None:
 
     assert [round((b - a).total_seconds() / 86400) for a, b in pairwise(started)] == [-2, 1]
     assert [s["job"]["attempt"] for s in sidecars] == [1, 1, 1]
-    assert all(900 <= s["latency_ms"]["total"] < 60_000 for s in sidecars)
+    assert all(0 < s["latency_ms"]["total"] < 60_000 for s in sidecars)
     assert [s["job"]["id"] for s in sidecars] == sorted(s["job"]["id"] for s in sidecars)
     assert status["reason"] is None
     assert daemon.log("engine.killed") == []
