@@ -73,15 +73,16 @@ class Machine:
         return state in ("running", "degraded")
 
     def _find_init(self) -> int:
-        """Find the innermost child, once it is systemd."""
+        """Find the outermost child that is systemd: it may have children of its own by now."""
         pid = self._process.pid
         while children := _children(pid):
             pid = children[0]
-        try:
-            is_systemd = Path(f"/proc/{pid}/exe").resolve() == SYSTEMD.resolve()
-        except OSError:
-            return 0
-        return pid if is_systemd else 0
+            try:
+                if Path(f"/proc/{pid}/exe").resolve() == SYSTEMD.resolve():
+                    return pid
+            except OSError:
+                return 0  # it has ended meanwhile
+        return 0
 
     def run(
         self, *command: str, check: bool = True, timeout: float = 300
