@@ -9,6 +9,7 @@ import pytest
 
 from parts import Parts
 from promptdrop.intake.intake import Survey
+from promptdrop.pool import messages
 from promptdrop.spool import control
 from promptdrop.spool.control import Cancel, Retry
 from promptdrop.spool.job import Job
@@ -74,20 +75,29 @@ def test_a_job_that_failed_again_is_not_retried_by_a_stale_look(
 
 
 def test_no_image_of_a_cancelled_job_begins_while_the_clerk_is_slow(parts: Parts) -> None:
-    """Its images are held on the loop at once; that it is cancelled is recorded when the clerk has time."""
+    """Those that wait are held, and those sent to an engine recalled, at once; the job ends once the
+    clerk has recorded why."""
     (engine,) = parts.warm()
     parts.look()
     clerk_may_go_on = threading.Event()
+    parts.accept(job := parts.job(images=3))
+    parts.feed()
+    tickets = engine.begin()
+    parts.hear()
     parts.loop.off("clerk", clerk_may_go_on.wait, lambda _: None)
-    parts.jobs.accept(job := parts.job())
     send(parts, Cancel((job.id,)))
     parts.commands.surveyed(listing(parts))
+    told = [message for message in engine.heard() if isinstance(message, messages.Cancel)]
+    for ticket in tickets:
+        engine.say(messages.Cancelled(ticket))
+    parts.hear()
     parts.feed()
-    sent = engine.renders()
+    sent, ended = engine.renders(), not parts.work.running
     clerk_may_go_on.set()
     parts.until(lambda: not parts.work.running, "the end of the job")
 
-    assert sent == []
+    assert told == [messages.Cancel(ticket) for ticket in tickets]
+    assert (sent, ended) == ([], False)
     assert parts.jobs.finished[-1].outcome == "cancelled"
 
 

@@ -159,17 +159,19 @@ def test_another_engine_is_asked_when_one_dies(make_parts: MakeParts) -> None:
     assert len(parts.work.queue) == 1
 
 
-def test_a_job_that_is_measured_can_be_cancelled(make_parts: MakeParts) -> None:
-    """The engine's later answer about it is ignored."""
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_a_job_that_is_measured_can_be_cancelled(make_parts: MakeParts, tokens: int) -> None:
+    """The engine's later answer about it is ignored, also while the cancel is being recorded."""
     parts = make_parts(REFUSE)
     (engine,) = parts.warm()
     parts.accept(job := parts.job())
     asked = question(engine.heard())
     parts.jobs.cancel([job.id], lambda: None, lambda _: None)
-    until_ended(parts)
-    engine.say(Tokens(asked.ticket, (1000,)))
+    engine.say(Tokens(asked.ticket, (tokens,)))
     parts.hear()
+    queued = len(parts.work.queue)
+    until_ended(parts)
 
-    assert len(parts.work.queue) == 0
-    assert parts.jobs.finished[-1].outcome == "cancelled"
+    assert queued == 0
+    assert [end.outcome for end in parts.jobs.finished] == ["cancelled"]
     assert parts.engines.next_deadline(time.monotonic()) > 0

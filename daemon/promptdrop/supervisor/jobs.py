@@ -56,17 +56,26 @@ class Jobs:
     def cancel(
         self, ids: Sequence[str], remove: Callable[[], None], then: Callable[[bool], None]
     ) -> None:
-        """Withdraw jobs, of which no image begins from now on.
+        """Withdraw jobs, of which no image begins from now on; those being rendered stop at their next step.
 
         Once that is recorded, `remove` takes the command away on the clerk's thread. `then(False)`:
         the command stays for the next look, as it names a job that is claimed but not accepted yet.
         """
         named = [running for job_id in ids if (running := self._work.running.get(job_id))]
-        for running in named:
-            self._work.queue.drop(running.job)
         unknown = [job_id for job_id in ids if job_id not in self._work.running]
-        work = partial(self._cancel, [running.job for running in named], unknown, remove)
-        self._loop.off("clerk", work, partial(self._cancel_done, named, then))
+        withdrawn = [one for one in named if not (one.ending or one.job.cancelled)]
+        for running in withdrawn:
+            self._withdraw(running)
+        work = partial(self._cancel, [running.job for running in withdrawn], unknown, remove)
+        self._loop.off("clerk", work, partial(self._cancel_done, withdrawn, then))
+
+    def _withdraw(self, running: Running) -> None:
+        log.get().info("job.cancelling", job=running.job.id)
+        running.job.cancelled = True
+        running.busy += 1  # it does not end before this is recorded
+        self._work.queue.drop(running.job)
+        self.measuring.forget(running)
+        self._work.stop(running)
 
     def _cancel(
         self, jobs: Sequence[Job], unknown: Sequence[str], remove: Callable[[], None]
@@ -83,21 +92,12 @@ class Jobs:
         return True
 
     def _cancel_done(
-        self, named: Sequence[Running], then: Callable[[bool], None], is_done: bool
+        self, withdrawn: Sequence[Running], then: Callable[[bool], None], is_done: bool
     ) -> None:
         then(is_done)
-        for running in named:
-            if not (running.ending or running.job.cancelled):
-                self._withdraw(running)
-
-    def _withdraw(self, running: Running) -> None:
-        """Drop a job's images that wait, and stop those being rendered at their next step."""
-        log.get().info("job.cancelling", job=running.job.id)
-        running.job.cancelled = True
-        self._work.queue.drop(running.job)
-        self.measuring.forget(running)
-        self._work.stop(running)
-        self.maybe_finish(running)
+        for running in withdrawn:
+            running.busy -= 1
+            self.maybe_finish(running)
 
     # --- refusing -----------------------------------------------------------------------------
 

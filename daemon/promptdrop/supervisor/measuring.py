@@ -46,13 +46,14 @@ class Measuring:
         self.ask()
 
     def forget(self, running: Running) -> None:
-        """Drop a cancelled job that still waits."""
+        """Drop a job that somebody cancels; an answer about it is ignored."""
         self.waiting = [other for other in self.waiting if other is not running]
+        self.asked = {ticket: other for ticket, other in self.asked.items() if other is not running}
 
     def answered(self, answer: Tokens) -> None:
         """Decide about a job whose texts were counted."""
         running = self.asked.pop(answer.ticket, None)
-        if running is None or running.job.cancelled:
+        if running is None:
             return
         if problems := _problems(running.job, answer.counts):
             self._too_long(running, problems)

@@ -18,7 +18,7 @@ class Running:
     job: Job
     left: int  # images that are neither published nor given up
     alone: set[int] = field(default_factory=set)  # numbers of images whose batch failed
-    busy: int = 0  # images in an engine or on their way to the disk
+    busy: int = 0  # images in an engine or on their way to the disk, and a cancel being recorded
     ending: bool = False
 
 
