@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # One thread each: the small model is fastest so, and encoding has the other core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test quick soak lint fuzz hashes audit clean
+.PHONY: demo test quick late soak lint fuzz hashes audit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt constraints-hashed.txt
 	@echo "installing into $(VENV): torch, diffusers and friends, some minutes ..."
@@ -31,6 +31,11 @@ test: $(VENV)/installed
 # Whatever starts no daemon and imports no torch: within a minute.
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
+
+# Tests of daemons that are late at random, as on a busy machine: what takes a moment for granted fails.
+late: $(VENV)/installed
+	PYTHONPATH=$(CURDIR)/tests/support/late $(BIN)/python -m pytest -n 5 --dist worksteal \
+	    tests/daemon tests/hosts tests/kept --deselect tests/daemon/test_crash.py
 
 soak: $(VENV)/installed
 	$(BIN)/python tests/support/soak.py
