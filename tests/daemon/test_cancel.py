@@ -1,5 +1,7 @@
 """`cancel`: a job that waits, one in hand, one that is measured; names that fit several."""
 
+import json
+
 import pytest
 
 from harness import Daemon, MakeDaemon, jsonl, until
@@ -31,14 +33,12 @@ def test_a_pending_job_is_cancelled(daemon: Daemon, by: str) -> None:
 
 def test_an_active_job_is_stopped_at_its_next_step(daemon: Daemon) -> None:
     """Its published images stay, and the engine goes on with the next job."""
-    go = daemon.home / "go"
-    daemon.drop("a.jsonl", jsonl("first", f"!wait {go}", "third"))
+    half_a_minute = json.dumps({"prompt": "!slow 0.3", "steps": 100}) + "\n"
+    daemon.drop("a.jsonl", jsonl("first") + half_a_minute + jsonl("third"))
     daemon.start()
     daemon.until_begun(2)
     daemon.drop("b.txt", "a dog\n")
     daemon.run("cancel", "a.jsonl")
-    daemon.until_log("job.cancelling")
-    go.touch()
     job = daemon.job("a")
 
     assert job["outcome"] == "cancelled"

@@ -70,12 +70,12 @@ class Jobs:
         self._loop.off("clerk", work, partial(self._cancel_done, withdrawn, then))
 
     def _withdraw(self, running: Running) -> None:
-        log.get().info("job.cancelling", job=running.job.id)
         running.job.cancelled = True
         running.busy += 1  # it does not end before this is recorded
         self._work.queue.drop(running.job)
         self.measuring.forget(running)
         self._work.stop(running)
+        log.get().info("job.cancelling", job=running.job.id)
 
     def _cancel(
         self, jobs: Sequence[Job], unknown: Sequence[str], remove: Callable[[], None]
