@@ -67,8 +67,9 @@ def test_a_cancelled_job_waits_for_the_image_that_is_rendered(parts: Parts) -> N
     parts.feed()
     (ticket,) = engine.begin()
     parts.hear()
-    parts.jobs.cancel([job.id], lambda: None, lambda _: None)
-    parts.until(lambda: job.cancelled, "the cancel")
+    recorded: list[bool] = []
+    parts.jobs.cancel([job.id], lambda: None, recorded.append)
+    parts.until(lambda: recorded, "the record of the cancel")
 
     assert engine.heard() == [Cancel(ticket)]
     assert not parts.work.running[job.id].ending

@@ -295,7 +295,7 @@ class Daemon:
             assert self.process
             if self.process.poll() is not None:
                 return True
-            ends = [e["event"] for e in self.log() if e["event"] in ENDS and is_about(e)]
+            ends = [e["event"] for e in self.log() if e.get("event") in ENDS and is_about(e)]
             return ends[-1:] == [f"job.{end['outcome']}"]
 
         if self._started_ns is not None and path.stat().st_mtime_ns >= self._started_ns:

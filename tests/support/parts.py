@@ -52,7 +52,7 @@ class Parts:
         self.jobs = jobs = Jobs(work, loop, self.spool, intake)
         self.recovery = Recovery(loop, self.spool, intake, self.accept)
         self.commands = Commands(loop, self.spool, jobs, intake)
-        self.cancels = Cancels(work, loop, self.spool, jobs, intake, heard=self.gate.open)
+        self.cancels = Cancels(work, self.gate, loop, self.spool, jobs, intake)
         self.publishing = Publishing(loop, self.spool, jobs.image_ended)
         self.images = Images(work, loop, jobs, self.publishing)
         self.feeder = Feeder(work, self.gate, self.publishing)

@@ -2,8 +2,8 @@
 
 A word at the start of the prompt scripts a fault, a word in `model.revision` a fault of loading;
 `!once-FAULT PATH` does FAULT only if the file PATH does not exist, and creates it first; `!wait PATH`
-renders once the file PATH exists; `!note PATH TEXT` appends TEXT to that file, as a line; `!text-FAULT` does FAULT wherever the text is encoded, when the image
-is prepared, too.
+renders once the file PATH exists; `!note PATH TEXT` appends TEXT to that file, as a line; `!text-FAULT`
+does FAULT wherever the text is encoded, when the image is prepared, too.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Obey NAME.cancel in the inbox: withdraw the one job that it names, or say why not."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 from promptdrop import names
@@ -12,6 +12,7 @@ from promptdrop.loop import Loop
 from promptdrop.spool import claim
 from promptdrop.spool.job import Job
 from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.gate import Gate
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.obeying import Obeying
 from promptdrop.supervisor.work import Work
@@ -21,17 +22,10 @@ class Cancels:
     """Obeys each NAME.cancel once; one that names no job goes to failed/ after a while."""
 
     def __init__(
-        self,
-        work: Work,
-        loop: Loop,
-        spool: Spool,
-        jobs: Jobs,
-        intake: Intake,
-        heard: Callable[[], None] = lambda: None,
+        self, work: Work, gate: Gate, loop: Loop, spool: Spool, jobs: Jobs, intake: Intake
     ) -> None:
-        """`heard` is called once what a look has found is withdrawn."""
-        self._work, self._loop, self._spool = work, loop, spool
-        self._jobs, self._intake, self._heard = jobs, intake, heard
+        self._work, self._gate, self._loop, self._spool = work, gate, loop, spool
+        self._jobs, self._intake = jobs, intake
         self._obeying = Obeying()
         self._turned_away: set[str] = set()  # marks that fit no job, as long as they stand
 
@@ -41,7 +35,7 @@ class Cancels:
         return bool(self._obeying)
 
     def surveyed(self, found: dict[str, float]) -> None:
-        """Obey the marks that a look has found, as there may be thousands, in one go.
+        """Obey the marks that a look has found, as there may be thousands, in one go; then open the gate.
 
         found: SUB/NAME.cancel -> when it was first seen, monotonic seconds.
         """
@@ -57,7 +51,7 @@ class Cancels:
             work = partial(_find_jobs, list(cancels), jobs, list(self._intake.arriving))
             self._loop.off("clerk", work, partial(self._find_jobs_done, cancels))
         else:
-            self._heard()
+            self._gate.open()
         self._obeying.looked()
 
     def refused(self, path: str) -> None:
@@ -86,7 +80,7 @@ class Cancels:
                 why = f"names {len(ids)} jobs: {', '.join(ids[:20])}" if ids else ""
                 why = why or "names no job that waits or is being rendered"
                 self._intake.turn_away(path, RequestError(why))
-        self._heard()
+        self._gate.open()
 
 
 def _find_jobs(

@@ -61,12 +61,13 @@ class Jobs:
         Once that is recorded, `remove` takes the command away on the clerk's thread. `then(False)`:
         the command stays for the next look, as it names a job that is claimed but not accepted yet.
         """
-        named = [running for job_id in ids if (running := self._work.running.get(job_id))]
-        unknown = [job_id for job_id in ids if job_id not in self._work.running]
+        running = self._work.running
+        unknown = [job_id for job_id in ids if job_id not in running]
+        named = [running[job_id] for job_id in ids if job_id in running]
         withdrawn = [one for one in named if not (one.ending or one.job.cancelled)]
-        for running in withdrawn:
-            self._withdraw(running)
-        work = partial(self._cancel, [running.job for running in withdrawn], unknown, remove)
+        for one in withdrawn:
+            self._withdraw(one)
+        work = partial(self._cancel, [one.job for one in withdrawn], unknown, remove)
         self._loop.off("clerk", work, partial(self._cancel_done, withdrawn, then))
 
     def _withdraw(self, running: Running) -> None:

@@ -75,7 +75,7 @@ class Supervisor:
         self._jobs = jobs = Jobs(work, loop, spool, intake)
         self._recovery = Recovery(loop, spool, intake, self.accept)
         self._commands = Commands(loop, spool, jobs, intake)
-        self._cancels = Cancels(work, loop, spool, jobs, intake, heard=gate.open)
+        self._cancels = Cancels(work, gate, loop, spool, jobs, intake)
         self._publishing = Publishing(loop, spool, jobs.image_ended)
         self._images = Images(work, loop, jobs, self._publishing)
         self._feeder = Feeder(work, gate, self._publishing)
