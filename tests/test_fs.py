@@ -127,3 +127,19 @@ def test_file_systems_are_named_as_the_kernel_does(tmp_path: Path) -> None:
     assert mounts.file_system(Path("/proc")) == "proc"
     assert 0 < mounts.free_mib(tmp_path) < 2**40
     assert mounts.missing_mount(tmp_path) is None
+
+
+def test_folders_are_made_without_following_a_link(tmp_path: Path) -> None:
+    """Where a part is a link or a file, nothing is made, there or where the link leads."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/dangling").symlink_to("nowhere")
+    (tmp_path / "root/file").touch()
+    fs.make_directories(tmp_path / "root", "a/b", 0o2770)
+    for part in ("link", "dangling", "file"):
+        with pytest.raises(NotPlain):
+            fs.make_directories(tmp_path / "root", f"{part}/inner", 0o2770)
+
+    assert stat.S_IMODE((tmp_path / "root/a/b").stat().st_mode) == 0o2770
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -72,3 +72,12 @@ def test_a_signature_changes_with_its_file(tmp_path: Path) -> None:
     assert untrusted.signature_of(path) != first
     assert untrusted.signature_of(tmp_path / "link") is None
     assert untrusted.signature_of(tmp_path / "gone") is None
+
+
+@pytest.mark.parametrize("sub", ["..", "a/../..", "/etc", "a\0b", "a/.."])
+def test_nothing_leads_out_of_a_folder(tmp_path: Path, sub: str) -> None:
+    """A path with `..`, from the root or with a NUL is refused before anything is opened."""
+    (tmp_path / "a").mkdir()
+
+    with pytest.raises(untrusted.NotPlain), untrusted.below(tmp_path, sub):
+        pass

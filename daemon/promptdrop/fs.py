@@ -6,6 +6,7 @@ overwritten. Every temporary starts with `.promptdrop-`, by which a later start 
 Everything here may wait for a disk. Any thread may call it, since there is no state.
 """
 
+import contextlib
 import ctypes
 import errno
 import filecmp
@@ -14,11 +15,10 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from promptdrop.untrusted import open_plain
+from promptdrop.untrusted import below, open_plain
 
 TEMPORARY = ".promptdrop-"
 _AT_FDCWD = -100
@@ -109,7 +109,7 @@ def write_temporary(directory: Path, data: bytes, mode: int) -> Path:
     return name
 
 
-@contextmanager
+@contextlib.contextmanager
 def temporary(
     directory: Path, mode: int, keep: bool = False, name: Path | None = None
 ) -> Iterator[tuple[BinaryIO, Path]]:
@@ -151,17 +151,23 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def make_directories(path: Path, mode: int, below: Path) -> None:
-    """Make `path` and its parents below `below` (which must exist), each with `mode`."""
-    if path == below or path.is_dir():
-        return
-    make_directories(path.parent, mode, below)
-    try:
-        make_directory(path, mode)
-        sync_directory(path.parent)
-    except FileExistsError:
-        if not path.is_dir():
-            raise
+def make_directories(root: Path, sub: str, mode: int) -> None:
+    """Make the folder root/sub and what is missing above it, each with `mode`; follow no link below `root`.
+
+    Raises NotPlain: a part of `sub` is a link or no folder. FileNotFoundError: `root` is gone.
+    """
+    made = ""
+    for part in filter(None, sub.split("/")):
+        with below(root, made) as outer:
+            try:
+                os.lstat(outer / part)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):  # somebody was faster
+                    make_directory(outer / part, mode)
+                    sync_directory(outer)
+        made = os.path.join(made, part)
+    with below(root, made):
+        pass  # all of it is folders
 
 
 def make_directory(path: Path, mode: int) -> None:

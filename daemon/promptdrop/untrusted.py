@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 Signature = tuple[int, int, int, int]  # inode, size, mtime ns, ctime ns
 
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
 
 class NotPlain(OSError):
     """The path is no regular file, or was swapped for another while it was opened."""
@@ -49,27 +51,47 @@ def open_plain(path: Path) -> BinaryIO:
 def below(root: Path, sub: str) -> Iterator[Path]:
     """Yield a path of the folder root/sub; no link below `root` is followed on the way there.
 
-    The path holds while the context lasts, whatever becomes of the names (proc(5), /proc/self/fd).
-    Raises NotPlain: `sub` is no folder by now. FileNotFoundError: it is gone.
+    A mount on the way is entered. The path holds while the context lasts, whatever becomes of the
+    names (proc(5), /proc/self/fd); errors name the folder as it was asked for.
+    Raises NotPlain: a part of `sub` is `..`, a link or no folder. FileNotFoundError: it is gone.
     """
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    asked = os.path.join(root, sub) if sub else str(root)
+    folder = _open_below(str(root), sub, asked)
+    held = f"/proc/self/fd/{folder}"
     try:
-        for part in Path(sub).parts:
-            outer = folder
-            try:
-                folder = os.open(
-                    part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer
-                )
-            except NotADirectoryError:
-                raise NotPlain(errno.ENOTDIR, "no folder by now", str(root / sub)) from None
-            os.close(outer)
-        yield Path(f"/proc/self/fd/{folder}")
+        yield Path(held)
     except OSError as e:
-        if str(e.filename).startswith(f"/proc/self/fd/{folder}/"):
-            e.filename = str(root / sub / Path(e.filename).name)  # a message must say where
+        e.filename, e.filename2 = (_named(name, held, asked) for name in (e.filename, e.filename2))
         raise
     finally:
         os.close(folder)
+
+
+def _open_below(root: str, sub: str, asked: str) -> int:
+    """Open the folder root/sub with O_PATH, following no link below `root`."""
+    if sub.startswith("/") or ".." in sub.split("/") or "\0" in sub:
+        raise NotPlain(errno.EINVAL, "leads out of its folder", asked)
+    folder = os.open(root, _FOLDER)
+    try:
+        for part in filter(None, sub.split("/")):
+            inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+    except OSError as e:
+        os.close(folder)
+        if e.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise NotPlain(errno.ENOTDIR, "no folder by now", asked) from None
+        e.filename = asked
+        raise
+    return folder
+
+
+def _named(name: object, held: str, asked: str) -> object:
+    """Return a file name of an error with the folder as it was asked for."""
+    text = os.fsdecode(name) if isinstance(name, bytes | os.PathLike) else name
+    if isinstance(text, str) and (text == held or text.startswith(f"{held}/")):
+        return asked + text[len(held) :]
+    return name
 
 
 def signature(status: os.stat_result) -> Signature:

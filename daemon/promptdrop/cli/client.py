@@ -67,7 +67,7 @@ def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
             raise ConfigError(
                 f"{spool.paths.inbox}: no such inbox; make the spool with: promptdrop init DIR"
             )
-        fs.make_directories(folder, SHARED_MODE, below=spool.paths.inbox)
+        fs.make_directories(spool.paths.inbox, sub, SHARED_MODE)
     moment = clock.timestamp()
     with fs.temporary(folder, 0o664) as (handle, temporary):
         handle.write(data)

@@ -72,7 +72,7 @@ class Publication:
         if self._data is None:
             self._data = self._encode()
         settings, folder = self.job.settings, self.job.outbox_folder
-        fs.make_directories(folder, settings.folder_mode, below=self.job.paths.outbox)
+        fs.make_directories(self.job.paths.outbox, self.job.folder, settings.folder_mode)
         self._sha256 = hashlib.sha256(self._data).hexdigest()
         # Once: while the state folder cannot be written, retries must not fill the outbox.
         if self._temporary is None or not fs.exists(self._temporary):

@@ -33,7 +33,9 @@ class Duplicates:
         known = read_json(path)
         if known and known["id"] != claimed.id:
             return str(known["file"])
-        fs.make_directories(path.parent, OWN_MODE, below=self._paths.state)
+        fs.make_directories(
+            self._paths.cache, f"{self._paths.taken.name}/{path.parent.name}", OWN_MODE
+        )
         note = {"id": claimed.id, "file": claimed.path}
         fs.write_quickly(path, json.dumps(note).encode())
         return None

@@ -103,7 +103,8 @@ def _mirror(failed: Path, sub: str) -> Path:
 
 def _make_folder_of(spool: Spool, target: Path) -> None:
     mode = int(spool.config.output.directory_mode, 8)
-    fs.make_directories(target.parent, mode, below=spool.paths.failed)
+    failed = spool.paths.failed
+    fs.make_directories(failed, str(target.parent.relative_to(failed)), mode)
 
 
 def _file_mode(spool: Spool) -> int:

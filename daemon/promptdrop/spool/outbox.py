@@ -93,7 +93,7 @@ class Outbox:
 
     def make_folder(self, job: Job) -> None:
         """Make the job's folder if it is gone: readers may take it away."""
-        fs.make_directories(job.outbox_folder, job.settings.folder_mode, below=self._root)
+        fs.make_directories(self._root, job.folder, job.settings.folder_mode)
 
     def recover_folder(self, job: Job, is_new: bool) -> None:
         """Hold the recorded folder again, and make it if a crash came before it was made.
@@ -154,7 +154,7 @@ class Outbox:
                     break
                 n += 1
             if real is None:
-                fs.make_directories(existing, mode, below=folder)
+                fs.make_directories(self._root, str(existing.relative_to(self._root)), mode)
                 self._names_in(folder).add(name)
             folder = existing
         return folder

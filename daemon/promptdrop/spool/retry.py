@@ -112,7 +112,7 @@ def _drop_again(spool: Spool, target: str) -> None:
     sub, _, file = target.rpartition("/")
     stem, suffix = names.split(file)
     root = spool.paths.inbox
-    fs.make_directories(root / sub, SHARED_MODE, below=root)
+    fs.make_directories(root, sub, SHARED_MODE)
     with untrusted.below(spool.paths.failed, sub) as failed, untrusted.below(root, sub) as inbox:
         fs.remove_file(reason_file(failed / file))
         n = 1
