@@ -1,12 +1,14 @@
 """Durable writes, exclusive moves, and listing."""
 
 import os
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from promptdrop import fs, mounts
+from promptdrop.untrusted import NotPlain
 
 
 def test_a_move_never_overwrites(tmp_path: Path) -> None:
