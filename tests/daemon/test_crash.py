@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import disks
+from campaign import MEMORY_MIB, SETTINGS, Campaign
 from harness import REPOSITORY, Daemon, alive, until
-from soak import MEMORY_MIB, SETTINGS, Campaign
 
 CRASH_AT = str(REPOSITORY / "tests" / "support" / "crash_at.py")
 QUICK: dict[str, Any] = {

@@ -47,6 +47,9 @@ DAEMON = Person(64001, GROUP)
 ALICE = Person(64002, GROUP)
 BOB = Person(64003, GROUP)
 STRANGER = Person(64004, 64004)
+CAROL = Person(64005, GROUP)
+DAVE = Person(64006, GROUP)
+ERIN = Person(64007, GROUP)
 
 
 def promptdrop_as(person: Person) -> list[str]:
