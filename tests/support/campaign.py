@@ -214,9 +214,12 @@ class Campaign:
         """Let everything end, cancelled jobs too."""
         self._start_again()
         control.resume(self.daemon.own / "control")
-        until(self._is_done_or_retried, f"the end of seed {self.seed}", 600)
+        self._until_ended()
         self.daemon.until_status("a daemon that heeds signals", self._is_its_own)
         assert self.daemon.stop() == 0
+
+    def _until_ended(self) -> None:
+        until(self._is_done_or_retried, f"the end of seed {self.seed}", 600)
 
     def _is_its_own(self, status: dict[str, Any]) -> bool:
         """Whether the daemon of the last start wrote it: one that was just started dies of SIGTERM."""

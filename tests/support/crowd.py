@@ -106,8 +106,7 @@ class Dropper(Person):
             f"{own}/ein größerer Ordner",
             f"{own}/猫",
         ]
-        for folder in filter(None, self._folders):
-            fs.make_directories(self.inbox, folder, SHARED)
+        self._make_folders()
         self._old: list[Path] = []  # folders that were moved away
 
     def run(self) -> None:
@@ -149,8 +148,7 @@ class Dropper(Person):
         folder = self._some_folder()
         self._old.append(folder.with_name(f"{folder.name} old {self.place(self.trash).name}"))
         folder.rename(self._old[-1])
-        folder.mkdir()
-        folder.chmod(SHARED)
+        self._make_folders()
         self.note("replaced", path=str(folder))
         self._tidy()
 
@@ -167,6 +165,10 @@ class Dropper(Person):
         folder.unlink()
         hidden.rename(folder)
         self.note("swapped", path=str(folder))
+
+    def _make_folders(self) -> None:
+        for folder in filter(None, self._folders):
+            fs.make_directories(self.inbox, folder, SHARED)
 
     def _tidy(self) -> None:
         for path in self._old:
@@ -353,7 +355,7 @@ class Reader(Person):
 
 
 def _is_sidecar(name: str) -> bool:
-    return name.endswith(".json") and name != "job.json" and not name.startswith(".")
+    return name.endswith(".json") and name != "job.json" and not name.startswith((".", "request."))
 
 
 def main() -> None:
