@@ -18,6 +18,8 @@ def gauges(pid: int) -> Gauges:
     """Read the gauges of a process. Raises OSError: it has ended."""
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    if "VmRSS" not in status:
+        raise ProcessLookupError(f"process {pid} is a zombie")
     return Gauges(
         rss_mib=round(int(status["VmRSS"].split()[0]) / 1024, 1),
         descriptors=len(list((proc / "fd").iterdir())),
