@@ -170,15 +170,14 @@ def test_files_under_a_write_lease(daemon: Daemon) -> None:
     with ALICE.python(LEASES, str(held), *paths) as holder:
         until(held.exists, "the leases")
         daemon.start(wrapper=promptdrop_as(DAEMON))
+        daemon.until_status("the reason", lambda s: tells(s, "alice/"))
         is_served(daemon, "b")
-        why = daemon.until_waiting("alice/0.txt")
         assert holder.stdin
         holder.stdin.close()
     for n in range(20):
         daemon.job(f"alice/{n}")
     assert daemon.stop() == 0
 
-    assert why
     all_are_there_once(daemon, jobs=21, images=23)
 
 

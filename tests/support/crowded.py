@@ -36,6 +36,7 @@ from promptdrop.spool.ids import is_job_id
 CROWD = str(Path(__file__).with_name("crowd.py"))
 DROPPERS, READERS = {"alice": ALICE, "bob": BOB, "carol": CAROL}, {"dave": DAVE, "erin": ERIN}
 COMMANDS_AT_ONCE = 3
+STILL_SECONDS = 90.0  # without a line in the log: it has come to a halt
 
 
 @dataclass
@@ -205,7 +206,13 @@ class CrowdedCampaign(Campaign):
         super()._finish()
 
     def _until_ended(self) -> None:
-        super()._until_ended()
+        """Wait as long as anything goes on."""
+        seen, since = 0, time.monotonic()
+        while not self._is_done_or_retried():
+            if (lines := len(self.daemon.log())) > seen:
+                seen, since = lines, time.monotonic()
+            left = [*self._in_hand(), *self._left_in_failed()]
+            assert time.monotonic() < since + STILL_SECONDS, f"nothing goes on; left: {left[:20]}"
         until(self._agrees, "parked jobs whose files are in failed/, and no others", 30)
 
     def _agrees(self) -> bool:
@@ -251,7 +258,7 @@ class CrowdedCampaign(Campaign):
             self._heard(self._commands.pop(0))
         control.resume(self.daemon.own / "control")
         until(self._is_idle, "an idle daemon", 300)
-        time.sleep(1)  # its rooms and pipes come to rest
+        time.sleep(2)  # its rooms and pipes come to rest
         now = self._gauges()
         folders = len(list(fs.walk(self.daemon.inbox)))
         return Gauges(now.rss_mib, now.descriptors, now.threads, now.watches - folders)
