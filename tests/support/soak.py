@@ -14,12 +14,14 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accounts import ledger
 from campaign import MEMORY_MIB, SETTINGS, Campaign
 from crowded import CrowdedCampaign, crowded, is_flat
 from gauges import Gauges
@@ -105,6 +107,7 @@ def _of_people(campaign: CrowdedCampaign, quiet: int) -> dict[str, Any]:
     before, after = campaign.quiet_life(quiet)
     lives = [life for life in campaign.lives.values() if life]
     figures["lives"] = len(lives)
+    figures["people"] = Counter(line["doing"] for line in ledger(campaign.daemon.home))
     figures["most_in_a_life"] = asdict(_most([gauges for life in lives for gauges in life]))
     figures["quiet_life"] = {"images": quiet, "before": asdict(before), "after": asdict(after)}
     assert is_flat(before, after), figures["quiet_life"]
