@@ -39,7 +39,8 @@ class Owner:
 
     name: str  # SUB/FILE
     lane: Hashable  # other stalled work of this lane is tried again as soon as some of it succeeds
-    stalled: Callable[[bool], None]  # told on the loop when it begins to wait, and when that is over
+    # Told on the loop when it begins to wait, and when that is over.
+    stalled: Callable[[bool], None] = lambda begins: None
 
 
 @dataclass(slots=True)
@@ -203,7 +204,7 @@ class Loop:
         self._stalled[id(work)] = work
         self._retry_at = min(self._retry_at, work.due)
         owner = None if isinstance(error, DiskTrouble) else work.owner
-        self.troubles.note(id(work), reason_of(error), owner and owner.name)
+        self.troubles.note(id(work), reason_of(error), owner.name if owner else None)
         if owner and not work.is_owners:
             work.is_owners = True
             owner.stalled(True)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,31 @@ def read_json(path: Path | str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, untrusted.NotPlain, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def job_id_of(document: Path) -> str | None:
+    """Return the id of the job that a job.json or sidecar in the outbox is of; None if it is no such file.
+
+    Raises OSError: nobody can tell.
+
+    Thread: any.
+    """
+    known = read_json(document)
+    owner = known.get("job") if known.get("schema") == "promptdrop.image/1" else known
+    job_id = owner.get("id") if isinstance(owner, dict) else None
+    return job_id if isinstance(job_id, str) else None
+
+
+def files_on_their_way(job: Job) -> Iterator[str]:
+    """Yield the names in the job's outbox folder of images that are being published.
+
+    Thread: any.
+    """
+    for entry in fs.entries(job.home):
+        if (known := parse_image_record(entry.name)) and known[1] == "publishing":
+            image = read_json(entry.path).get("image")
+            if isinstance(image, dict) and isinstance(image.get("file"), str):
+                yield image["file"]
 
 
 def write(job: Job) -> None:

@@ -38,12 +38,7 @@ class Gate:
 
     def why_held(self) -> str | None:
         """Say why work does not go on; None if it does."""
-        return (
-            self.paused
-            or self._pool.trouble
-            or self.trouble
-            or next(iter(self._loop.trouble.values()), None)
-        )
+        return self.paused or self._pool.trouble or self.trouble or self._loop.troubles.everybodys()
 
     def reason(self, now: float) -> str | None:
         """Text for Status.reason: why work is held, else which thread is slow."""
@@ -57,6 +52,7 @@ class Gate:
                 log.get().warning("disk.trouble", reason=survey.trouble)
             else:
                 log.get().info("disk.cured")
+                self._loop.try_again()
         if survey.paused == self.paused:
             return False
         self.paused = survey.paused

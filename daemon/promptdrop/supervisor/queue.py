@@ -86,12 +86,15 @@ class Queue:
             return waiting.job, number
         return None
 
-    def drop(self, job: Job) -> None:
-        """Forget a job's images."""
+    def drop(self, job: Job) -> list[int]:
+        """Forget a job's images, and return their numbers."""
+        dropped: list[int] = []
         for level in self._levels.values():
             if waiting := level.waiting.pop(job.id, None):
                 self._length -= len(waiting.numbers)
+                dropped += waiting.numbers
                 waiting.numbers.clear()
+        return dropped
 
     def _add(self, priority: int, job: Job, numbers: list[int], first: bool) -> None:
         level = self._levels.setdefault(priority, _Level())

@@ -39,6 +39,7 @@ from promptdrop.supervisor.commands import Commands
 from promptdrop.supervisor.engines import Engines
 from promptdrop.supervisor.feeding import Feeder
 from promptdrop.supervisor.gate import Gate
+from promptdrop.supervisor.holding import Holding
 from promptdrop.supervisor.images import Images
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.publishing import Publishing
@@ -72,13 +73,14 @@ class Supervisor:
         self._pool = pool = Pool(settings, _backend(settings, drain))
         self._gate = gate = Gate(loop, pool)
         self._work = work = Work(pool)
-        self._jobs = jobs = Jobs(work, loop, spool, intake)
+        holding = Holding(work.queue)
+        self._jobs = jobs = Jobs(work, loop, spool, intake, holding)
         self._recovery = Recovery(loop, spool, intake, self.accept)
         self._commands = Commands(loop, spool, jobs, intake)
         self._cancels = Cancels(work, gate, loop, spool, jobs, intake)
-        self._publishing = Publishing(loop, spool, jobs.image_ended)
+        self._publishing = Publishing(loop, spool, holding, jobs.image_ended)
         self._images = Images(work, loop, jobs, self._publishing)
-        self._feeder = Feeder(work, gate, self._publishing)
+        self._feeder = Feeder(work, gate, holding, self._publishing)
         self._engines = Engines(work, gate, loop, self._images, jobs.measuring, self._notifier)
         composer = Composer(work, gate, intake, jobs, self._images, self._publishing)
         self._reporter = Reporter(
