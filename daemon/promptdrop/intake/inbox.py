@@ -5,6 +5,7 @@ after rsync or unzip, and
 CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), inotify(7).
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Offer:
     signature: Signature
     settled: float  # monotonic seconds
     give_up: str | None = None  # why it is refused
+    owner: int = 0  # uid
 
     @property
     def path(self) -> str:
@@ -42,6 +44,7 @@ class Seen:
     """One job file that is not taken yet."""
 
     signature: Signature
+    owner: int  # uid
     since: float  # unchanged since, monotonic seconds
     looks: int = 1
     objection: str | None = None  # why it would be refused as it stands
@@ -109,7 +112,8 @@ class Inbox:
             else:
                 seen = self._seen[path]
                 seen.offered = True
-                offer = Offer(sub, entry.name, seen.signature, now, verdict.why)
+                owner = seen.owner
+                offer = Offer(sub, entry.name, seen.signature, now, verdict.why, owner)
                 arrived.append((seen.since, path, offer))
         for path in self._seen.keys() - found:
             del self._seen[path]  # taken or withdrawn
@@ -143,17 +147,17 @@ class Inbox:
             return None
         except OSError as e:  # one sick file stops no other
             return Verdict(f"cannot be looked at: {e.strerror}")
-        seen = self._note(path, signature(status), now)
+        seen = self._note(path, status, now)
         if watch.ready_suffix is not None and entry.name + watch.ready_suffix not in siblings:
             seen.obstacle = f"waiting for {entry.name}{watch.ready_suffix}"
             return Verdict(seen.obstacle)
         return _judge(entry.path, seen, now, watch)
 
-    def _note(self, path: str, signature: Signature, now: float) -> Seen:
+    def _note(self, path: str, status: os.stat_result, now: float) -> Seen:
         """Count one more look; a file that has changed is seen for the first time."""
-        seen = self._seen.get(path)
-        if seen is None or seen.signature != signature:
-            seen = self._seen[path] = Seen(signature, now)
+        seen, current = self._seen.get(path), signature(status)
+        if seen is None or seen.signature != current:
+            seen = self._seen[path] = Seen(current, status.st_uid, now)
         else:
             seen.looks += 1
         return seen

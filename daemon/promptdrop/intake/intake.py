@@ -22,6 +22,7 @@ from promptdrop.loop import TROUBLE, Loop, reason_of
 from promptdrop.nouns import Request
 from promptdrop.spool import control
 from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.lanes import Lane
 from promptdrop.spool.spool import Spool
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
@@ -52,7 +53,7 @@ class Survey:
     trouble: str | None  # with a disk, in words
     paused: str | None  # why no new image is begun, and how to go on
     commands: tuple[control.Command, ...]  # as found; one may have been carried out since
-    lanes: dict[str, list[Offer]]  # the scan's offers, by the lane whose turn it may be
+    lanes: dict[Lane, list[Offer]]  # the scan's offers, by the lane whose turn it may be
     cost: float  # CPU seconds
 
 

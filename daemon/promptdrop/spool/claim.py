@@ -78,6 +78,7 @@ def resolve(
         sub=sys.intern(claimed.sub),
         file=claimed.file,
         inode=claimed.inode,
+        owner=os.lstat(claimed.drop).st_uid,
         folder="",
         priority=request.priority,
         images=len(request.images),

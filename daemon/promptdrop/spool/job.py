@@ -61,6 +61,7 @@ class Job:
     sub: str  # folder below the inbox, as dropped; "" at the top
     file: str  # the dropped file's name
     inode: int
+    owner: int  # uid of the dropped file
     folder: str  # SUB/JOB below the outbox
     priority: int
     images: int
