@@ -117,6 +117,11 @@ class Loop:
                 self._submit(work)
             self._retry_at = min((w.due for w in self._stalled.values()), default=float("inf"))
 
+    @property
+    def is_working(self) -> bool:
+        """Whether a room works, or has done work whose result was not looked at yet."""
+        return bool(self._futures) or not self._results.empty()
+
     def slow(self, now: float) -> str | None:
         """Name a room whose work has not come back for long: a disk that hangs raises no error."""
         for room, since in list(self._at_work.values()):

@@ -27,9 +27,7 @@ def below(sub: str, name: str) -> str:
     return f"{sub}/{name}" if sub else name
 
 
-def job_files(
-    root: Path, recursive: bool, sick: Callable[[str, OSError], None]
-) -> Iterator[Found]:
+def job_files(root: Path, recursive: bool, sick: Callable[[str, OSError], None]) -> Iterator[Found]:
     """Find every job file and cancel mark in the inbox; an entry's path holds until the next one.
 
     A sub-folder that is not ours to read is left out; one whose disk is in trouble is given to `sick`.

@@ -49,11 +49,6 @@ class Unresolved:
         return names.printable(self.path)
 
     @property
-    def lane(self) -> Lane:
-        """Whose turn it waits for."""
-        return lane_of(getattr(self, "owner", 0), self.sub, self.file)
-
-    @property
     def drop(self) -> Path:
         """The dropped file, until the job ends."""
         return self.home / DROP / self.sub / self.file
@@ -72,15 +67,14 @@ class Job:
     sub: str  # folder below the inbox, as dropped; "" at the top
     file: str  # the dropped file's name
     inode: int
+    owner: int  # uid of the dropped file
     folder: str  # SUB/JOB below the outbox
     priority: int
     images: int
     must_fit: bool  # a prompt that is too long refuses the whole file (prompt.overflow)
     detail_in_memory: Detail | None = None  # None while it is closed
     cancelled: bool = False
-    folder_identity: tuple[int, int, int] | None = (
-        None  # device, inode and owner of its outbox folder
-    )
+    folder_identity: tuple[int, int, int] | None = None  # of its outbox folder: Outbox.folder
     _states: dict[int, ImageState] | None = None
 
     @property
@@ -162,7 +156,7 @@ class Job:
     @property
     def lane(self) -> Lane:
         """Whose turn its images wait for."""
-        return lane_of(getattr(self, "owner", 0), self.sub, self.file)
+        return lane_of(self.owner, self.sub, self.file)
 
     @property
     def drop(self) -> Path:

@@ -1,6 +1,7 @@
 """A job's records on the disk: request.json, and one for each image in hand or ended."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import Any
 from promptdrop import fs, untrusted
 from promptdrop.spool import detail
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
-from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record, state_of
+from promptdrop.spool.paths import (
+    CANCELLED,
+    DROP,
+    REQUEST,
+    Paths,
+    dropped_path,
+    parse_image_record,
+    state_of,
+)
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -59,6 +68,7 @@ def write(job: Job) -> None:
         "sub": job.sub,
         "file": job.file,
         "inode": job.inode,
+        "owner": job.owner,
         "folder": job.folder,
         "priority": job.priority,
         **job.detail.to_json(),
@@ -83,6 +93,7 @@ def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
         sub=sys.intern(record["sub"]),
         file=record["file"],
         inode=record.get("inode", 0),
+        owner=record["owner"] if "owner" in record else _owner_of_drop(home, record),
         folder=record["folder"],
         priority=record.get("priority", 0),
         images=images,
@@ -106,6 +117,14 @@ def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
         return load(paths, home, listed) if REQUEST in listed else None
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
+
+
+def _owner_of_drop(home: str | Path, record: dict[str, Any]) -> int:
+    """Return the uid of the dropped file, which promptdrop 0.1 did not record; 0 if it is gone."""
+    try:
+        return os.lstat(f"{home}/{DROP}/{dropped_path(record['sub'], record['file'])}").st_uid
+    except FileNotFoundError:
+        return 0
 
 
 def _load_image(state: ImageState, kind: str, record: dict[str, Any]) -> None:

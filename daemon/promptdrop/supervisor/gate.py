@@ -1,9 +1,12 @@
 """Decide what may begin now: not all may during a pause, trouble with a disk, a stop or the end."""
 
+from collections.abc import Iterator
+
 from promptdrop import log
 from promptdrop.intake.intake import Survey
 from promptdrop.loop import Loop, reason_of
 from promptdrop.pool.pool import Pool
+from promptdrop.troubles import Held
 
 
 class Gate:
@@ -35,6 +38,10 @@ class Gate:
     def lets_engines_begin(self) -> bool:
         """Whether a new engine may be started."""
         return self.exit_status is None and self.stop_at is None
+
+    def held(self) -> Iterator[Held]:
+        """Yield the files that trouble of their own holds up, while others go on."""
+        return self._loop.troubles.own()
 
     def why_held(self) -> str | None:
         """Say why work does not go on; None if it does."""

@@ -200,4 +200,4 @@ class Jobs:
 
 def _owner(job: Job | Unresolved) -> Owner:
     """Say whose trouble it is when the end of a job meets trouble with a disk."""
-    return Owner(job.shown, job.lane)
+    return Owner(job.shown, job.lane if isinstance(job, Job) else job.id)

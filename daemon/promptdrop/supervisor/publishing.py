@@ -35,6 +35,11 @@ class Publishing:
         """Whether images are under way and no trouble with a disk holds them up."""
         return self.under_way > 0 and not self._loop.troubles.everybodys()
 
+    @property
+    def set_aside(self) -> int:
+        """Count the images that do not begin, because others of their job or lane cannot be saved."""
+        return self._holding.images
+
     def publish(self, running: Running, publication: Publication) -> None:
         """Make an image visible in the outbox; `running.busy` counts it already."""
         self.under_way += 1
