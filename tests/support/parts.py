@@ -80,6 +80,7 @@ class Parts:
 
     def close(self) -> None:
         """End the loop's threads and the engines."""
+        self.intake.close()
         self.pool.close()
         assert self.loop.close()
 

@@ -27,9 +27,6 @@ from promptdrop.spool.spool import Spool
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
 SCAN_SHARE = 0.25  # the part of a core that looks may take while a big inbox keeps changing
-STUCK_OF_LANE = (
-    4  # claimed files that wait for a disk, from which on the others of their lane wait, too
-)
 TAKING = 16  # files being read or claimed at once; the others wait for their turn
 
 

@@ -176,8 +176,12 @@ class Outbox:
             fs.make_directories(self._root, mirror, mode)
             with below(self._root, mirror) as outer:
                 fs.make_directory(outer / name, mode)
-                fs.sync_directory(outer)
-                job.folder_identity = _identity(os.lstat(outer / name))
+                try:
+                    fs.sync_directory(outer)
+                    job.folder_identity = _identity(os.lstat(outer / name))
+                except OSError:
+                    fs.remove_empty_tree(outer / name)  # tried again, under the same name
+                    raise
         except (FileExistsError, NotPlain, PermissionError):
             return False
         return True
@@ -241,8 +245,9 @@ class Outbox:
         """Whether a sub-folder's jobs may have their folders here."""
         outer, name = os.path.split(existing)
         with below(self._root, outer) as folder:
-            is_jobs = existing in self._live or fs.exists(folder / name / SUMMARY)
-            return is_for_us(folder / name) and not is_jobs
+            if not is_for_us(folder / name):
+                return False
+            return existing not in self._live and not fs.exists(folder / name / SUMMARY)
 
     def _names_in(self, mirror: str) -> Taken:
         if mirror not in self._taken:
