@@ -47,7 +47,7 @@ class _Server(ThreadingTCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 64  # connections that wait to be taken, or turned away
+    request_queue_size = 1024  # connections that wait to be taken, or turned away
 
     def __init__(self, host: str, port: int, handler: Any) -> None:
         self.address_family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
