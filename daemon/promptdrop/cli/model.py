@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from promptdrop.cli import terminal
+
 
 def declare_demo(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `model demo`."""
@@ -15,7 +17,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     directory = arguments.directory
     weights.copy_demo(directory)
-    print(f"wrote {directory}; use it with: promptdrop init DIR --model {directory}")
+    terminal.say(f"wrote {directory}; use it with: promptdrop init DIR --model {directory}")
 
 
 def declare_fetch(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,8 @@ def fetch(arguments: argparse.Namespace) -> None:
     """Download a model, and print where it is. Raises ModelError."""
     from promptdrop import weights
 
-    print(weights.fetch(arguments.id, arguments.hub, arguments.revision, arguments.to))
+    found = weights.fetch(arguments.id, arguments.hub, arguments.revision, arguments.to)
+    terminal.say(str(found))
 
 
 def declare_path(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,7 @@ def path(arguments: argparse.Namespace) -> None:
     from promptdrop import config, weights
 
     model = {"id": arguments.id, "hub": arguments.hub, "revision": arguments.revision}
-    print(weights.require(config.parse({"model": model})))
+    terminal.say(str(weights.require(config.parse({"model": model}))))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
