@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from promptdrop.cli import options, terminal
+
 
 def declare_init(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `init`."""
@@ -16,13 +18,12 @@ def declare_init(parser: argparse.ArgumentParser) -> None:
 def init(arguments: argparse.Namespace) -> None:
     """Write DIR/config.yaml unless it is there, and make the folders it names."""
     from promptdrop import config_file
-    from promptdrop.cli import terminal
     from promptdrop.spool.spool import Spool
 
     directory: Path = arguments.directory
     file = directory / "config.yaml"
     directory.mkdir(parents=True, exist_ok=True)
-    text = _text(arguments.model)
+    text = _text(options.plain("--model", arguments.model))
     try:
         with file.open("x", encoding="utf-8") as new:  # O_EXCL: through no link either
             new.write(text)

@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from promptdrop.cli import terminal
+from promptdrop.cli import options, terminal
 
 
 def declare_demo(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,8 @@ def fetch(arguments: argparse.Namespace) -> None:
     """Download a model, and print where it is. Raises ModelError."""
     from promptdrop import weights
 
-    found = weights.fetch(arguments.id, arguments.hub, arguments.revision, arguments.to)
-    terminal.say(str(found))
+    model = _model(arguments)
+    terminal.say(str(weights.fetch(model["id"], model["hub"], model["revision"], arguments.to)))
 
 
 def declare_path(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +50,7 @@ def path(arguments: argparse.Namespace) -> None:
     """Print where a model's files are. Raises ModelError: some are missing."""
     from promptdrop import config, weights
 
-    model = {"id": arguments.id, "hub": arguments.hub, "revision": arguments.revision}
-    terminal.say(str(weights.require(config.parse({"model": model}))))
+    terminal.say(str(weights.require(config.parse({"model": _model(arguments)}))))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -58,3 +58,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID")
     parser.add_argument("--hub", choices=("modelscope", "huggingface"), default="modelscope")
     parser.add_argument("--revision")
+
+
+def _model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of `model` in a configuration. Raises UsageError: one can be of no model."""
+    return {
+        "id": options.plain("ID", arguments.id),
+        "hub": arguments.hub,
+        "revision": options.plain("--revision", arguments.revision),
+    }
