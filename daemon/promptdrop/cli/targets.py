@@ -6,6 +6,7 @@ from pathlib import Path
 from promptdrop import fs, names
 from promptdrop.cli import client
 from promptdrop.errors import UsageError
+from promptdrop.spool.lanes import GENERATE
 
 FORMAT_OF_SUFFIX = {
     ".png": "png",
@@ -50,6 +51,7 @@ class Targets:
             target = self._file if self._file.suffix else self._file.with_suffix(suffix)
             os.replace(temporary, target)
             return target
+        name = name.removeprefix(GENERATE)
         return self._folder / client.rename_to_free_name(temporary, self._folder, name)
 
 
