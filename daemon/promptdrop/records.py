@@ -19,12 +19,8 @@ VERSION = f"promptdrop {__version__}"  # ... and its `version`
 
 # The most bytes of a document that this program can have written. Where a group may write, a longer
 # one is not ours, and is not read.
-SIDECAR_BYTES = (
-    1 << 20
-)  # three texts of 20,000 characters, each at most 6 bytes in JSON; 16 KiB of meta
-ERROR_BYTES = (
-    1 << 20
-)  # 20 problems or the errors of 10 images; the numbers of 100,000 missing images
+SIDECAR_BYTES = 1 << 20  # three texts of 20,000 characters of up to 6 bytes; 16 KiB of meta
+ERROR_BYTES = 16 << 20  # the numbers of 1,000,000 missing images, the highest limits.images_per_job
 SUMMARY_BYTES_OF_IMAGE = 4096  # a name of 255 bytes, and an error of 3,000
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,18 @@ def test_hosts_and_engines_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> N
 
     assert "x1b" in said
     assert harm(said.encode()) == ""
+
+
+def test_a_bug_is_shown_escaped() -> None:
+    """The traceback of an error that nobody expected quotes names and values escaped, too."""
+    command = "from promptdrop.cli import main; main.main(['schema', 'job'])"
+    code = f"import sys; {command}; raise RuntimeError(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, HOSTILE], capture_output=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Traceback")
+    assert b"\\x1b]0;owned" in done.stderr
+    assert harm(done.stderr.replace(b"\nFAKED", b"")) == ""
 
 
 def test_an_error_of_several_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

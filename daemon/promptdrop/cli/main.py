@@ -1,6 +1,7 @@
 """The entry point of `promptdrop`: one command, its errors as a line on stderr and an exit status."""
 
 import os
+import sys
 
 from promptdrop.cli import parser, terminal
 from promptdrop.errors import PromptdropError
@@ -8,6 +9,7 @@ from promptdrop.errors import PromptdropError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; errors are printed on stderr."""
+    sys.excepthook = terminal.report_bug
     arguments = parser.build().parse_args(argv)
     try:
         return int(arguments.command(arguments) or 0)

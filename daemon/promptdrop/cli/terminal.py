@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from promptdrop import names
@@ -44,6 +45,16 @@ def complain(*lines: str) -> None:
     """Print lines on stderr, at once."""
     for line in lines:
         _print(sys.stderr, _escaped(sys.stderr, line))
+
+
+def report_bug(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an error that nobody expected, as sys.excepthook does, whose text may quote anything."""
+    import traceback
+
+    for text in traceback.format_exception(kind, error, trace):
+        complain(*text.rstrip("\n").split("\n"))
 
 
 def say_json(document: Any, indent: int | None) -> None:
