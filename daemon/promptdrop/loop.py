@@ -134,6 +134,7 @@ class Loop:
         room: Room,
         function: Callable[[], Any],
         then: Callable[[Any], None],
+        *,
         owner: Owner | None = None,
     ) -> None:
         """Run `function` in a room, then `then(result)` on the loop.

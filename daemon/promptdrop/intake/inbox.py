@@ -16,6 +16,7 @@ from promptdrop.config import Watch
 from promptdrop.intake.files import NOT_OURS, Found, below, job_files
 from promptdrop.intake.writers import is_open_for_writing
 from promptdrop.loop import delay
+from promptdrop.spool.lanes import Lane, lane_of
 from promptdrop.untrusted import Signature, signature
 
 LOOKS = 2  # a file must look the same at least this often
@@ -38,6 +39,11 @@ class Offer:
     def path(self) -> str:
         """SUB/FILE, below the inbox."""
         return below(self.sub, self.file)
+
+    @property
+    def lane(self) -> Lane:
+        """Whose turn it waits for."""
+        return lane_of(self.owner, self.sub, self.file)
 
 
 @dataclass(slots=True)
@@ -80,6 +86,26 @@ class Scan:
 
 
 @dataclass(slots=True)
+class _Look:
+    """What a look has found so far."""
+
+    found: set[str] = field(default_factory=set)
+    arrived: list[tuple[float, str, Offer]] = field(default_factory=list)  # by age, then path
+    waiting: dict[str, str] = field(default_factory=dict)
+    sick: dict[str, str] = field(default_factory=dict)
+    next_look: float = NEVER
+
+    def is_sick(self, path: str, error: OSError) -> None:
+        """Note a file that a disk does not show: it stops no other."""
+        self.found.add(path)
+        self.sick[path] = self.waiting[path] = f"cannot be looked at: {error.strerror}"
+
+    def sick_folder(self, sub: str, error: OSError) -> None:
+        """Note a sub-folder that a disk does not show, with all that may be in it."""
+        self.is_sick(f"{sub}/", error)
+
+
+@dataclass(slots=True)
 class Inbox:
     """Remembers the files it has seen. Only `scan` looks at the disk; times are arguments.
 
@@ -92,50 +118,50 @@ class Inbox:
 
     def scan(self, now: float, watch: Watch, recursive: bool) -> Scan:
         """Look at everything once. Raises OSError: the inbox itself cannot be read."""
-        arrived: list[tuple[float, str, Offer]] = []
-        waiting: dict[str, str] = {}
-        next_look = NEVER
-        found: set[str] = set()
+        look = _Look()
         cancels: dict[str, float] = {}
-        sick: dict[str, str] = {}
-
-        def is_sick(path: str, error: OSError) -> None:
-            found.add(path)
-            sick[path] = waiting[path] = f"cannot be looked at: {error.strerror}"
-
-        for file in job_files(self.root, recursive, lambda sub, e: is_sick(f"{sub}/", e)):
+        for file in job_files(self.root, recursive, look.sick_folder):
             sub, entry, _ = file
             path = below(sub, entry.name)
             if names.is_cancel(entry.name):
                 cancels[path] = self._cancels.get(path, now)
                 continue
-            found.add(path)
+            look.found.add(path)
             if path in self._seen and self._seen[path].offered:
                 continue
             try:
                 verdict = self._examine(path, file, now, watch)
             except NOT_OURS:
                 continue  # withdrawn meanwhile
-            except OSError as e:  # one sick file stops no other
-                is_sick(path, e)
+            except OSError as e:
+                look.is_sick(path, e)
                 continue
-            next_look = min(next_look, verdict.again)
+            look.next_look = min(look.next_look, verdict.again)
             if verdict.why and not verdict.give_up:
-                waiting[path] = verdict.why
+                look.waiting[path] = verdict.why
             else:
-                seen = self._seen[path]
-                seen.offered = True
-                owner = seen.owner
-                offer = Offer(sub, entry.name, seen.signature, now, verdict.why, owner)
-                arrived.append((seen.since, path, offer))
-        for path in self._seen.keys() - found:
+                look.arrived.append((self._seen[path].since, path, self._offer(file, now, verdict)))
+        for path in self._seen.keys() - look.found:
             del self._seen[path]  # taken or withdrawn
+        waiting = look.waiting
         blocked = {path: why for path, why in waiting.items() if self._is_blocked(path, why)}
-        offers = tuple(
-            offer for _, _, offer in sorted(arrived)
-        )  # by age, then path: each path comes once
-        cancels = self._hold_back(cancels, found, waiting, now)
-        return Scan(now, offers, waiting, blocked, next_look, sick, len(found), cancels=cancels)
+        cancels = self._hold_back(cancels, look.found, waiting, now)
+        return Scan(
+            started=now,
+            offers=tuple(offer for _, _, offer in sorted(look.arrived)),
+            waiting=waiting,
+            blocked=blocked,
+            next_look=look.next_look,
+            sick=look.sick,
+            found=len(look.found),
+            cancels=cancels,
+        )
+
+    def _offer(self, file: Found, now: float, verdict: Verdict) -> Offer:
+        sub, entry, _ = file
+        seen = self._seen[below(sub, entry.name)]
+        seen.offered = True
+        return Offer(sub, entry.name, seen.signature, now, verdict.why, seen.owner)
 
     def object(self, path: str, objection: str) -> None:
         """Make an offered file wait that would be refused, because it may still be arriving."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from promptdrop import log, mounts, names
 from promptdrop.config import Config
@@ -81,8 +81,6 @@ class Intake:
         self._taking = (
             0  # ... of which have had their turn, and do not wait for a disk of their own
         )
-        self._stuck: Counter[Lane] = Counter()  # ... of which are claimed and wait for such a disk
-        self._aside: dict[Lane, list[Offer]] = {}  # ... of which lie behind those
         self._sick: set[str] = set()  # SUB/FILE in the inbox whose disk is in trouble
         self._is_all_blocked = False  # whether the last look found only files that cannot be taken
         self._verdicts: list[Callable[[], None]] = []  # changes of the inbox, made by the next look
@@ -130,7 +128,7 @@ class Intake:
         self.arriving[claimed.path] += 1
         self._taking += 1
         lane = lane_of(-1, claimed.sub, claimed.file)
-        self._resolve(claimed, partial(taking.resolve, self._spool, claimed, None, None), lane)
+        self._resolve(claimed, None, None, lane)
 
     def has_room(self) -> bool:
         """Whether one more file may be taken now."""
@@ -145,7 +143,7 @@ class Intake:
         self._taking += 1
         owner = Owner(names.printable(path), path, self._turn_away_stalled)
         work = partial(taking.claim, self._spool, offer)
-        self._loop.off("clerk", work, partial(self._claim_done, offer, error), owner)
+        self._loop.off("clerk", work, partial(self._claim_done, offer, error), owner=owner)
 
     def _turn_away_stalled(self, begins: bool) -> None:
         self._taking += -1 if begins else 1
@@ -219,8 +217,7 @@ class Intake:
             self.arriving.update(offer.path for offer in scan.offers)
             self._turns.add(survey.lanes)
             self._take_turns()
-            waits = len(scan.blocked) + sum(map(len, self._aside.values()))
-            self._is_all_blocked = waits >= scan.found
+            self._is_all_blocked = len(scan.blocked) + self._turns.held >= scan.found
             self._note_sick(scan)
 
     def _note_sick(self, scan: Scan) -> None:
@@ -243,22 +240,14 @@ class Intake:
     def _take_turns(self) -> None:
         """Read the next files, a few at a time, so that other work of the clerk comes in between."""
         while self._taking < TAKING and (offer := self._turns.take()):
-            lane = lane_of(offer.owner, offer.sub, offer.file)
-            if self._stuck[lane] >= STUCK_OF_LANE:
-                self._aside.setdefault(lane, []).append(offer)
-                continue
             self._taking += 1
-            work = partial(_or_error, partial(taking.read, self._spool, offer))
+            work = partial(self._read, offer)
             self._loop.off("reader", work, partial(self._read_done, offer))
 
     def _resolve_stalled(self, lane: Lane, begins: bool) -> None:
         """Give the place of a claimed file that waits for a disk of its own to others, or take one again."""
         self._taking += -1 if begins else 1
-        self._stuck[lane] += 1 if begins else -1
-        if not self._stuck[lane]:
-            del self._stuck[lane]
-        if self._stuck[lane] < STUCK_OF_LANE:
-            self._turns.add(by_lane(self._aside.pop(lane, ()), self._desk.config.queue.policy))
+        self._turns.stalled(lane, begins)
         self._take_turns()
 
     def _took(self, path: str) -> None:
@@ -269,6 +258,16 @@ class Intake:
         self._taking -= 1
         self._take_turns()
 
+    def _read(self, offer: Offer) -> Request | RequestError | OSError | None:
+        """Read an offered file; an OSError is trouble of this file alone.
+
+        Thread: reader.
+        """
+        try:
+            return taking.read(self._spool, offer)
+        except OSError as e:
+            return e
+
     def _read_done(self, offer: Offer, result: Request | RequestError | OSError | None) -> None:
         if result is None:
             self._gone(offer)
@@ -277,11 +276,18 @@ class Intake:
         elif isinstance(result, RequestError) and offer.give_up is None:
             self._not_taken(offer.path, lambda: self._inbox.object(offer.path, str(result)))
         else:
-            self._claim(offer, result)
+            work = partial(self._claim, offer)
+            self._loop.off("clerk", work, partial(self._claim_done, offer, result))
 
-    def _claim(self, offer: Offer, result: Request | RequestError) -> None:
-        work = partial(_or_error, partial(taking.claim, self._spool, offer))
-        self._loop.off("clerk", work, partial(self._claim_done, offer, result))
+    def _claim(self, offer: Offer) -> Unresolved | str | OSError | None:
+        """Move an offered file out of the inbox; an OSError is trouble of this file alone.
+
+        Thread: clerk.
+        """
+        try:
+            return taking.claim(self._spool, offer)
+        except OSError as e:
+            return e
 
     def _gone(self, offer: Offer) -> None:
         """Look anew at a file that was withdrawn or changed."""
@@ -325,13 +331,14 @@ class Intake:
             self._took(offer.path)
             self._desk.refuse(claimed, result)
         else:
-            lane = lane_of(offer.owner, offer.sub, offer.file)
-            work = partial(taking.resolve, self._spool, claimed, offer, result)
-            self._resolve(claimed, work, lane)
+            self._resolve(claimed, offer, result, offer.lane)
 
-    def _resolve(self, claimed: Unresolved, work: Callable[[], object], lane: Lane) -> None:
+    def _resolve(
+        self, claimed: Unresolved, offer: Offer | None, asked: Request | None, lane: Lane
+    ) -> None:
         owner = Owner(claimed.shown, lane, partial(self._resolve_stalled, lane))
-        self._loop.off("clerk", work, partial(self._resolve_done, claimed.path), owner)
+        work = partial(taking.resolve, self._spool, claimed, offer, asked)
+        self._loop.off("clerk", work, partial(self._resolve_done, claimed.path), owner=owner)
 
     def _resolve_done(self, path: str, result: Job | tuple[Unresolved, RequestError]) -> None:
         self._took(path)
@@ -347,14 +354,3 @@ class Intake:
             self._desk.accept(result)
         else:
             self._desk.refuse(*result)
-
-
-def _or_error(work: Callable[[], Any]) -> Any:
-    """Return what some work returns, or the OSError that it raises, which is trouble of its file alone.
-
-    Thread: reader, clerk.
-    """
-    try:
-        return work()
-    except OSError as e:
-        return e

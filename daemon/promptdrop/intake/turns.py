@@ -1,10 +1,13 @@
 """Decide whose file is taken next: owners and their lanes take turns, so that nobody holds up the others."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from promptdrop.intake.inbox import Offer
-from promptdrop.spool.lanes import EVERYBODY, Lane, Rounds, lane_of
+from promptdrop.spool.lanes import EVERYBODY, Lane, Rounds
+
+# Claimed files of one lane that wait for a disk of their own, from which on its other files wait, too.
+STUCK = 4
 
 
 class Turns:
@@ -15,7 +18,10 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        self.held = 0  # offers that lie behind stuck files of their lane
         self._rounds: Rounds[deque[Offer]] = Rounds()
+        self._stuck: Counter[Lane] = Counter()
+        self._behind: dict[Lane, list[tuple[Lane, Offer]]] = {}
 
     def add(self, lanes: dict[Lane, list[Offer]]) -> None:
         """Put offers behind those of the same lane."""
@@ -23,15 +29,28 @@ class Turns:
             self._rounds.lane(lane, deque).extend(offers)
 
     def take(self) -> Offer | None:
-        """Take the next offer, or None if nobody waits."""
-        if not self._rounds:
-            return None
-        lane, waiting = self._rounds.first()
-        offer = waiting.popleft()
-        self._rounds.has_had_its_turn(lane)
-        if not waiting:
-            self._rounds.remove(lane)
-        return offer
+        """Take the next offer, or None if nobody waits whose lane is not stuck."""
+        while self._rounds:
+            place, waiting = self._rounds.first()
+            offer = waiting.popleft()
+            self._rounds.has_had_its_turn(place)
+            if not waiting:
+                self._rounds.remove(place)
+            if self._stuck[offer.lane] < STUCK:
+                return offer
+            self._behind.setdefault(offer.lane, []).append((place, offer))
+            self.held += 1
+        return None
+
+    def stalled(self, lane: Lane, begins: bool) -> None:
+        """Note that a claimed file of a lane begins, or ends, to wait for a disk of its own."""
+        self._stuck[lane] += 1 if begins else -1
+        if self._stuck[lane] < STUCK:
+            for place, offer in self._behind.pop(lane, ()):
+                self._rounds.lane(place, deque).append(offer)
+                self.held -= 1
+        if not self._stuck[lane]:
+            del self._stuck[lane]
 
 
 def by_lane(offers: Iterable[Offer], policy: str) -> dict[Lane, list[Offer]]:
@@ -44,6 +63,6 @@ def by_lane(offers: Iterable[Offer], policy: str) -> dict[Lane, list[Offer]]:
     lanes: dict[Lane, list[Offer]] = {}
     for offer in offers:
         is_fair = policy == "fair"
-        lane = lane_of(offer.owner, offer.sub, offer.file) if is_fair else EVERYBODY
+        lane = offer.lane if is_fair else EVERYBODY
         lanes.setdefault(lane, []).append(offer)
     return lanes

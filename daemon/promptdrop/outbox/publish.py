@@ -67,12 +67,6 @@ class Publication:
 
         Thread: publisher.
         """
-        began = time.monotonic()
-        if self._data is None:
-            self._data = self._encode()
-            self._sha256 = hashlib.sha256(self._data).hexdigest()
-            self.close()
-        self._save_ms += (time.monotonic() - began) * 1e3
         with outbox.folder(self.job) as folder:
             try:
                 if not stands(self.job, self.spec.image, folder):
@@ -81,7 +75,7 @@ class Publication:
             except BaseException as e:
                 with suppress(OSError):  # the folder is gone, or its disk is sick
                     self._take_back(folder)
-                if isinstance(e, FileNotFoundError):
+                if isinstance(e, FileNotFoundError) and _is_below(folder, e):
                     raise FolderLost(self.job.outbox_folder) from e
                 raise
 
@@ -100,8 +94,11 @@ class Publication:
 
         Thread: publisher.
         """
-        assert self._data is not None
         began = time.monotonic()
+        if self._data is None:
+            self._data = self._encode()
+            self._sha256 = hashlib.sha256(self._data).hexdigest()
+            self.close()
         # Once: where it cannot be removed, retries must not fill the outbox.
         if not (self._temporary and fs.exists(folder / self._temporary)):
             mode = self.job.settings.file_mode
@@ -206,6 +203,11 @@ def recover(job: Job, outbox: Outbox) -> None:
     except FolderLost:
         for number in numbers:
             fs.remove_file(job.record_path(number, "publishing"))
+
+
+def _is_below(folder: Path, error: OSError) -> bool:
+    """Whether what an error is about lies in this folder, and not among our own records."""
+    return str(error.filename).startswith(f"{folder}/") or str(error.filename) == str(folder)
 
 
 def _records_of(job: Job) -> list[tuple[int, str]]:

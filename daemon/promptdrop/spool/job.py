@@ -1,6 +1,6 @@
 """A job in memory: one claimed file, and what has come of each image so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +74,8 @@ class Job:
     must_fit: bool  # a prompt that is too long refuses the whole file (prompt.overflow)
     detail_in_memory: Detail | None = None  # None while it is closed
     cancelled: bool = False
-    folder_identity: tuple[int, int, int] | None = None  # of its outbox folder: Outbox.folder
+    # Of its outbox folder, as it was when it was last found to be the job's: spool/outbox.py.
+    folder_identity: tuple[int, int, int] | None = field(default=None, compare=False)
     _states: dict[int, ImageState] | None = None
 
     @property

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 from promptdrop import fs
@@ -47,12 +46,8 @@ def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
         fs.remove_tree(Path(finished))
     left: list[Left] = []
     troubled: list[Path] = []
-    homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
-    known = chain(
-        ((home, ([], None)) for home in paths.homes("parked")),
-        zip(homes, _look_into(paths, homes), strict=True),
-    )
-    for home, found in known:
+
+    def go_on(home: str, found: _Found) -> None:
         try:
             one = _recover_home(spool, home, found)
         except OSError:
@@ -60,7 +55,13 @@ def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
             if len(troubled) > _TROUBLED:
                 raise
         else:
-            left += [one] if one else []
+            left.extend([one] if one else [])
+
+    for home in paths.homes("parked"):
+        go_on(home, ([], None))
+    homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
+    for home, found in zip(homes, _look_into(paths, homes), strict=True):
+        go_on(home, found)
     _remove_temporaries(paths)
     return left, troubled
 

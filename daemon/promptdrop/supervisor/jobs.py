@@ -118,7 +118,7 @@ class Jobs:
     def _send_to_failed(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> None:
         self.refusing += 1
         work = partial(self._refuse, refused, problems)
-        self._loop.off("clerk", work, partial(self._refuse_done, refused), _owner(refused))
+        self._loop.off("clerk", work, partial(self._refuse_done, refused), owner=_owner(refused))
 
     def _refuse(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> ErrorRecord:
         """Move the file to failed/, with the reason.
@@ -149,7 +149,7 @@ class Jobs:
             return
         running.ending = True
         then = partial(self._finish_done, running.job)
-        self._loop.off("clerk", partial(self._finish, running.job), then, _owner(running.job))
+        self._loop.off("clerk", partial(self._finish, running.job), then, owner=_owner(running.job))
 
     def _finish(self, job: Job) -> JobOutcome:
         """Move the dropped file to its last place, and remove or park the job.

@@ -48,7 +48,7 @@ class Publishing:
     def _start(self, running: Running, publication: Publication) -> None:
         work = partial(self._publish, publication)
         then = partial(self._publish_done, running, publication)
-        self._loop.off("publisher", work, then, self._owner(running))
+        self._loop.off("publisher", work, then, owner=self._owner(running))
 
     def _owner(self, running: Running) -> Owner:
         stalled = partial(self._stalled, running)
@@ -80,7 +80,7 @@ class Publishing:
         if isinstance(result, FolderLost):
             renew = partial(self._renew, publication)
             then = partial(self._renew_done, running, publication)
-            self._loop.off("clerk", renew, then, self._owner(running))
+            self._loop.off("clerk", renew, then, owner=self._owner(running))
             return
         self.under_way -= 1
         self.published += 1

@@ -92,7 +92,7 @@ class Recovery:
         for home in troubled:
             owner = Owner(home.name, lane=home.name)
             work = partial(self._recover_one, home)
-            self._loop.off("clerk", work, self._recover_one_done, owner)
+            self._loop.off("clerk", work, self._recover_one_done, owner=owner)
         self._intake.wake()
 
     def _recover_one_done(self, one: Left | None) -> None:
