@@ -75,6 +75,8 @@ def rows(status: "Status") -> Iterator[Row]:
         yield "done in", duration(status.eta_seconds)
     for waiting in status.waiting[:_WAITING_SHOWN]:
         yield "waiting", f"{waiting.file}: {waiting.why}"
+    for held in status.held[:_WAITING_SHOWN]:
+        yield "held up", f"{held.file}: {held.why}"
     bad = [end for end in status.finished if end.outcome != "done"]
     for end in bad[-_ENDS_SHOWN:]:
         yield end.outcome, f"{end.file}: {end.error or ''}"
