@@ -21,11 +21,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from typing import NoReturn
 
 from promptdrop import log
 from promptdrop.config import Config
 from promptdrop.engines import engine
+from promptdrop.engines.alarm import Alarm
 from promptdrop.engines.engine import Engine
 from promptdrop.errors import (
     ConfigError,
@@ -192,7 +192,6 @@ def main(fd: int) -> None:
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon decides when we stop
-    signal.signal(signal.SIGALRM, _raise_timeout)
     connection = Connection(fd)
     config: Config = connection.recv()
     log.set_up(config.log.level, config.log.format)
@@ -299,20 +298,20 @@ def _results(
     Raises ImageTimeout, EngineError: all of them failed. ImageCancelled: all of them were cancelled.
     """
     tickets = [image.render.ticket for image in images]
-    deadline = time.monotonic() + seconds
+    alarm = Alarm(seconds)
 
     def on_step(step: int, steps: int) -> None:
         coming = ahead.coming() if step < steps else None
         line.send(Step(tickets[0], step, steps, prepares=coming is not None))
         if all(map(line.is_cancelled, tickets)):
             raise ImageCancelled
-        if time.monotonic() > deadline:  # the alarm was swallowed by a destructor or a bare except
+        if alarm.is_over:  # its exception was swallowed by a destructor or a bare except
             raise ImageTimeout
         if coming:
             ahead.prepare(coming)
 
     with ExitStack() as stack:
-        stack.enter_context(_alarm(seconds))
+        stack.enter_context(alarm)
         buffers = [stack.enter_context(_pixels(image)) for image in images]
         specs = [image.render.spec for image in images]
         results = warm.render(specs, images[0].render.prompt, on_step, buffers)
@@ -328,20 +327,6 @@ def _pixels(image: Image) -> Iterator[memoryview]:
     size = image.render.spec.height * image.render.spec.width * 3
     with mmap.mmap(image.memory, size) as pixels, memoryview(pixels) as buffer:
         yield buffer
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Have SIGALRM sent after `seconds`. It raises in Python code; a C call delays it until it returns."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _raise_timeout(number: int, frame: object) -> NoReturn:
-    raise ImageTimeout
 
 
 def die_with_parent() -> None:

@@ -138,6 +138,11 @@ class Intake:
             partial(self._claim_done, offer, error),
         )
 
+    def move_deadlines(self, seconds: float) -> None:
+        """Let what waits in the inbox wait so much longer: we stood still, perhaps its writers, too."""
+        self._verdicts.append(partial(self._inbox.move_deadlines, seconds))
+        self._woken = True
+
     def close(self) -> None:
         """Stop watching."""
         self._watcher.close()

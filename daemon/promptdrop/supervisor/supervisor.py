@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
-from promptdrop import config_file, log
+from promptdrop import clock, config_file, log
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import ConfigError, RequestError
@@ -51,6 +51,7 @@ from promptdrop.version import __version__
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
 # One of the middle generation, of at most 50,000 objects, costs 10 to 20 ms.
 GC_THRESHOLDS = 5_000, 10, 1_000_000
+TICK_SECONDS = 0.5  # the longest wait while a limit runs, so that a loop that stood still knows it
 
 
 class Supervisor:
@@ -67,6 +68,7 @@ class Supervisor:
         self._drain = drain
         self._signals: list[int] = []
         self._notifier = Notifier()
+        self._presence = clock.Presence(0.0)
         self._loop = loop = Loop(settings.watch.rescan_seconds)
         self._intake = intake = Intake(loop, spool, self)
         self._pool = pool = Pool(settings, _backend(settings, drain))
@@ -136,7 +138,9 @@ class Supervisor:
             log.get().warning("inbox.unusable", reason=f"the inbox {why}")
         self._export_metrics()
         self._reporter.start()
-        self._engines.hear(time.monotonic())  # starts them
+        now = time.monotonic()
+        self._presence = clock.Presence(now)
+        self._engines.hear(now)  # starts them
         self._recovery.start()
 
     def _export_metrics(self) -> None:
@@ -147,11 +151,14 @@ class Supervisor:
             prometheus.start(listen, lambda: self._reporter.shown)
 
     def _turn(self) -> None:
-        deadline = self._next_deadline(time.monotonic())
+        before = time.monotonic()
+        deadline = self._next_deadline(before)
         self._loop.wait(self._pool.readers(), self._pool.writers(), deadline)
         self._heed_signals()
         self._loop.run_results()
         now = time.monotonic()
+        if away := self._presence.away(now, planned=max(0.0, deadline - before)):
+            self._move_deadlines(away)
         self._engines.hear(now)
         if not self._recovery.is_looking:
             self._recovery.go_on(now)
@@ -160,6 +167,14 @@ class Supervisor:
         self._engines.maybe_unload(now)
         self._maybe_end(now)
         self._report(now)
+
+    def _move_deadlines(self, seconds: float) -> None:
+        """Charge nobody for time in which this process stood still, perhaps engines and writers, too."""
+        log.get().info("daemon.stood_still", seconds=round(seconds, 1))
+        self._pool.move_deadlines(seconds)
+        self._intake.move_deadlines(seconds)
+        if self._gate.stop_at is not None:
+            self._gate.stop_at += seconds
 
     def _report(self, now: float) -> None:
         self._reporter.report(now)
@@ -170,6 +185,8 @@ class Supervisor:
             due.append(self._intake.next_look())
         if self._gate.stop_at is not None:
             due.append(self._gate.stop_at)
+        if self._gate.stop_at or self._intake.waiting or self._pool.next_deadline() < float("inf"):
+            due.append(now + TICK_SECONDS)
         return min(due)
 
     def _shutdown(self) -> None:
