@@ -3,8 +3,8 @@
 import os
 import sys
 
-from promptdrop import names
-from promptdrop.cli import parser
+from promptdrop import names, signals
+from promptdrop.cli import daemon, parser
 from promptdrop.errors import PromptdropError
 
 
@@ -12,6 +12,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; errors are printed on stderr."""
     arguments = parser.build().parse_args(argv)
     try:
+        if arguments.command is not daemon.run:  # whose supervisor acts on those that came
+            signals.act_as_usual()
         return int(arguments.command(arguments) or 0)
     except PromptdropError as e:
         _complain(str(e))

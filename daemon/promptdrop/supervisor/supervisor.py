@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
-from promptdrop import clock, config_file, log
+from promptdrop import clock, config_file, log, signals
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import ConfigError, RequestError
@@ -123,6 +123,7 @@ class Supervisor:
     def _startup(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        self._signals += signals.noted()
         # Sent if somebody opens a file just as intake/writers.py takes a lease on it: fcntl(2).
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         self._intake.decide_watch()
@@ -138,6 +139,7 @@ class Supervisor:
             log.get().warning("inbox.unusable", reason=f"the inbox {why}")
         self._export_metrics()
         self._reporter.start()
+        self._heed_signals()  # no engine is begun to be killed at once
         now = time.monotonic()
         self._presence = clock.Presence(now)
         self._engines.hear(now)  # starts them
