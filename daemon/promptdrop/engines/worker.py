@@ -1,7 +1,7 @@
 """The main loop of the engine process: load, warm up, render until told to stop.
 
-The daemon starts it as `python -m promptdrop.engines.worker FD`; the configuration is the first message
-on FD. An exception that is not one of ours escapes and ends this process: after an unknown CUDA error
+The daemon starts it as `python -m promptdrop.engines.worker FD [LOG]`; the configuration is the first
+message on FD, lines of the log go to descriptor LOG, else to stderr. An exception that is not one of ours escapes and ends this process: after an unknown CUDA error
 every later call fails too, and only a new process helps.
 """
 
@@ -186,7 +186,7 @@ class Ahead:
         self._warm.prepare(image.render.spec, image.render.prompt)
 
 
-def main(fd: int) -> None:
+def main(fd: int, lines: int | None = None) -> None:
     """Entry point of the engine process. Any escaping exception ends it."""
     die_with_parent()
     faulthandler.enable()
@@ -194,6 +194,8 @@ def main(fd: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # the daemon decides when we stop
     connection = Connection(fd)
     config: Config = connection.recv()
+    if lines is not None:
+        log.write_to(lines)
     log.set_up(config.log.level, config.log.format)
     # Once the daemon is gone, nobody wants what is being rendered.
     serve(config, Line(connection, on_end=lambda: os._exit(0)))
@@ -337,4 +339,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

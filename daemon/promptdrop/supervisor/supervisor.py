@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
-from promptdrop import clock, config_file, log, signals
+from promptdrop import captured, clock, config_file, log, signals
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import ConfigError, RequestError
@@ -109,6 +109,7 @@ class Supervisor:
         self.spool.folders.require_mount()
         self.spool.folders.prepare()
         self.spool.lock.acquire()
+        captured.keep_last_words(self.spool.paths.last_words)
         os.umask(0o022 | os.umask(0o022))  # only we may change the files that we make for ourselves
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
