@@ -42,7 +42,7 @@ def job_files(root: Path, recursive: bool) -> Iterator[Found]:
         siblings = {entry.name for entry in listed}
         for entry in listed:
             if _is_folder(entry):
-                if recursive and _is_entered(entry, sub, device):
+                if recursive and is_entered(entry, sub, device):
                     folders.append(below(sub, entry.name))
             elif _is_ours(entry.name) and _may_be_file(entry):
                 yield sub, entry, siblings
@@ -70,7 +70,7 @@ def _is_ours(name: str) -> bool:
     return names.is_job_name(name) or names.is_cancel(name)
 
 
-def _is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
+def is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
     """Whether a sub-folder is entered: not another program's own, no mount point, not too deep."""
     return (
         not names.is_ignored_folder(entry.name)
