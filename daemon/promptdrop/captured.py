@@ -115,7 +115,7 @@ def _say(line: bytes) -> None:
     """Log a line as it is, its control characters escaped, whatever `log.level` is."""
     for begin in range(0, len(line.rstrip()), _LINE_BYTES):
         text = line.rstrip()[begin : begin + _LINE_BYTES].decode(errors="backslashreplace")
-        log.always().warning("stderr.line", text=names.printable(text))
+        log.always().warning(log.STDERR_LINE, text=names.printable(text))
 
 
 def _unread(descriptor: int) -> int:

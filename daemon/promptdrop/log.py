@@ -25,6 +25,7 @@ _LEVELS = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+STDERR_LINE = "stderr.line"  # the event of a line that was written past the log: captured.py
 _LINES = 10_000
 _SETTLE_SECONDS = 1.0
 _CONSOLE = structlog.dev.ConsoleRenderer(
@@ -44,7 +45,7 @@ def set_up(level: str, form: str) -> None:
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
             _event_first,
             structlog.processors.format_exc_info,
-            *([_escaped, _CONSOLE] if console else [structlog.processors.JSONRenderer()]),
+            *([_escaped, _shown] if console else [structlog.processors.JSONRenderer()]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=lambda *args: _output,
@@ -175,6 +176,13 @@ def _escape(key: str, value: Any) -> Any:
         return value  # shown by repr, which escapes
     lines = value.split("\n") if key == "exception" else [value]
     return "\n".join(map(names.printable, lines))
+
+
+def _shown(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    """Render a line for a terminal; what was written to stderr looks as it was written."""
+    if event["event"] == STDERR_LINE:
+        return str(event["text"])
+    return _CONSOLE(logger, method, event)
 
 
 _output = _Output()
