@@ -22,13 +22,16 @@ def declare_run(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the daemon until it is stopped; with `--drain` until nothing is left, then print a table."""
-    from promptdrop import log
+    from promptdrop import captured, log
     from promptdrop.cli import progress
-    from promptdrop.supervisor.supervisor import Supervisor
 
     settings = options.config(arguments)
     log.set_up(settings.log.level, settings.log.format)
     with progress.bar(is_wanted=arguments.drain) as bar:
+        if bar is None:  # which is drawn on stderr
+            captured.capture(stdout=not arguments.drain)
+        from promptdrop.supervisor.supervisor import Supervisor
+
         supervisor = Supervisor(settings, arguments.drain, bar.show if bar else None)
         status = supervisor.run()
     if arguments.drain:

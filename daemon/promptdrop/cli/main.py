@@ -3,7 +3,8 @@
 import os
 import sys
 
-from promptdrop.cli import parser, terminal
+from promptdrop import signals
+from promptdrop.cli import daemon, parser, terminal
 from promptdrop.errors import PromptdropError
 
 
@@ -12,6 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.excepthook = terminal.report_bug
     arguments = parser.build().parse_args(argv)
     try:
+        if arguments.command is not daemon.run:  # whose supervisor acts on those that came
+            signals.act_as_usual()
         return int(arguments.command(arguments) or 0)
     except PromptdropError as e:
         first, *rest = e.lines
