@@ -30,8 +30,8 @@ def below(sub: str, name: str) -> str:
 def job_files(root: Path, recursive: bool, sick: Callable[[str, OSError], None]) -> Iterator[Found]:
     """Find every job file and cancel mark in the inbox; an entry's path holds until the next one.
 
-    A sub-folder that is not ours to read is left out; one whose disk is in trouble is given to `sick`.
-    Raises OSError: the inbox itself cannot be read.
+    What cannot be looked at below the inbox is given to `sick`, a folder as SUB/. Raises OSError: the inbox
+    itself cannot be read.
 
     Thread: scanner.
     """
@@ -42,18 +42,20 @@ def job_files(root: Path, recursive: bool, sick: Callable[[str, OSError], None])
         try:
             with untrusted.below(root, sub) as folder:
                 for entry, siblings in _listed(folder):
-                    if _is_folder(entry):
+                    try:
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                    except OSError as e:
+                        sick(below(sub, entry.name), e)
+                        continue
+                    if is_folder:
                         if recursive and is_entered(entry, sub, device):
                             folders.append(below(sub, entry.name))
-                    elif _is_ours(entry.name) and _may_be_file(entry):
+                    elif _is_ours(entry.name) and entry.is_file(follow_symlinks=False):
                         yield sub, entry, siblings
-        except NOT_OURS:
-            if not sub:
-                raise  # a sub-folder that went away or is not ours to read (doctor says so)
         except OSError as e:
             if not sub:
                 raise
-            sick(sub, e)
+            sick(f"{sub}/", e)
 
 
 def _listed(folder: Path) -> Iterator[tuple[os.DirEntry[str], set[str]]]:
@@ -94,20 +96,6 @@ def is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
         and _device(entry) == device
         and len(os.fsencode(below(sub, entry.name))) <= SUB_BYTES
     )
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return False  # stat failed: treat it as a file, whose own stat reports the error
-
-
-def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file(follow_symlinks=False)
-    except OSError:
-        return True  # stat failed: the scan's own stat reports the error
 
 
 def _device(entry: os.DirEntry[str]) -> int | None:

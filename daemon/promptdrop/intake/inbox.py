@@ -56,7 +56,7 @@ class Seen:
     looks: int = 1
     objection: str | None = None  # why it would be refused as it stands
     obstacle: str | None = None  # why it could not be read or moved
-    tries: int = 0  # in a row that a disk has failed
+    tries: int = 0  # in a row that have failed
     obstacle_until: float = 0.0  # when that is tried again
     offered: bool = False
 
@@ -96,13 +96,13 @@ class _Look:
     next_look: float = NEVER
 
     def is_sick(self, path: str, error: OSError) -> None:
-        """Note a file that a disk does not show: it stops no other."""
+        """Note a file, or SUB/ with all that may be in it, that cannot be looked at: it stops no other."""
+        if isinstance(error, FileNotFoundError):
+            return  # withdrawn meanwhile
         self.found.add(path)
-        self.sick[path] = self.waiting[path] = f"cannot be looked at: {error.strerror}"
-
-    def sick_folder(self, sub: str, error: OSError) -> None:
-        """Note a sub-folder that a disk does not show, with all that may be in it."""
-        self.is_sick(f"{sub}/", error)
+        self.waiting[path] = f"cannot be looked at: {error.strerror}"
+        if not isinstance(error, NOT_OURS):
+            self.sick[path] = self.waiting[path]
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ class Inbox:
         """Look at everything once. Raises OSError: the inbox itself cannot be read."""
         look = _Look()
         cancels: dict[str, float] = {}
-        for file in job_files(self.root, recursive, look.sick_folder):
+        for file in job_files(self.root, recursive, look.is_sick):
             sub, entry, _ = file
             path = below(sub, entry.name)
             if names.is_cancel(entry.name):
@@ -131,8 +131,6 @@ class Inbox:
                 continue
             try:
                 verdict = self._examine(path, file, now, watch)
-            except NOT_OURS:
-                continue  # withdrawn meanwhile
             except OSError as e:
                 look.is_sick(path, e)
                 continue
@@ -168,23 +166,15 @@ class Inbox:
         if seen := self._seen.get(path):
             seen.objection, seen.offered = objection, False
 
-    def block(
-        self, path: str, obstacle: str, now: float, seconds: float, is_sick: bool = False
-    ) -> None:
-        """Make an offered file wait that cannot be read or moved out; it is offered again after `seconds`.
+    def block(self, path: str, obstacle: str, now: float, seconds: float) -> None:
+        """Make an offered file wait that cannot be read or moved out.
 
-        is_sick: because of a disk; then it is tried less and less often.
+        It is offered again after `seconds`, then less and less often.
         """
         if seen := self._seen.get(path):
-            seen.tries = seen.tries + 1 if is_sick else 1
+            seen.tries += 1
             seen.obstacle, seen.offered = obstacle, False
             seen.obstacle_until = now + delay(seconds, seen.tries)
-
-    def move_deadlines(self, seconds: float) -> None:
-        """Let every file settle so much later: we stood still, and perhaps its writer with us."""
-        for seen in self._seen.values():
-            seen.since += seconds
-        self._cancels = {path: since + seconds for path, since in self._cancels.items()}
 
     def put_back(self, path: str) -> None:
         """Forget an offered file that was taken, withdrawn or changed; a changed one settles anew."""

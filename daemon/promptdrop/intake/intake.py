@@ -220,7 +220,7 @@ class Intake:
             self._next_scan = min(self._next_scan, scan.next_look)
             self._quiet_since = scan.started if scan.found == 0 else None
             stuck = scan.blocked and len(scan.blocked) == scan.found
-            self.obstacle = next(iter(scan.blocked.values())) if stuck else None
+            self.obstacle = _first(scan.blocked) if stuck else None
             self.arriving.update(offer.path for offer in scan.offers)
             self._turns.add(survey.lanes)
             self._take_turns()
@@ -305,9 +305,7 @@ class Intake:
         """Leave a file in the inbox that a disk does not give; its place is free for others."""
         reason, now, seconds = reason_of(error), time.monotonic(), self._loop.retry_seconds
         self._trouble(offer.path, reason)
-        self._not_taken(
-            offer.path, lambda: self._inbox.block(offer.path, reason, now, seconds, is_sick=True)
-        )
+        self._not_taken(offer.path, lambda: self._inbox.block(offer.path, reason, now, seconds))
 
     def _not_taken(self, path: str, verdict: Callable[[], None]) -> None:
         self._verdicts.append(verdict)
@@ -361,3 +359,10 @@ class Intake:
             self._desk.accept(result)
         else:
             self._desk.refuse(*result)
+
+
+def _first(blocked: dict[str, str]) -> str:
+    """Name the first file that cannot be taken, and how many others there are."""
+    path, why = next(iter(blocked.items()))
+    others = f", and {len(blocked) - 1} more" if len(blocked) > 1 else ""
+    return f"{names.printable(path)}: {why}{others}"

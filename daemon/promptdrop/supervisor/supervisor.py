@@ -304,7 +304,7 @@ class Supervisor:
             if self._intake.is_quiet():
                 self._gate.end(0)
             elif self._intake.obstacle and self._intake.is_idle() and not held:
-                self._gate.end(1, f"cannot drain: a file {self._intake.obstacle}")
+                self._gate.end(1, f"cannot drain: {self._intake.obstacle}")
         if held and self._intake.is_stuck() and not self._is_working():
             self._gate.end(1, _cannot_drain(held))
 
