@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import accounts
 
 JOB, OTHER = "20260101T000000000000-abcdef", "20260101T000000000000-fedcba"
+TIMES = ("2026-01-01T00:00:00.000Z", "2026-01-01T00:00:09.000Z")
+DEATH = datetime.fromisoformat("2026-01-01T00:00:05.000Z").timestamp()
 TEXT = "a cat\n" * 2  # the dropped file of seeds 1 and 2
 
 
@@ -39,7 +42,10 @@ def put(folder: Path, seed: int, job: str = JOB, more: str = "") -> Path:
     image = folder / f"a-{seed:04d}.png"
     image.write_bytes(f"picture Seed: {seed}, {more}".encode())
     sidecar: dict[str, Any] = {"schema": "promptdrop.image/1", "request": {"seed": seed}}
-    sidecar |= {"job": {"id": job, "image": seed}}
+    sidecar |= {
+        "job": {"id": job, "image": seed},
+        "time": {"published": TIMES["people" in str(folder)]},
+    }
     sidecar |= {"image": {"file": image.name, "sha256": digest(image.read_bytes())}}
     image.with_suffix(".json").write_text(json.dumps(sidecar))
     return image
@@ -47,7 +53,7 @@ def put(folder: Path, seed: int, job: str = JOB, more: str = "") -> Path:
 
 def test_a_night_in_which_all_went_well(home: Path) -> None:
     """Images are counted wherever readers took them."""
-    figures = accounts.count(home, kills=0)
+    figures = accounts.count(home, deaths=[])
 
     assert (figures["images"], figures["delivered"], figures["duplicates"]) == (2, 2, 0)
 
@@ -57,7 +63,7 @@ def test_an_image_that_a_reader_deleted_counts(home: Path) -> None:
     for path in sorted((home / "archive/dave/1").iterdir()):
         path.rename(home / "people/dave/1" / path.name)
 
-    assert accounts.count(home, kills=0)["delivered"] == 2
+    assert accounts.count(home, deaths=[])["delivered"] == 2
 
 
 @pytest.mark.parametrize(
@@ -75,22 +81,22 @@ def test_what_is_lost_is_told(home: Path, gone: str, said: str) -> None:
     (home / gone).unlink()
 
     with pytest.raises(AssertionError, match=said):
-        accounts.count(home, kills=9)
+        accounts.count(home, deaths=[1.0] * 9)
 
 
 def test_an_image_that_came_twice(home: Path) -> None:
-    """The same image twice is explained by a kill; another one of its seed by nothing."""
+    """The same image twice is explained by a death of the daemon; another one of its seed by nothing."""
     put(home / "people/dave/1", 1)
-    assert accounts.count(home, kills=1)["duplicates"] == 1
-    with pytest.raises(AssertionError, match="1 duplicates, more than the 0 kills explain"):
-        accounts.count(home, kills=0)
+    assert accounts.count(home, deaths=[DEATH])["duplicates"] == 1
+    with pytest.raises(AssertionError, match="twice, and no death in between"):
+        accounts.count(home, deaths=[])
 
     put(home / "people/dave/1", 1, more="another")
     with pytest.raises(AssertionError, match="as different images"):
-        accounts.count(home, kills=1)
+        accounts.count(home, deaths=[DEATH])
     put(home / "people/dave/1", 1, job=OTHER)
     with pytest.raises(AssertionError, match="as different images"):
-        accounts.count(home, kills=1)
+        accounts.count(home, deaths=[DEATH])
 
 
 def test_a_picture_that_is_not_what_its_sidecar_says(home: Path) -> None:
@@ -99,20 +105,20 @@ def test_a_picture_that_is_not_what_its_sidecar_says(home: Path) -> None:
         file.write(b"torn")
 
     with pytest.raises(AssertionError, match="is not what its sidecar says"):
-        accounts.count(home, kills=1)
+        accounts.count(home, deaths=[DEATH])
 
 
 def test_what_lies_about_is_told(home: Path) -> None:
-    """A temporary in the spool is never right; in what was taken, each needs a kill."""
+    """A temporary in the spool is never right; in what was taken it needs a death."""
     taken = home / "archive/dave/1/.promptdrop-1.tmp"
     taken.touch()
-    assert accounts.count(home, kills=1)["temporaries_taken"] == 1
+    assert accounts.count(home, deaths=[DEATH])["temporaries_taken"] == 1
     with pytest.raises(AssertionError, match="temporaries_taken"):
-        accounts.count(home, kills=0)
+        accounts.count(home, deaths=[])
 
     os.rename(taken, home / "spool/outbox/a" / taken.name)
     with pytest.raises(AssertionError, match="1 temporaries are left in the spool"):
-        accounts.count(home, kills=1)
+        accounts.count(home, deaths=[DEATH])
 
 
 def test_a_file_that_went_takes_its_images_along(home: Path) -> None:
@@ -121,7 +127,7 @@ def test_a_file_that_went_takes_its_images_along(home: Path) -> None:
     (home / "spool/outbox/a/job.json").unlink()
     (home / "spool/outbox/a/request.txt").rename(home / "people/dave/1/a.txt")
 
-    assert accounts.count(home, kills=0)["gone_with_their_file"] == 1
+    assert accounts.count(home, deaths=[])["gone_with_their_file"] == 1
 
 
 def test_a_file_in_two_places(home: Path) -> None:
@@ -129,4 +135,4 @@ def test_a_file_in_two_places(home: Path) -> None:
     (home / "spool/failed/a.txt").write_text(TEXT)
 
     with pytest.raises(AssertionError, match=r"a\.txt is in 2 places"):
-        accounts.count(home, kills=0)
+        accounts.count(home, deaths=[])

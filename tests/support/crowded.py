@@ -265,7 +265,7 @@ class CrowdedCampaign(Campaign):
 
     def _count(self) -> None:
         """Assert that each image is there once or was taken away, and that the spool is in order."""
-        self.figures = accounts.count(self.daemon.home, self.killed())
+        self.figures = accounts.count(self.daemon.home, self.deaths)
         own = self.daemon.own
         assert [str(p) for s in ("pending", "active") for p in (own / s).iterdir()] == []
         assert list((own / "finished").iterdir()) == []
