@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import Daemon
+from harness import REPOSITORY, Daemon
 
 GROUP = 64000  # of the spool
 
@@ -31,7 +32,7 @@ class Person:
     def prefix(self) -> list[str]:
         """The words before a command that run it as this user, whose umask is 022."""
         who = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
-        return ["setpriv", *who, "sh", "-c", 'umask 022; exec "$@"', "sh"]
+        return [*opened_up(), "setpriv", *who, "sh", "-c", 'umask 022; exec "$@"', "sh"]
 
     def sh(self, script: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a shell script as this user."""
@@ -69,6 +70,35 @@ STRANGER = Person(64004, 64004)
 CAROL = Person(64005, GROUP)
 DAVE = Person(64006, GROUP)
 ERIN = Person(64007, GROUP)
+
+
+@cache
+def opened_up() -> list[str]:
+    """Words before a command by which every user can reach this Python and this checkout.
+
+    Both may lie below a folder that is root's alone, as /root is. In a mount namespace of the command's
+    own that folder is an empty one with nothing but these in it; later mounts outside still come in.
+    """
+    needed = {Path(sys.base_prefix), Path(sys.prefix), REPOSITORY}
+    closed = {c for c in map(_closed_above, needed) if c}
+    steps = ["set -e"]
+    for n, folder in enumerate(sorted(closed)):
+        inner = [path for path in sorted(needed) if path.is_relative_to(folder)]
+        held = [f"$home/{n}-{m}" for m in range(len(inner))]
+        steps += [f"mkdir {a}; mount --rbind {b} {a}" for a, b in zip(held, inner, strict=True)]
+        steps += [f"mount -t tmpfs -o mode=755 none {folder}"]
+        steps += [f"mkdir -p {b}; mount --rbind {a} {b}" for a, b in zip(held, inner, strict=True)]
+    if not closed:
+        return []
+    script = "; ".join(["home=$(mktemp -d)", *steps[:1], "mount -t tmpfs none $home", *steps[1:]])
+    ends = 'umount -R -l "$home"; rmdir "$home"; exec "$@"'
+    return ["unshare", "-m", "--propagation", "slave", "sh", "-c", f"{script}; {ends}", "sh"]
+
+
+def _closed_above(path: Path) -> Path | None:
+    """The highest folder above a path, or itself, that not everybody may enter."""
+    above = [*reversed(path.resolve().parents), path.resolve()]
+    return next((one for one in above if not one.stat().st_mode & 0o001), None)
 
 
 def promptdrop_as(person: Person) -> list[str]:

@@ -146,6 +146,11 @@ class Intake:
         self._taking += -1 if begins else 1
         self._take_turns()
 
+    def move_deadlines(self, seconds: float) -> None:
+        """Let what waits in the inbox wait so much longer: we stood still, perhaps its writers, too."""
+        self._verdicts.append(partial(self._inbox.move_deadlines, seconds))
+        self._woken = True
+
     def close(self) -> None:
         """Stop watching."""
         self._watcher.close()
