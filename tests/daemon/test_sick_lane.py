@@ -75,7 +75,7 @@ def test_a_lane_whose_every_call_fails(sick: Daemon, disk: Faulty, error: str, m
     assert sick.stop() == 0
     drained = sick.drain()
     disk.heal()
-    sick.start()
+    sick.start().until_ready()
     until(lambda: len(summaries(outbox)) == FILES + 6, "all jobs")
     assert sick.stop() == 0
 
