@@ -236,6 +236,10 @@ class StatusQueue(Record):
     jobs: int
     images: int
     publishing: int
+    behind: int = Field(
+        default=0,
+        description="files and images that wait because others of their folder are held up",
+    )
 
 
 class StatusWaiting(Record):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Person:
     def prefix(self) -> list[str]:
         """The words before a command that run it as this user, whose umask is 022."""
         who = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
-        return [*opened_up(), "setpriv", *who, "sh", "-c", 'umask 022; exec "$@"', "sh"]
+        return ["setpriv", *who, "sh", "-c", 'umask 022; exec "$@"', "sh"]
 
     def sh(self, script: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a shell script as this user."""
@@ -46,7 +47,7 @@ class Person:
 
     def python(self, code: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a Python program as this user; it may wait for the end of its standard input."""
-        command = [*self.prefix(), sys.executable, "-c", code, *arguments]
+        command = [*self.prefix(), *python(), "-c", code, *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE, cwd="/", text=True)
 
     def drop(self, daemon: Daemon, name: str, content: str) -> Path:
@@ -73,39 +74,25 @@ ERIN = Person(64007, GROUP)
 
 
 @cache
-def opened_up() -> list[str]:
-    """Words before a command by which every user can reach this Python and this checkout.
+def python() -> list[str]:
+    """The words of a Python with promptdrop that every user can run.
 
-    Both may lie below a folder that is root's alone, as /root is. In a mount namespace of the command's
-    own that folder is an empty one with nothing but these in it; later mounts outside still come in.
+    This one, or the system's of the same version, if this one lies below a folder that is root's alone.
     """
-    needed = {Path(sys.base_prefix), Path(sys.prefix), REPOSITORY}
-    closed = {c for c in map(_closed_above, needed) if c}
-    steps = ["set -e"]
-    for n, folder in enumerate(sorted(closed)):
-        inner = [path for path in sorted(needed) if path.is_relative_to(folder)]
-        held = [f"$home/{n}-{m}" for m in range(len(inner))]
-        steps += [f"mkdir {a}; mount --rbind {b} {a}" for a, b in zip(held, inner, strict=True)]
-        steps += [f"mount -t tmpfs -o mode=755 none {folder}"]
-        steps += [f"mkdir -p {b}; mount --rbind {a} {b}" for a, b in zip(held, inner, strict=True)]
-    if not closed:
-        return []
-    script = "; ".join(["home=$(mktemp -d)", *steps[:1], "mount -t tmpfs none $home", *steps[1:]])
-    ends = 'umount -R -l "$home"; rmdir "$home"; exec "$@"'
-    return ["unshare", "-m", "--propagation", "slave", "sh", "-c", f"{script}; {ends}", "sh"]
-
-
-def _closed_above(path: Path) -> Path | None:
-    """The highest folder above a path, or itself, that not everybody may enter."""
-    above = [*reversed(path.resolve().parents), path.resolve()]
-    return next((one for one in above if not one.stat().st_mode & 0o001), None)
+    closed = [*Person(STRANGER.uid, STRANGER.gid).prefix(), sys.executable, "-c", "pass"]
+    if not subprocess.run(closed, capture_output=True, check=False).returncode:
+        return [sys.executable]
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    paths = (REPOSITORY / "daemon", *map(sysconfig.get_path, ("purelib", "platlib")))
+    path = ":".join(dict.fromkeys(map(str, paths)))
+    return ["env", f"PYTHONPATH={path}", f"/usr/bin/python{version}"]
 
 
 def promptdrop_as(person: Person) -> list[str]:
     """`python -m promptdrop` as this user."""
     if os.geteuid():
         pytest.skip("only root can become other users")
-    command = [*person.prefix(), sys.executable, "-m", "promptdrop"]
+    command = [*person.prefix(), *python(), "-m", "promptdrop"]
     tried = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"uid {person.uid} cannot run promptdrop here: {tried.stderr[-200:]}")

@@ -68,7 +68,8 @@ def rows(status: "Status") -> Iterator[Row]:
         yield from _engine_rows(engine, are_several=len(status.engines) > 1)
     queue = status.queue
     saving = f"{queue.publishing} being saved"
-    yield "queue", f"{queue.images} images of {queue.jobs} jobs, {saving}"
+    behind = f", {queue.behind} behind what is held up" if queue.behind else ""
+    yield "queue", f"{queue.images} images of {queue.jobs} jobs, {saving}{behind}"
     yield "watch", status.watch
     yield from _rate_rows(status.window)
     if queue.images and status.eta_seconds is not None:

@@ -108,6 +108,11 @@ class Intake:
         """Whether nothing is being looked at or taken."""
         return not (self._scanning or self.arriving or self._verdicts)
 
+    @property
+    def behind(self) -> int:
+        """Count the files that wait because others of their lane are held up."""
+        return self._turns.held
+
     def is_stuck(self) -> bool:
         """Whether nothing is left that could be taken now, since every file left is held up."""
         return self._is_all_blocked and not (self._scanning or self._taking or self._verdicts)
