@@ -8,14 +8,28 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from promptdrop import fs
+from promptdrop.loop import PUBLISHERS
 
 SEED = re.compile(rb"Seed: (\d+)")  # in the picture's `parameters`
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """An image with its sidecar beside it."""
+
+    job: str
+    number: int
+    sha256: str
+    published: float = field(compare=False)  # seconds since 1970
+    path: Path = field(compare=False)
 
 
 @dataclass
@@ -23,9 +37,9 @@ class Accounts:
     """What lies in the folders of people and daemon."""
 
     home: Path
-    delivered: defaultdict[int, list[tuple[str, int, str]]] = field(
+    delivered: defaultdict[int, list[Delivered]] = field(
         default_factory=lambda: defaultdict(list)
-    )  # seed -> (job's id, image's number, SHA-256), once for each place
+    )  # by seed, once for each place
     lone: defaultdict[int, list[Path]] = field(
         default_factory=lambda: defaultdict(list)
     )  # seed -> pictures without their sidecar
@@ -73,7 +87,16 @@ class Accounts:
         digest = hashlib.sha256((folder / image["file"]).read_bytes()).hexdigest()
         if digest != image["sha256"]:
             self.wrong.append(f"{folder / image['file']} is not what its sidecar says")
-        self.delivered[seed].append((sidecar["job"]["id"], sidecar["job"]["image"], digest))
+        job = sidecar["job"]
+        self.delivered[seed].append(
+            Delivered(
+                job["id"],
+                job["image"],
+                digest,
+                published=datetime.fromisoformat(sidecar["time"]["published"]).timestamp(),
+                path=folder / image["file"],
+            )
+        )
         return {image["file"]}
 
 
@@ -112,10 +135,12 @@ def ledger(home: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, file)
 
 
-def count(home: Path, kills: int) -> dict[str, int]:
+def count(home: Path, deaths: Sequence[float]) -> dict[str, int]:
     """Compare all that is there with all that was dropped. Returns the figures.
 
-    Raises AssertionError: something is lost, there twice, torn, or lies about, and `kills` kills do not explain it.
+    deaths: when the daemon was killed, seconds since 1970.
+
+    Raises AssertionError: something is lost, there twice, torn, or lies about, and no death explains it.
     """
     there, dropped = Accounts(home), drops(home)
     wrong, gone = there.wrong, 0
@@ -141,12 +166,13 @@ def count(home: Path, kills: int) -> dict[str, int]:
         if drop.seeds[0] not in there.done:
             wrong.append(f"{drop.path}: no job.json says that it is done")
     figures = _figures(there, dropped, gone)
-    wrong += _image_trouble(there, dropped, kills)
+    wrong += _image_trouble(there, dropped)
+    wrong += _unexplained_twins(there, deaths)
     in_spool = there.temporaries["spool"]
     wrong += [f"{in_spool} temporaries are left in the spool"] * bool(in_spool)
-    for what in ("temporaries_taken", "lone_images_taken", "duplicates"):
-        if figures[what] > kills:
-            wrong.append(f"{figures[what]} {what}, more than the {kills} kills explain")
+    for what in ("temporaries_taken", "lone_images_taken"):
+        if figures[what] > PUBLISHERS * len(deaths):
+            wrong.append(f"{figures[what]} {what}, more than {len(deaths)} deaths explain")
     assert wrong == [], "\n".join([f"{len(wrong)} wrong, {figures}", *wrong[:40]])
     return figures
 
@@ -160,14 +186,22 @@ def _is_accounted(there: Accounts, seed: int) -> bool:
     return bool(there.delivered[seed]) or (seed in there.lone_sidecars and bool(there.lone[seed]))
 
 
-def _image_trouble(there: Accounts, dropped: list[Drop], kills: int) -> Iterator[str]:
+def _unexplained_twins(there: Accounts, deaths: Sequence[float]) -> Iterator[str]:
+    """Name the images that were published again though the daemon did not die in between."""
+    for places in there.delivered.values():
+        for one, other in pairwise(sorted(places, key=lambda place: place.published)):
+            if not any(one.published <= death <= other.published for death in deaths):
+                yield f"twice, and no death in between: {one.path} and {other.path}"
+
+
+def _image_trouble(there: Accounts, dropped: list[Drop]) -> Iterator[str]:
     """Say of each image that is there whether it is the one that was asked for."""
     numbers = {seed: n for drop in dropped for n, seed in enumerate(drop.seeds, 1)}
     for seed, places in there.delivered.items():
         if len(set(places)) > 1:
             yield f"seed {seed} is there as different images: {set(places)}"
-        if places and places[0][1] != numbers.get(seed):
-            yield f"seed {seed} is image {places[0][1]} instead of {numbers.get(seed)}"
+        if places and places[0].number != numbers.get(seed):
+            yield f"seed {seed} is image {places[0].number} instead of {numbers.get(seed)}"
     outbox = there.home / "spool/outbox"
     for seed, paths in there.lone.items():
         if any(outbox in path.parents for path in paths):

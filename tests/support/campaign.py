@@ -47,6 +47,9 @@ class Campaign:
     dropped: dict[str, bytes] = field(default_factory=dict)  # SUB/JOB -> the file
     seen: dict[Path, str] = field(default_factory=dict)  # sidecars -> SHA-256 when first seen
     done: Counter[str] = field(default_factory=Counter)  # what was done how often
+    deaths: list[float] = field(
+        default_factory=list
+    )  # of the daemon by SIGKILL, seconds since 1970
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -165,6 +168,7 @@ class Campaign:
     def _kill_parent(self) -> None:
         assert self.daemon.process
         self.daemon.process.kill()
+        self.deaths.append(time.time())
         self.daemon.process.wait(30)
 
     def _engines(self) -> list[psutil.Process]:

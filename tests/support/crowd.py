@@ -305,7 +305,7 @@ class Reader(Person):
         """Delete a file in failed/ and its reason."""
         found = [Path(e.path) for _, listed in fs.walk(self.failed) for e in listed if e.is_file()]
         reasons = [path for path in found if path.name.endswith(".error.json")]
-        if not reasons:
+        if not reasons or self.random.random() < 0.8:  # seldom: the images of such a file are gone
             return
         reason = self.random.choice(reasons)
         target = self.place(self.trash)

@@ -217,7 +217,7 @@ class CrowdedCampaign(Campaign):
 
     def _agrees(self) -> bool:
         """Whether parked/ and failed/ speak of the same jobs."""
-        told = {str(record.get("id")) for _, record in failures(self.daemon.failed)}
+        told = {str(record.id) for _, record in failures(self.daemon.failed) if record}
         parked = {path.name for path in (self.daemon.own / "parked").iterdir()}
         return parked == {job for job in told if is_job_id(job)}
 
@@ -232,7 +232,7 @@ class CrowdedCampaign(Campaign):
         return [
             target
             for target, record in failures(self.daemon.failed)
-            if record.get("outcome") != "refused" and not target.endswith(".cancel")
+            if record and record.outcome != "refused" and not target.endswith(".cancel")
         ]
 
     def _is_done_or_retried(self) -> bool:
@@ -265,7 +265,7 @@ class CrowdedCampaign(Campaign):
 
     def _count(self) -> None:
         """Assert that each image is there once or was taken away, and that the spool is in order."""
-        self.figures = accounts.count(self.daemon.home, self.killed())
+        self.figures = accounts.count(self.daemon.home, self.deaths)
         own = self.daemon.own
         assert [str(p) for s in ("pending", "active") for p in (own / s).iterdir()] == []
         assert list((own / "finished").iterdir()) == []

@@ -53,6 +53,7 @@ def main() -> None:
             print(json.dumps(told), json.dumps(campaign.done), file=sys.stderr)
             raise
     summary = {"seed": given.seed, "workers": given.workers, "kills": campaign.killed()}
+    summary["deaths_of_the_daemon"] = len(campaign.deaths)
     print(json.dumps(summary | {"seconds": round(lasted), "did": campaign.done} | figures))
 
 
