@@ -20,13 +20,14 @@ ROOT/.promptdrop/                     the state folder
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from promptdrop import fs
 from promptdrop.config import Config
 from promptdrop.spool.ids import is_job_id
+from promptdrop.spool.trust import Trust
 
 State = Literal["pending", "active", "parked", "finished"]
 STATES: tuple[State, ...] = ("pending", "active", "parked", "finished")
@@ -40,6 +41,7 @@ CANCELLED = "cancelled"
 FAILING = "failing.json"
 SUMMARY = "job.json"
 STATUS = "status.json"
+_DIGITS = 10  # more than the number of any image has
 REASON = ".error.json"  # appended to the name of a file in failed/
 
 
@@ -53,14 +55,21 @@ class Paths:
     failed: Path
     state: Path
     cache: Path
+    trust: Trust = field(compare=False)  # which of what lies below `state` is ours
 
     @classmethod
     def of(cls, config: Config) -> "Paths":
         """Return the absolute paths of a configuration."""
         root = config.spool
         return cls(
-            root, root / "inbox", config.outbox, config.failed, config.state, config.cache
-        )  # fmt: skip
+            root,
+            root / "inbox",
+            config.outbox,
+            config.failed,
+            config.state,
+            config.cache,
+            trust=Trust(config.state),
+        )
 
     @property
     def lock(self) -> Path:
@@ -146,5 +155,7 @@ def image_record(home: Path, number: int, kind: ImageRecord) -> Path:
 
 def parse_image_record(name: str) -> tuple[int, str] | None:
     """Split a record's file name into (number, kind); None for any other name in a job's folder."""
-    number, _, kind = name.partition(".")
-    return (int(number), kind) if number.isdecimal() else None
+    digits, _, kind = name.partition(".")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < _DIGITS):
+        return None
+    return (int(digits), kind) if f"{int(digits):04d}" == digits else None

@@ -4,24 +4,68 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from promptdrop import fs, untrusted
+from promptdrop import fs, names, untrusted
+from promptdrop.nouns import SUFFIX_OF_FORMAT
+from promptdrop.records import Sidecar
 from promptdrop.spool import detail
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
 from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record, state_of
+from promptdrop.spool.trust import RECORD_BYTES, parse_json
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """Read a record of our own; empty if it is gone, torn, no regular file or no JSON object.
+    """Read what anybody may have written; empty if it is gone, torn, too large, no file or no JSON object.
 
     Thread: any.
     """
     try:
-        loaded = json.loads(untrusted.read_plain(Path(path), None)[0])
+        data, _ = untrusted.read_plain(Path(path), RECORD_BYTES)
+        return parse_json(data) if len(data) <= RECORD_BYTES else {}
     except (FileNotFoundError, NotADirectoryError, untrusted.NotPlain, ValueError, RecursionError):
         return {}
-    return loaded if isinstance(loaded, dict) else {}
+
+
+def read_publication(
+    job: Job, number: int, kind: Literal["publishing", "published"]
+) -> dict[str, Any] | None:
+    """Read the record of an image on its way to the outbox, or there; None: gone, torn or not believed.
+
+    A `published` one is known to have `outcome`, `image.file` and `error`; a `publishing` one all that a
+    sidecar has, and the name of its `temporary`.
+
+    Thread: publisher, clerk.
+    """
+    record = job.paths.trust.read_json(job.record_path(number, kind))
+    try:
+        _require_published(record)
+        if kind == "publishing":
+            _require_publishing(record, job.id, number)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+    return record
+
+
+def _require_published(record: dict[str, Any]) -> None:
+    """Raise an error if the record does not say what came of an image, and in which file."""
+    file, error = record["image"]["file"], record.setdefault("error", None)
+    if record["outcome"] not in ("rendered", "placeholder"):
+        raise ValueError(f"outcome: {record['outcome']!r}")
+    if not isinstance(file, str) or not names.is_plain(file) or file.startswith("."):
+        raise ValueError(f"image.file: {file!r}")
+    if not isinstance(error, str | None):
+        raise TypeError(f"error: {error!r}")
+
+
+def _require_publishing(record: dict[str, Any], job_id: str, number: int) -> None:
+    """Raise an error if the record is not that of this image, with a temporary in the job's folder."""
+    sidecar, temporary = Sidecar.model_validate(record, strict=True), record["temporary"]
+    if (sidecar.job.id, sidecar.job.image) != (job_id, number):
+        raise ValueError(f"a record of image {sidecar.job.image} of {sidecar.job.id}")
+    is_ours = names.is_plain(temporary) and temporary.startswith(fs.TEMPORARY)
+    if not is_ours or not sidecar.image.file.endswith(SUFFIX_OF_FORMAT[sidecar.image.format]):
+        raise ValueError(f"temporary: {temporary!r}, file: {sidecar.image.file!r}")
 
 
 def write(job: Job) -> None:
