@@ -126,13 +126,15 @@ def is_plain(name: str) -> bool:
     if not name or name in (".", "..") or "/" in name or "\0" in name:
         return False
     try:
-        return len(os.fsencode(name)) <= 255
+        return len(name if name.isascii() else os.fsencode(name)) <= 255
     except UnicodeEncodeError:
         return False  # half a surrogate pair
 
 
 def is_below(path: str) -> bool:
     """Whether a relative path names something below its folder, each part being plain."""
+    if "/" not in path:
+        return is_plain(path)
     return len(path) < PATH_CHARACTERS and all(map(is_plain, path.split("/")))
 
 

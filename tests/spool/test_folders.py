@@ -58,7 +58,7 @@ def test_run_never_makes_a_configured_outbox(tmp_path: Path) -> None:
 
 def test_a_mount_point_is_remembered(spool: Spool) -> None:
     """A folder that was a mount point and is not mounted counts as missing, though it exists."""
-    fs.write_durably(spool.paths.mounts, b'{"mounts": ["outbox"]}')
+    fs.write_durably(spool.paths.mounts, b'{"mounts": ["outbox"]}', 0o644)
     spool.folders.prepare()
 
     with pytest.raises(DiskTrouble, match="was a mount point and is not mounted"):

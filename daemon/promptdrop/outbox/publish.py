@@ -220,4 +220,5 @@ def _write_sidecar(job: Job, record: dict[str, Any], path: Path) -> None:
 
 
 def _write_record(job: Job, number: int, record: dict[str, Any]) -> None:
-    fs.write_durably(job.record_path(number, "publishing"), json.dumps(record).encode())
+    path = job.record_path(number, "publishing")
+    fs.write_durably(path, json.dumps(record).encode(), job.settings.record_mode)

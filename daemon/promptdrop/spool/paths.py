@@ -27,12 +27,13 @@ from typing import Literal
 from promptdrop import fs
 from promptdrop.config import Config
 from promptdrop.spool.ids import is_job_id
-from promptdrop.spool.trust import Trust
+from promptdrop.trust import Trust
 
 State = Literal["pending", "active", "parked", "finished"]
 STATES: tuple[State, ...] = ("pending", "active", "parked", "finished")
 IN_HAND: tuple[State, ...] = ("pending", "active")  # where jobs lie that have not ended
 ImageRecord = Literal["begun", "publishing", "published", "failed"]
+IMAGE_RECORDS: tuple[ImageRecord, ...] = ("begun", "publishing", "published", "failed")
 
 DROP = "drop"
 READY = "ready"
@@ -153,9 +154,10 @@ def image_record(home: Path, number: int, kind: ImageRecord) -> Path:
     return home / f"{number:04d}.{kind}"
 
 
-def parse_image_record(name: str) -> tuple[int, str] | None:
+def parse_image_record(name: str) -> tuple[int, ImageRecord] | None:
     """Split a record's file name into (number, kind); None for any other name in a job's folder."""
-    digits, _, kind = name.partition(".")
-    if not (digits.isascii() and digits.isdecimal() and len(digits) < _DIGITS):
+    digits, _, ending = name.partition(".")
+    kind = next((kind for kind in IMAGE_RECORDS if kind == ending), None)
+    if kind is None or not (digits.isascii() and digits.isdecimal() and len(digits) < _DIGITS):
         return None
     return (int(digits), kind) if f"{int(digits):04d}" == digits else None

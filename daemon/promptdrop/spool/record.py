@@ -1,18 +1,31 @@
 """A job's records on the disk: request.json, and one for each image in hand or ended."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from promptdrop import fs, names, untrusted
+from promptdrop.fields import PRIORITIES
 from promptdrop.nouns import SUFFIX_OF_FORMAT
-from promptdrop.records import Sidecar
+from promptdrop.records import ErrorRecord, Sidecar
 from promptdrop.spool import detail
+from promptdrop.spool.detail import REQUEST_BYTES
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
-from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record, state_of
-from promptdrop.spool.trust import RECORD_BYTES, parse_json
+from promptdrop.spool.paths import (
+    CANCELLED,
+    FAILING,
+    REQUEST,
+    ImageRecord,
+    Paths,
+    parse_image_record,
+    state_of,
+)
+from promptdrop.trust import RECORD_BYTES, parse_json
+
+MAX_COUNT = 1_000_000  # of attempts or deaths of an image, in a record that is believed
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -47,6 +60,19 @@ def read_publication(
     return record
 
 
+def read_failing(paths: Paths, home: Path | str) -> dict[str, Any]:
+    """Read where in failed/ a job's file goes, and why; empty: it goes nowhere, or that cannot be believed.
+
+    Thread: clerk, and the threads that help it to recover.
+    """
+    plan = paths.trust.read_json(f"{home}/{FAILING}")
+    try:
+        ErrorRecord.model_validate(plan["record"])
+        return plan if names.is_below(plan["target"]) else {}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return {}
+
+
 def _require_published(record: dict[str, Any]) -> None:
     """Raise an error if the record does not say what came of an image, and in which file."""
     file, error = record["image"]["file"], record.setdefault("error", None)
@@ -60,6 +86,7 @@ def _require_published(record: dict[str, Any]) -> None:
 
 def _require_publishing(record: dict[str, Any], job_id: str, number: int) -> None:
     """Raise an error if the record is not that of this image, with a temporary in the job's folder."""
+    json.dumps(record, allow_nan=False)
     sidecar, temporary = Sidecar.model_validate(record, strict=True), record["temporary"]
     if (sidecar.job.id, sidecar.job.image) != (job_id, number):
         raise ValueError(f"a record of image {sidecar.job.image} of {sidecar.job.id}")
@@ -82,19 +109,42 @@ def write(job: Job) -> None:
         "priority": job.priority,
         **job.detail.to_json(),
     }
-    fs.write_durably(job.home / REQUEST, json.dumps(document).encode())
+    fs.write_durably(job.home / REQUEST, json.dumps(document).encode(), job.settings.record_mode)
 
 
 def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
     """Read the job in a folder, whose names are `listed`. A field that its record lacks has its default.
 
-    Raises OSError; AttributeError, LookupError, TypeError, ValueError: request.json is torn.
+    Raises OSError; one of detail.INVALID: request.json is torn, damaged or not ours.
 
     Thread: clerk, and the threads that help it to recover.
     """
-    record = json.loads(fs.read_whole(f"{home}/{REQUEST}"))
-    detail.require_whole(record)
-    images = len(record["images"])
+    record = parse_json(paths.trust.read(f"{home}/{REQUEST}", REQUEST_BYTES))
+    job = _job(paths, os.fspath(home), record)
+    for name in listed:
+        job.cancelled |= name == CANCELLED
+        if (known := parse_image_record(name)) and 1 <= known[0] <= job.images:
+            _load_image(job, *known)
+    return job
+
+
+def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
+    """Read the job in a folder; None if it is not recorded yet, or its record cannot be believed.
+
+    Torn by a disk that lied about fsync, damaged, or not ours: all of them are as if there were none.
+
+    Thread: clerk, and the threads that help it to recover.
+    """
+    try:
+        return load(paths, home, listed) if REQUEST in listed else None
+    except detail.INVALID:
+        return None
+
+
+def _job(paths: Paths, home: str, record: dict[str, Any]) -> Job:
+    """Make the job of a request.json. Raises one of detail.INVALID."""
+    settled, settings, specs = detail.parts_of(record)
+    images = len(specs)
     job = Job(
         id=record["id"],
         paths=paths,
@@ -105,37 +155,45 @@ def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
         folder=record["folder"],
         priority=record.get("priority", 0),
         images=images,
-        must_fit=record["settings"]["prompt"].get("overflow") == "refuse",
-        detail_in_memory=detail.parse(record) if images > CLOSED_IMAGES else None,
+        must_fit=settings.prompt.overflow == "refuse",
     )
-    for name in listed:
-        job.cancelled |= name == CANCELLED
-        if known := parse_image_record(name):
-            number, kind = known
-            _load_image(job.state(number), kind, read_json(f"{home}/{name}"))
+    if images > CLOSED_IMAGES:
+        job.detail_in_memory = detail.Detail(record["claimed"], settled, settings, specs)
+    if job.id != os.path.basename(home):
+        raise ValueError(f"the record of {job.id!r} lies in {home}")
+    if not (names.is_plain(job.file) and (job.sub == "" or names.is_below(job.sub))):
+        raise ValueError(f"sub, file: {job.sub!r}, {job.file!r}")
+    if not names.is_below(job.folder) or "/." in f"/{job.folder}":  # `names.safe` hides none
+        raise ValueError(f"folder: {job.folder!r}")
+    if type(job.inode) is not int or type(job.priority) is not int:
+        raise TypeError(f"inode, priority: {job.inode!r}, {job.priority!r}")
+    if job.inode < 0 or job.priority not in PRIORITIES:
+        raise ValueError(f"inode, priority: {job.inode}, {job.priority}")
     return job
 
 
-def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
-    """Read the job in a folder; None if it is not recorded yet, or torn by a disk that lied about fsync.
-
-    Thread: clerk, and the threads that help it to recover.
-    """
-    try:
-        return load(paths, home, listed) if REQUEST in listed else None
-    except (AttributeError, LookupError, TypeError, ValueError):
-        return None
-
-
-def _load_image(state: ImageState, kind: str, record: dict[str, Any]) -> None:
-    """Add to an image's state what one of its records says."""
-    if kind == "published" and record:
-        state.outcome, state.file = record["outcome"], record["image"]["file"]
-        state.error = record.get("error")
-    elif kind == "failed":
-        state.outcome, state.error = "failed", record.get("error")
+def _load_image(job: Job, number: int, kind: ImageRecord) -> None:
+    """Add to an image's state what one of its records says; one that cannot be believed says nothing."""
+    if kind == "published":
+        if record := read_publication(job, number, kind):
+            state = job.state(number)
+            state.outcome, state.file = record["outcome"], record["image"]["file"]
+            state.error = record["error"]
+        return
+    record = job.paths.trust.read_json(job.record_path(number, kind))
+    if kind == "failed":
+        error = record.get("error")
+        state = job.state(number)
+        state.outcome, state.error = "failed", error if isinstance(error, str) else None
     elif kind == "begun":
-        state.attempts, state.deaths = record.get("attempts", 0), record.get("deaths", 1)
+        state = job.state(number)
+        state.attempts = _count(record.get("attempts", 0), 0)
+        state.deaths = _count(record.get("deaths", 1), 1)
+
+
+def _count(value: Any, default: int) -> int:
+    """Return a count of a record; the default if it is none."""
+    return value if type(value) is int and 0 <= value <= MAX_COUNT else default
 
 
 def begin_image(job: Job, number: int) -> None:
@@ -165,7 +223,8 @@ def fail_image(job: Job, number: int, error: str) -> None:
 
     Thread: clerk.
     """
-    fs.write_durably(job.record_path(number, "failed"), json.dumps({"error": error}).encode())
+    document = json.dumps({"error": error}).encode()
+    fs.write_durably(job.record_path(number, "failed"), document, job.settings.record_mode)
     fs.remove_file(job.record_path(number, "begun"))
     job.states[number] = ImageState("failed", None, error)
 
@@ -188,6 +247,7 @@ def cancel(job: Job) -> None:
 def _write_begun(job: Job, number: int, attempts: int, deaths: int) -> None:
     path = job.record_path(number, "begun")
     if attempts or deaths:
-        fs.write_quickly(path, json.dumps({"attempts": attempts, "deaths": deaths}).encode())
+        document = json.dumps({"attempts": attempts, "deaths": deaths}).encode()
+        fs.write_quickly(path, document, job.settings.record_mode)
     else:
         fs.remove_file(path)

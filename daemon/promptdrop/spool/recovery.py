@@ -11,7 +11,7 @@ from promptdrop.spool import claim, ending, record, retry
 from promptdrop.spool.failed import move_to_failed
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.paths import CANCELLED, DROP, FAILING, IN_HAND, Paths, parse_image_record
-from promptdrop.spool.record import read_json
+from promptdrop.spool.record import read_failing
 from promptdrop.spool.spool import Spool
 
 _THREADS, _SLICE = 8, 128  # threads that read folders, and how many folders each at a time
@@ -31,17 +31,17 @@ def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
     paths = spool.paths
     spool.folders.require()
     spool.duplicates.forget_old()
-    for finished in paths.homes("finished"):
+    for finished in spool.folders.homes("finished"):
         fs.remove_tree(Path(finished))
-    for parked in paths.homes("parked"):
+    for parked in spool.folders.homes("parked"):
         _recover_parked(spool, Path(parked))
     jobs, unresolved = [], []
-    homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
+    homes = sorted(spool.folders.homes(*IN_HAND), key=os.path.basename)
     newest = frozenset(homes[-NEWEST:])
     for home, (listed, job) in zip(homes, _look_into(paths, homes), strict=True):
         if any(name.startswith(fs.TEMPORARY) for name in listed):
             fs.remove_temporaries(Path(home))
-        is_failing = FAILING in listed and bool(read_json(f"{home}/{FAILING}"))
+        is_failing = FAILING in listed and bool(read_failing(paths, home))
         if job:
             if left := _recover_job(spool, job, is_failing, home in newest):
                 jobs.append(left)
@@ -83,7 +83,7 @@ def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | N
     drop = next(fs.files(home / DROP), None)
     if is_failing:
         claimed = _unresolved(home, drop or home / DROP / "gone")
-        planned = ErrorRecord.model_validate(read_json(home / FAILING)["record"])
+        planned = ErrorRecord.model_validate(read_failing(spool.paths, home)["record"])
         move_to_failed(spool, claimed, planned)
         ending.leave(spool, home, "finished")
         return None
@@ -105,7 +105,7 @@ def _forget_images(home: Path) -> None:
 
 def _recover_parked(spool: Spool, home: Path) -> None:
     """Complete a retry that had begun; remove a job whose file somebody has taken out of failed/."""
-    plan = read_json(home / FAILING)
+    plan = read_failing(spool.paths, home)
     if any(True for _ in fs.files(home / DROP)):
         if retry.unpark(spool, home) is None:
             _claim_again(spool, home)
