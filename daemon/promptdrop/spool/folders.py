@@ -139,7 +139,7 @@ class Folders:
         try:
             found = int(self._paths.trust.read(path, _VERSION_BYTES))
         except FileNotFoundError:
-            fs.write_durably(path, f"{VERSION}\n".encode(), 0o644)
+            fs.write_durably(path, f"{VERSION}\n".encode(), self._output.record_mode)
             return
         except NotOurs as e:
             raise ConfigError(f"{e}; expected a file of ours with the number {VERSION}") from None
@@ -194,7 +194,7 @@ class Folders:
             if mounted and name not in self._mounts:
                 self._mounts.append(name)
                 document = json.dumps({"mounts": self._mounts})
-                fs.write_durably(self._paths.mounts, document.encode(), 0o644)
+                fs.write_durably(self._paths.mounts, document.encode(), self._output.record_mode)
 
     def require_space(self, min_free_mib: int) -> None:
         """Raise DiskTrouble if a folder cannot be written or its disk is nearly full.

@@ -19,8 +19,9 @@ _TRY_SECONDS = 0.05
 class Lock:
     """Is held from `acquire` until this process ends, even if the state folder is mounted anew."""
 
-    def __init__(self, paths: Paths) -> None:
-        self._paths = paths
+    def __init__(self, paths: Paths, mode: int) -> None:
+        """mode: permission bits of the lock file; others than the group have theirs only if the umask lets them."""
+        self._paths, self._mode = paths, mode
         self._descriptor: int | None = None
         self._identity: tuple[int, int] | None = None  # device and inode of the file we locked
         self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n"  # what we write into it
@@ -42,10 +43,18 @@ class Lock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, self._mark.encode(), 0)
         status = os.fstat(fd)
+        self._share(fd, status.st_mode)
         old, self._descriptor = self._descriptor, fd
         self._identity = status.st_dev, status.st_ino
         if old is not None:
             _close_quietly(old)
+
+    def _share(self, fd: int, mode: int) -> None:
+        """Let the group see who holds the lock, whatever the umask; whoever can read it can hold it, too."""
+        try:
+            os.fchmod(fd, self._mode & (mode | 0o640))
+        except PermissionError:
+            pass  # the file is root's, or on a share that forces modes
 
     def _lock(self, fd: int) -> None:
         """Lock an open file, or close it and raise SpoolBusy."""
