@@ -62,7 +62,7 @@ def test_new_files_have_their_folders_group(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     """The old file and nothing else is there; the error names the folder."""
     path = tmp_path / "a"
-    fs.write_durably(path, b"old")
+    fs.write_durably(path, b"old", 0o644)
     with pytest.raises(OSError, match="No space left") as caught, fs.temporary(tmp_path, 0o644):
         raise OSError(28, "No space left on device")
 
@@ -74,13 +74,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_new_file_replaces_none(tmp_path: Path) -> None:
     """`write_once` keeps an existing file; `write_durably` and `write_quickly` replace it."""
     path = tmp_path / "a"
-    fs.write_once(path, b"one")
+    fs.write_once(path, b"one", 0o644)
     with pytest.raises(FileExistsError):
-        fs.write_once(path, b"two")
+        fs.write_once(path, b"two", 0o644)
     kept = path.read_bytes()
-    fs.write_durably(path, b"three")
+    fs.write_durably(path, b"three", 0o644)
     (tmp_path / ".promptdrop-a.tmp").touch()  # as a crash leaves it
-    fs.write_quickly(path, b"four")
+    fs.write_quickly(path, b"four", 0o644)
 
     assert kept == b"one"
     assert path.read_bytes() == b"four"

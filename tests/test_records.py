@@ -127,6 +127,6 @@ def test_the_largest_documents_of_our_own_are_read() -> None:
         ErrorRecord, error_record(error="e" * 30_000, missing=list(range(1_000_000)))
     )
 
-    assert len(records.to_bytes(summary)) < 10_000 * records.SUMMARY_BYTES_OF_IMAGE
+    assert len(records.to_bytes(summary)) < records.summary_bytes(10_000)
     assert len(records.to_bytes(sidecar)) < records.SIDECAR_BYTES
     assert len(records.to_bytes(failed)) < records.ERROR_BYTES

@@ -156,6 +156,23 @@ class Output(Section):
     mode: Mode = "0664"
     directory_mode: Mode = "2775"
 
+    @property
+    def record_mode(self) -> int:
+        """Permission bits of our own records: nobody reads there what `mode` keeps from them."""
+        return 0o600 | int(self.mode, 8) & 0o044
+
+    @property
+    def record_folder_mode(self) -> int:
+        """Permission bits of the folders of our records, and of the dropped files in them."""
+        bits, readable = int(self.directory_mode, 8) & 0o055, self.record_mode
+        group, others = bool(readable & 0o040), bool(readable & 0o004)
+        return 0o2700 | bits & (0o050 * group | 0o005 * others)
+
+    @property
+    def shared_folder_mode(self) -> int:
+        """Permission bits of the outbox and failed/: the group may write, others what both modes leave them."""
+        return 0o2770 | self.record_folder_mode & 0o005
+
     @field_validator("name")
     @classmethod
     def _distinct(cls, name: str) -> str:

@@ -221,6 +221,11 @@ def type_of(name: str) -> Any:
     return many if field.kind is list else item | many
 
 
+def type_of_one(name: str) -> Any:
+    """Return the type of one value of a field for pydantic: of a seed, not of a list of seeds."""
+    return _single(FIELDS[name])
+
+
 def _single(field: JobField) -> Any:
     """Return the type of one value of a field, where the file may also give a list of them."""
     if field.words:

@@ -56,7 +56,7 @@ def move(source: Path, target: Path) -> None:
     sync_directory(source.parent)
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_durably(path: Path, data: bytes, mode: int) -> None:
     """Write a file that replaces any older one in one step and survives a power cut."""
     with temporary(path.parent, mode) as (file, name):
         file.write(data)
@@ -65,7 +65,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
-def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_once(path: Path, data: bytes, mode: int) -> None:
     """Write a new file durably. Raises FileExistsError: the name is taken."""
     with temporary(path.parent, mode) as (file, name):
         file.write(data)
@@ -74,7 +74,7 @@ def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
-def write_quickly(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_quickly(path: Path, data: bytes, mode: int) -> None:
     """Replace a file in one step, without flushing: a power cut may lose it. One writer at a time.
 
     Each path has one temporary, so that the next write removes what a crash has left.

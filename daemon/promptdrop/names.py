@@ -8,6 +8,7 @@ from collections.abc import Iterable
 JOB_SUFFIXES = (".txt", ".prompt", ".yaml", ".yml", ".json", ".jsonl", ".csv")
 CANCEL_SUFFIX = ".cancel"  # NAME.cancel in the inbox withdraws the job of NAME
 PAUSE = "PAUSE"  # at the top of the inbox: no new image is begun
+PATH_CHARACTERS = 4096  # PATH_MAX of limits.h; no system call takes a longer path
 NAME_BYTES = 80  # of a job's folder name, so that suffixes and temporaries still fit into 255
 
 IGNORED_ENDINGS = (
@@ -118,6 +119,23 @@ def fold(name: str) -> str:
 def is_stem(name: str) -> bool:
     """Whether `safe` would leave the name as it is."""
     return safe(name) == name
+
+
+def is_plain(name: str) -> bool:
+    """Whether a folder can have an entry of this name: not empty, no path, no `..`, no NUL, not too long."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(name if name.isascii() else os.fsencode(name)) <= 255
+    except UnicodeEncodeError:
+        return False  # half a surrogate pair
+
+
+def is_below(path: str) -> bool:
+    """Whether a relative path names something below its folder, each part being plain."""
+    if "/" not in path:
+        return is_plain(path)
+    return len(path) < PATH_CHARACTERS and all(map(is_plain, path.split("/")))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

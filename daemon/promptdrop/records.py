@@ -21,7 +21,12 @@ VERSION = f"promptdrop {__version__}"  # ... and its `version`
 # one is not ours, and is not read.
 SIDECAR_BYTES = 1 << 20  # three texts of 20,000 characters of up to 6 bytes; 16 KiB of meta
 ERROR_BYTES = 16 << 20  # the numbers of 1,000,000 missing images, the highest limits.images_per_job
-SUMMARY_BYTES_OF_IMAGE = 4096  # a name of 255 bytes, and an error of 3,000
+_SUMMARY_BYTES_OF_IMAGE = 4096  # a name of 255 bytes, and an error of 3,000
+
+
+def summary_bytes(images: int) -> int:
+    """Return what the job.json of a job of so many images cannot exceed, in bytes."""
+    return (images + 4) * _SUMMARY_BYTES_OF_IMAGE
 
 
 class Record(BaseModel):

@@ -3,14 +3,16 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness import merged
 from promptdrop.spool import record
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
 from promptdrop.spool.paths import CANCELLED, REQUEST
 from promptdrop.spool.spool import Spool
-from spools import SETTINGS, claimed, claimed_job, finish, put, resolved
+from spools import SETTINGS, claimed, claimed_job, finish, publication, put, resolved
 
 
 def again(spool: Spool, job: Job) -> Job:
@@ -143,13 +145,13 @@ def test_what_is_no_record_is_empty(tmp_path: Path) -> None:
 
 
 def test_a_record_over_its_limit_is_empty(tmp_path: Path) -> None:
-    """No more than the limit is read, however large the file is; None reads all of our own."""
+    """No more than the limit is read, however large the file is."""
     file = tmp_path / "record"
     file.write_text('{"a": 1}')
-    sizes = [record.read_json(file, limit) for limit in (8, 7, None)]
+    sizes = [record.read_json(file, limit) for limit in (8, 7)]
     os.truncate(file, 8 << 30)
 
-    assert sizes == [{"a": 1}, {}, {"a": 1}]
+    assert sizes == [{"a": 1}, {}]
     assert record.read_json(file, 100) == {}
     assert record.read_json(file) == {}
 
@@ -189,3 +191,107 @@ def test_the_owner_of_a_drop_is_recorded(spool: Spool) -> None:
     job.drop.unlink()
 
     assert (job.owner, recorded, read.owner, again(spool, job).owner) == (uid, uid, uid, 0)
+
+
+# --- whose they are -------------------------------------------------------------------------------
+
+
+def forge(job: Job, kind: str) -> None:
+    """Make request.json of a job one that somebody else may have written; its text stays as it is."""
+    path = job.home / REQUEST
+    if kind == "another user's":
+        os.chown(path, 12345, -1)
+    elif kind == "writable":
+        path.chmod(0o664)
+    elif kind == "a link":
+        path.rename(job.home / "elsewhere")
+        path.symlink_to("elsewhere")
+    elif kind == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "endless":
+        os.truncate(path, 8 << 30)
+
+
+@pytest.mark.parametrize("kind", ["another user's", "writable", "a link", "a pipe", "endless"])
+def test_a_record_that_is_not_ours_is_no_job(spool: Spool, kind: str) -> None:
+    """Nothing of it is believed, however well it reads; its drop is read again."""
+    if kind == "another user's" and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    job = claimed_job(spool, "a.txt")
+    forge(job, kind)
+
+    assert record.load_if_whole(spool.paths, str(job.home), os.listdir(job.home)) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_spool_that_root_or_its_owner_has_copied_is_ours(spool: Spool) -> None:
+    """cp -a, rsync or tar by root leave root's records; those of the state folder's owner are ours, too."""
+    job = claimed_job(spool, "a.txt")
+    os.chown(spool.paths.state, 12345, -1)
+    for path in (job.home, job.home / REQUEST):
+        os.chown(path, 12345, -1)
+
+    assert again(spool, job) == again(spool, job)
+    assert spool.paths.trust.why_not_home(job.home) is None
+    assert spool.paths.trust.owner == 0
+
+
+PUBLISHED = {"outcome": "rendered", "image": {"file": "a-0001.png"}, "error": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outcome": "todo"},
+        {"image": {"file": "../a.png"}},
+        {"image": {"file": 5}},
+        {"image": []},
+        {"error": 5},
+    ],
+    ids=str,
+)
+def test_a_wrong_record_of_a_published_image_says_nothing(
+    spool: Spool, change: dict[str, object]
+) -> None:
+    """The image is rendered again."""
+    job = claimed_job(spool, "a.txt")
+    path = job.record_path(1, "published")
+    path.write_text(json.dumps(PUBLISHED))
+    before = again(spool, job)
+    path.write_text(json.dumps({**PUBLISHED, **change}))
+
+    assert before.todo() == []
+    assert again(spool, job).todo() == [1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temporary": "../x"},
+        {"temporary": "a.png"},
+        {"temporary": 5},
+        {"image": {"file": "a.exe"}},
+        {"image": {"file": "a/b.png"}},
+        {"image": {"format": "exe"}},
+        {"job": {"image": 2}},
+        {"job": {"id": "20260101T000000000000-abcdef"}},
+        {"latency_ms": {"save": "12"}},
+        {"latency_ms": {"save": float("inf")}},
+        {"request": {"seed": None}},
+    ],
+    ids=str,
+)
+def test_a_wrong_record_of_an_image_on_its_way_says_nothing(
+    spool: Spool, change: dict[str, Any]
+) -> None:
+    """No temporary of another folder becomes an image."""
+    job = claimed_job(spool, "a.txt", images=2)
+    publication(job).prepare(job.outbox_folder)
+    path = job.record_path(1, "publishing")
+    whole = json.loads(path.read_bytes())
+    read = record.read_publication(job, 1, "publishing")
+    path.write_text(json.dumps(merged(whole, change)))
+
+    assert read == whole
+    assert record.read_publication(job, 1, "publishing") is None

@@ -30,10 +30,10 @@ class Person:
     uid: int
     gid: int
 
-    def prefix(self) -> list[str]:
-        """The words before a command that run it as this user, whose umask is 022."""
+    def prefix(self, umask: str = "022") -> list[str]:
+        """The words before a command that run it as this user."""
         who = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
-        return ["setpriv", *who, "sh", "-c", 'umask 022; exec "$@"', "sh"]
+        return ["setpriv", *who, "sh", "-c", f'umask {umask}; exec "$@"', "sh"]
 
     def sh(self, script: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a shell script as this user."""
@@ -88,11 +88,11 @@ def python() -> list[str]:
     return ["env", f"PYTHONPATH={path}", f"/usr/bin/python{version}"]
 
 
-def promptdrop_as(person: Person) -> list[str]:
+def promptdrop_as(person: Person, umask: str = "022") -> list[str]:
     """`python -m promptdrop` as this user."""
     if os.geteuid():
         pytest.skip("only root can become other users")
-    command = [*person.prefix(), *python(), "-m", "promptdrop"]
+    command = [*person.prefix(umask), *python(), "-m", "promptdrop"]
     tried = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"uid {person.uid} cannot run promptdrop here: {tried.stderr[-200:]}")

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from promptdrop.errors import PromptdropError
 from promptdrop.intake.files import strangers
 from promptdrop.intake.watcher import watch_mode
 from promptdrop.pool import pool
+from promptdrop.spool.paths import STATES
 from promptdrop.spool.permissions import describe_permissions, why_not_moved
 from promptdrop.spool.spool import Spool
 
@@ -47,6 +49,8 @@ def _checks(spool: Spool) -> Iterator[tuple[str, Check]]:
     """Yield the checks in the order of the report, each with the name of what it looks at."""
     yield "configuration", check_configuration
     yield "folders", check_folders
+    if spool.paths.state.is_dir():
+        yield "state", check_records
     if spool.paths.inbox.is_dir():
         yield "inbox", check_file_system
         yield "inbox", check_claims
@@ -91,6 +95,23 @@ def _folder(what: str, path: Path, min_free_mib: int) -> Finding:
     if free < min_free_mib:
         return Finding("bad", what, f"{text}; less than limits.min_free_disk_mib: {min_free_mib}")
     return Finding("ok", what, text)
+
+
+def check_records(spool: Spool) -> Iterator[Finding]:
+    """Name the first 20 folders among our jobs that are not ours, whose records nobody believes."""
+    state, trust = spool.paths.state, spool.paths.trust
+    mode = stat.S_IMODE(state.stat().st_mode)
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        trust.asks_modes = False
+        text = f"{state} can be written by others (mode {mode:04o}): the daemon ends that at its start, unless"
+        yield Finding("note", "state", f"{text} this is a share that gives each file one mode")
+    not_ours = (
+        (home, why) for home in spool.paths.homes(*STATES) if (why := trust.why_not(os.lstat(home)))
+    )
+    for home, why in islice(not_ours, _STRANGERS_SHOWN):
+        cure = f"chown -R {state.stat().st_uid} {home} && chmod -R go-w {home}"
+        text = f"{home} is not ours and is left alone: {why}; remove it, or if you made it: {cure}"
+        yield Finding("bad", "state", text)
 
 
 def check_file_system(spool: Spool) -> Iterator[Finding]:

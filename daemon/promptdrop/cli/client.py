@@ -18,6 +18,7 @@ from promptdrop.errors import ConfigError, PromptdropError, UsageError
 from promptdrop.nouns import SUFFIX_OF_FORMAT
 from promptdrop.records import JobSummary, Sidecar, Status
 from promptdrop.spool import paths
+from promptdrop.spool.detail import REQUEST_BYTES
 from promptdrop.spool.permissions import SHARED_MODE
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
@@ -217,7 +218,7 @@ def jobs_in_hand(spool: Spool) -> Iterator[InHand]:
 
 def _in_hand(home: str) -> InHand | None:
     """Read the record of a job in its folder; None if it is not resolved yet, torn or gone."""
-    record = read_json(f"{home}/{paths.REQUEST}", limit=None)  # only the daemon writes there
+    record = read_json(f"{home}/{paths.REQUEST}", REQUEST_BYTES)
     named = [record.get(key) for key in ("id", "sub", "file", "folder")]
     if not all(isinstance(value, str) for value in named):
         return None
@@ -318,7 +319,7 @@ def _find_end(spool: Spool, status: Status | None, one: Dropped) -> Ended | None
 
 def _summary(spool: Spool, folder: str) -> JobSummary | None:
     """Read job.json, which anybody of the group may replace; None if there is none of ours."""
-    limit = spool.config.limits.images_per_job * records.SUMMARY_BYTES_OF_IMAGE
+    limit = records.summary_bytes(spool.config.limits.images_per_job)
     try:
         with untrusted.below(spool.paths.outbox, folder) as home:
             return records.fitting(JobSummary, read_json(home / paths.SUMMARY, limit))

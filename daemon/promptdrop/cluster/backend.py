@@ -1,6 +1,7 @@
 """Engines on the hosts of a Ray cluster: `engine.backend: ray`. The daemon itself imports no ray."""
 
 import pickle
+import re
 import secrets
 import socket
 import subprocess
@@ -16,7 +17,9 @@ from promptdrop.loop import reason_of
 from promptdrop.pool.link import EngineLink
 from promptdrop.pool.messages import PACKET, Connected, Kill, Open, Release, Trouble
 from promptdrop.pool.pool import Slot
+from promptdrop.trust import Trust
 
+_PREFIX_BYTES = 8  # of chance in the names of a spool's actors
 KNOCK_SECONDS = 1.0  # for the head to answer, and between two checks that it does
 RELEASE_SECONDS = 10.0  # for the gateway to give the devices back
 CONNECT_SECONDS = 180.0  # for the gateway to connect: Ray itself gives up sooner
@@ -43,9 +46,14 @@ def actor_prefix(own: Path) -> str:
     Raises OSError: it can be neither read nor written.
     """
     file = own / "cluster"
-    if not file.exists():
-        fs.write_durably(file, secrets.token_hex(8).encode())
-    return file.read_text()
+    try:
+        known = Trust(own).read(file, 2 * _PREFIX_BYTES).decode()
+    except (FileNotFoundError, ValueError):
+        known = ""
+    if not re.fullmatch(f"[0-9a-f]{{{2 * _PREFIX_BYTES}}}", known):
+        known = secrets.token_hex(_PREFIX_BYTES)
+        fs.write_durably(file, known.encode(), 0o644)
+    return known
 
 
 class RemoteLife:

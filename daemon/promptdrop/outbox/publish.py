@@ -24,6 +24,7 @@ from promptdrop.nouns import SUFFIX_OF_FORMAT, EngineInfo, ImageSpec, Rendering
 from promptdrop.outbox import sidecar
 from promptdrop.records import (
     HOST,
+    SIDECAR_BYTES,
     VERSION,
     Sidecar,
     SidecarTime,
@@ -34,7 +35,7 @@ from promptdrop.request.infotext import SAMPLERS, format_infotext
 from promptdrop.spool.job import Job
 from promptdrop.spool.outbox import FolderLost, Outbox
 from promptdrop.spool.paths import parse_image_record
-from promptdrop.spool.record import read_json
+from promptdrop.spool.record import read_json, read_publication
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,7 +156,7 @@ def stands(job: Job, number: int, folder: Path) -> bool:
     """
     record = _read_record(job, number)
     if record is None:
-        return fs.exists(job.record_path(number, "published"))
+        return read_publication(job, number, "published") is not None
     image = folder / record["image"]["file"]
     is_there = fs.exists(folder / record["temporary"]) or _is_whole(image, record)
     return is_there or _is_sidecar_of(job, number, _sidecar_of(image))
@@ -170,7 +171,9 @@ def complete(job: Job, number: int, folder: Path) -> str:
     """
     record = _read_record(job, number)
     if record is None:  # renamed to `published` before a crash or error
-        return _remember(job, number, json.loads(job.record_path(number, "published").read_bytes()))
+        published = read_publication(job, number, "published")
+        assert published is not None
+        return _remember(job, number, published)
     began = time.monotonic()
     while not _has_sidecar(job, number, folder, record):
         record = _give_name(job, number, folder, record)
@@ -179,7 +182,7 @@ def complete(job: Job, number: int, folder: Path) -> str:
         try:
             _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder)
         except FileExistsError:  # a stranger was faster: the image gets the next name
-            record["temporary"] = record["image"]["file"]
+            fs.rename(folder / record["image"]["file"], folder / record["temporary"])
     os.replace(job.record_path(number, "publishing"), job.record_path(number, "published"))
     return _remember(job, number, record)
 
@@ -276,7 +279,7 @@ def _is_whole(image: Path, record: dict[str, Any]) -> bool:
 
 def _is_sidecar_of(job: Job, number: int, path: Path) -> bool:
     """Whether this is the sidecar of this image of this job."""
-    document = read_json(path)
+    document = read_json(path, SIDECAR_BYTES)
     owner = document.get("job")
     return isinstance(owner, dict) and (owner.get("id"), owner.get("image")) == (job.id, number)
 
@@ -314,8 +317,9 @@ def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
 
 def _read_record(job: Job, number: int) -> dict[str, Any] | None:
     """Read what is to be published; None if nothing is, or the record is torn: it is rendered again."""
-    return read_json(job.record_path(number, "publishing")) or None
+    return read_publication(job, number, "publishing")
 
 
 def _write_record(job: Job, number: int, record: dict[str, Any]) -> None:
-    fs.write_durably(job.record_path(number, "publishing"), json.dumps(record).encode())
+    path = job.record_path(number, "publishing")
+    fs.write_durably(path, json.dumps(record).encode(), job.settings.record_mode)

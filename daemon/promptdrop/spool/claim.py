@@ -27,7 +27,7 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
     folder = home / DROP / sub
     source = spool.paths.inbox / sub / file
     try:
-        os.makedirs(folder)
+        _make_home(spool, home, sub)
         with untrusted.below(spool.paths.inbox, sub) as inner:
             status = os.lstat(inner / file)
             fs.rename(inner / file, folder / file)
@@ -47,6 +47,16 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
         with suppress(OSError):  # the same
             fs.sync_directory(path)
     return Unresolved(job_id, home, sub, file, status.st_ino)
+
+
+def _make_home(spool: Spool, home: Path, sub: str) -> None:
+    """Make pending/ID/drop/SUB, with the modes of our records whatever the umask."""
+    mode = spool.config.output.record_folder_mode
+    folder = home
+    fs.make_directory(folder, mode)
+    for part in (DROP, *filter(None, sub.split("/"))):
+        folder /= part
+        fs.make_directory(folder, mode)
 
 
 def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:

@@ -44,12 +44,13 @@ def send(folder: Path, command: Command) -> None:
     kind = next(name for name, kind in _KINDS.items() if isinstance(command, kind))
     for n in range(0, len(command.targets), _TARGETS):
         document = json.dumps({"command": kind, "targets": command.targets[n : n + _TARGETS]})
-        fs.write_once(folder / f"{kind}-{secrets.token_hex(6)}.json", document.encode())
+        path = folder / f"{kind}-{secrets.token_hex(6)}.json"
+        fs.write_once(path, document.encode(), 0o640)  # for the daemon, which is of the group
 
 
 def pause(folder: Path) -> None:
     """Stop taking new images until `resume`, across restarts."""
-    fs.write_durably(folder / PAUSE, b"")
+    fs.write_durably(folder / PAUSE, b"", 0o640)
 
 
 def resume(folder: Path) -> None:

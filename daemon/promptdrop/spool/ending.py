@@ -19,6 +19,7 @@ from promptdrop.records import (
     SummaryImage,
     SummaryTime,
     Totals,
+    summary_bytes,
     to_bytes,
 )
 from promptdrop.spool import record
@@ -130,7 +131,7 @@ def summary(job: Job, outcome: JobOutcome) -> JobSummary:
 def _write_summary(job: Job, outcome: JobOutcome, folder: Path) -> None:
     """Write job.json, over an older one of the same job. Raises FileExistsError: somebody else's is there."""
     path = folder / SUMMARY
-    if fs.exists(path) and record.job_id_of(path) != job.id:
+    if fs.exists(path) and record.job_id_of(path, summary_bytes(job.images)) != job.id:
         raise FileExistsError(errno.EEXIST, "is not this job's; move it away", str(path))
     fs.write_durably(path, to_bytes(summary(job, outcome)), job.settings.file_mode)
 

@@ -12,7 +12,7 @@ from promptdrop.spool.ids import is_job_id
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.paths import FAILING, REASON, dropped_path, reason_file
 from promptdrop.spool.permissions import is_for_us
-from promptdrop.spool.record import read_json
+from promptdrop.spool.record import read_failing, read_json
 from promptdrop.spool.spool import Spool
 
 
@@ -49,7 +49,7 @@ def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> 
 
     Thread: clerk.
     """
-    if planned := read_json(job.home / FAILING):
+    if planned := read_failing(spool.paths, job.home):
         target = spool.paths.failed / planned["target"]
         record = ErrorRecord.model_validate(planned["record"])
     else:
@@ -99,7 +99,8 @@ def _plan(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> Path:
         "target": os.path.relpath(target, spool.paths.failed),
         "record": record.model_dump(mode="json"),
     }
-    fs.write_durably(job.home / FAILING, json.dumps(document).encode())
+    mode = spool.config.output.record_mode
+    fs.write_durably(job.home / FAILING, json.dumps(document).encode(), mode)
     return target
 
 

@@ -2,16 +2,25 @@
 
 import json
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from promptdrop import fs, mounts
+from promptdrop import fs, log, mounts
 from promptdrop.config import Config
 from promptdrop.errors import ConfigError, DiskTrouble, PromptdropError
 from promptdrop.spool.lock import Lock
-from promptdrop.spool.paths import STATES, Paths
-from promptdrop.spool.permissions import OWN_MODE, describe_permissions, make_folder
-from promptdrop.spool.record import read_json
+from promptdrop.spool.paths import STATES, Paths, State
+from promptdrop.spool.permissions import (
+    OWN_MODE,
+    describe_permissions,
+    make_folder,
+    refuse_link,
+    try_modes,
+)
+from promptdrop.trust import NotOurs
 
+_VERSION_BYTES = 64
 VERSION = 1  # of the state folder's format
 
 
@@ -30,6 +39,8 @@ class Folders:
         ]
         self._shared = {"inbox": paths.inbox, "outbox": paths.outbox, "failed": paths.failed}
         self._mounts: list[str] = []  # which of these have been mount points
+        self._named: set[str] = set()  # folders among our jobs that are not ours and were named
+        self._output = config.output
 
     # --- at the start -------------------------------------------------------------------------
 
@@ -37,7 +48,7 @@ class Folders:
         """Make every folder, configured ones too. For `promptdrop init`."""
         make_folder(self._paths.root, OWN_MODE)
         for path in (self._paths.outbox, self._paths.failed):
-            make_folder(path)
+            make_folder(path, self._output.shared_folder_mode)
         self.prepare()
 
     def require_mount(self) -> None:
@@ -54,23 +65,58 @@ class Folders:
     def prepare(self) -> None:
         """Make the folders that `run` may make, which are never a configured outbox or failed.
 
-        Raises ConfigError: the folders cannot work together, or a newer promptdrop wrote them.
+        Raises ConfigError: the folders cannot work together, a newer promptdrop wrote them, or others may
+        write where only we may.
         """
         paths = self._paths
         self._refuse_nesting()
         make_folder(paths.root, OWN_MODE)  # nobody else may put another inbox or state in its place
         make_folder(paths.inbox)
-        for path in (paths.state, paths.cache, *map(paths.of_state, STATES)):
-            make_folder(path, OWN_MODE)
-        for path in (paths.control, *self._to_make):
-            make_folder(path)
+        own = (paths.cache, *map(paths.of_state, STATES))
+        refuse_link(paths.state)
+        make_folder(paths.state, OWN_MODE)
+        for path in (paths.control, *own):
+            refuse_link(path)
+        paths.trust.owner, paths.trust.asks_modes = try_modes(paths.state)
+        self._make_own(paths.state, OWN_MODE)
+        for path in own:
+            self._make_own(path, self._output.record_folder_mode)
+        make_folder(paths.control)
+        for path in self._to_make:
+            make_folder(path, self._output.shared_folder_mode)
         self._check_version()
-        self._mounts = read_json(paths.mounts).get("mounts", [])
+        known = paths.trust.read_json(paths.mounts).get("mounts")
+        self._mounts = [name for name in self._shared if isinstance(known, list) and name in known]
         if os.stat(paths.inbox).st_dev != os.stat(paths.state).st_dev:
             raise ConfigError(
                 f"{paths.inbox} and {paths.state} are on different file systems; a claim is one"
                 f" rename, so mount the file system on {paths.root} instead"
             )
+
+    def _make_own(self, path: Path, mode: int) -> None:
+        """Make a folder of our own; of one that is there keep from others what `mode` keeps from them.
+
+        Raises ConfigError: somebody else could change what lies there.
+        """
+        make_folder(path, mode)
+        status, owner = os.stat(path), self._paths.trust.owner
+        if status.st_uid not in (owner, 0):
+            raise ConfigError(
+                f"{describe_permissions(path)} belongs to another user, and what we make there to uid {owner};"
+                f" if this spool was moved or its user has changed: chown -R {owner} {self._paths.state}"
+            )
+        if not self._paths.trust.asks_modes or not status.st_mode & ~mode & 0o077:
+            return
+        try:
+            os.chmod(path, stat.S_IMODE(status.st_mode) & (mode | 0o7700))
+        except PermissionError:
+            if status.st_mode & 0o022:
+                raise ConfigError(
+                    f"{describe_permissions(path)} can be written by others, who could forge our records;"
+                    f" to give it to us: chown -R {owner} {self._paths.state}"
+                ) from None
+            return
+        log.get().warning("spool.closed", folder=str(path), mode=f"{status.st_mode & 0o7777:04o}")
 
     def _refuse_nesting(self) -> None:
         paths = self._paths
@@ -91,10 +137,12 @@ class Folders:
     def _check_version(self) -> None:
         path = self._paths.version
         try:
-            found = int(path.read_text())
+            found = int(self._paths.trust.read(path, _VERSION_BYTES))
         except FileNotFoundError:
-            fs.write_durably(path, f"{VERSION}\n".encode())
+            fs.write_durably(path, f"{VERSION}\n".encode(), self._output.record_mode)
             return
+        except NotOurs as e:
+            raise ConfigError(f"{e}; expected a file of ours with the number {VERSION}") from None
         except ValueError:
             raise ConfigError(f"{path}: expected the number {VERSION}") from None
         if found > VERSION:
@@ -103,6 +151,26 @@ class Folders:
             )
 
     # --- while the daemon works ---------------------------------------------------------------
+
+    def homes(self, *states: State) -> Iterator[str]:
+        """Yield the folders of all our jobs in these states, as `Paths.homes` does, and leave others alone.
+
+        One that is not ours is named in the log, once. Raises OSError: a state cannot be listed.
+
+        Thread: clerk.
+        """
+        for home in self._paths.homes(*states):
+            try:
+                why = self._paths.trust.why_not_home(home)
+            except FileNotFoundError:
+                continue
+            if why is None:
+                yield home
+            elif home not in self._named:
+                self._named.add(home)
+                log.get().warning(
+                    "spool.not_ours", folder=home, reason=why, cure="promptdrop doctor"
+                )
 
     def require(self) -> None:
         """Raise DiskTrouble if a folder is missing, or is a mount point without its mount.
@@ -126,7 +194,7 @@ class Folders:
             if mounted and name not in self._mounts:
                 self._mounts.append(name)
                 document = json.dumps({"mounts": self._mounts})
-                fs.write_durably(self._paths.mounts, document.encode())
+                fs.write_durably(self._paths.mounts, document.encode(), self._output.record_mode)
 
     def require_space(self, min_free_mib: int) -> None:
         """Raise DiskTrouble if a folder cannot be written or its disk is nearly full.

@@ -89,7 +89,7 @@ class Job:
         Thread: any.
         """
         if (found := self.detail_in_memory) is None:
-            found = self.detail_in_memory = detail.read(self.home)
+            found = self.detail_in_memory = detail.read(self.paths.trust, self.home)
         return found
 
     def close(self) -> None:

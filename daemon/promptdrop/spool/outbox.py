@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from promptdrop import fs, names
+from promptdrop.records import SIDECAR_BYTES, summary_bytes
 from promptdrop.spool import record
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import REQUEST_STEM, RESERVED, SUMMARY, Paths
@@ -205,7 +206,8 @@ class Outbox:
             return os.stat(folder).st_uid in ours
         documents = sorted((n for n in there if n.endswith(".json")), key=lambda n: n != SUMMARY)
         for name in documents[:_DOCUMENTS_READ]:
-            if job_id := record.job_id_of(folder / name):
+            limit = summary_bytes(job.images) if name == SUMMARY else SIDECAR_BYTES
+            if job_id := record.job_id_of(folder / name, limit):
                 return job_id == job.id
         return any(name in there for name in _names_of(job))
 

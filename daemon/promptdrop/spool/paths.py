@@ -21,18 +21,20 @@ ROOT/.promptdrop/                     the state folder
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from promptdrop import fs
 from promptdrop.config import Config
 from promptdrop.spool.ids import is_job_id
+from promptdrop.trust import Trust
 
 State = Literal["pending", "active", "parked", "finished"]
 STATES: tuple[State, ...] = ("pending", "active", "parked", "finished")
 IN_HAND: tuple[State, ...] = ("pending", "active")  # where jobs lie that have not ended
 ImageRecord = Literal["begun", "publishing", "published", "failed"]
+IMAGE_RECORDS: tuple[ImageRecord, ...] = ("begun", "publishing", "published", "failed")
 
 DROP = "drop"
 READY = "ready"
@@ -43,6 +45,7 @@ SUMMARY = "job.json"
 STATUS = "status.json"
 REQUEST_STEM = "request"  # request.EXT in a job's outbox folder: the dropped file
 RESERVED = frozenset((SUMMARY, STATUS, "index.html"))  # no job's or mirrored folder's name
+_DIGITS = 10  # more than the number of any image has
 REASON = ".error.json"  # appended to the name of a file in failed/
 
 
@@ -56,14 +59,21 @@ class Paths:
     failed: Path
     state: Path
     cache: Path
+    trust: Trust = field(compare=False)  # which of what lies below `state` is ours
 
     @classmethod
     def of(cls, config: Config) -> "Paths":
         """Return the absolute paths of a configuration."""
         root = config.spool
         return cls(
-            root, root / "inbox", config.outbox, config.failed, config.state, config.cache
-        )  # fmt: skip
+            root,
+            root / "inbox",
+            config.outbox,
+            config.failed,
+            config.state,
+            config.cache,
+            trust=Trust(config.state),
+        )
 
     @property
     def lock(self) -> Path:
@@ -152,7 +162,10 @@ def image_record(home: Path, number: int, kind: ImageRecord) -> Path:
     return home / f"{number:04d}.{kind}"
 
 
-def parse_image_record(name: str) -> tuple[int, str] | None:
+def parse_image_record(name: str) -> tuple[int, ImageRecord] | None:
     """Split a record's file name into (number, kind); None for any other name in a job's folder."""
-    number, _, kind = name.partition(".")
-    return (int(number), kind) if number.isdecimal() else None
+    digits, _, ending = name.partition(".")
+    kind = next((kind for kind in IMAGE_RECORDS if kind == ending), None)
+    if kind is None or not (digits.isascii() and digits.isdecimal() and len(digits) < _DIGITS):
+        return None
+    return (int(digits), kind) if f"{int(digits):04d}" == digits else None

@@ -84,3 +84,30 @@ def make_folder(path: Path, mode: int = SHARED_MODE) -> None:
         raise ConfigError(
             f"{path} cannot be made: {e.strerror}: {describe_permissions(path.parent)}"
         ) from None
+
+
+def refuse_link(path: Path) -> None:
+    """Raise ConfigError if a folder of our own is a link: whoever made it would decide where our records lie."""
+    if path.is_symlink():
+        raise ConfigError(
+            f"{path} is a link; remove it, or mount the folder that it names there: mount --bind"
+        )
+
+
+def try_modes(folder: Path) -> tuple[int, bool]:
+    """Make a file in a folder of our own and see: (the uid it gets, whether it has the mode that we gave it).
+
+    A share may give everything one owner and one mode. While the disk is full or sick, what is there has to
+    tell. Raises ConfigError: we may not make anything there.
+    """
+    try:
+        with fs.temporary(folder, 0o600) as (file, _):
+            status = os.fstat(file.fileno())
+    except PermissionError:
+        described = describe_permissions(folder)
+        cure = f"chown -R {os.geteuid()} {folder}"
+        raise ConfigError(f"{described} cannot be written; to give it to us: {cure}") from None
+    except OSError:
+        status = os.stat(folder)
+        return status.st_uid, not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid, stat.S_IMODE(status.st_mode) == 0o600

@@ -20,7 +20,7 @@ from promptdrop.spool.paths import (
     parse_image_record,
     state_of,
 )
-from promptdrop.spool.record import read_json
+from promptdrop.spool.record import read_failing
 from promptdrop.spool.spool import Spool
 
 _THREADS, _SLICE = 8, 128  # threads that read folders, and how many folders each at a time
@@ -42,7 +42,7 @@ def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
     paths = spool.paths
     spool.folders.require()
     spool.duplicates.forget_old()
-    for finished in paths.homes("finished"):
+    for finished in spool.folders.homes("finished"):
         fs.remove_tree(Path(finished))
     left: list[Left] = []
     troubled: list[Path] = []
@@ -57,9 +57,9 @@ def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
         else:
             left.extend([one] if one else [])
 
-    for home in paths.homes("parked"):
+    for home in spool.folders.homes("parked"):
         go_on(home, ([], None))
-    homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
+    homes = sorted(spool.folders.homes(*IN_HAND), key=os.path.basename)
     for home, found in zip(homes, _look_into(paths, homes), strict=True):
         go_on(home, found)
     _remove_temporaries(paths)
@@ -85,7 +85,7 @@ def _recover_home(spool: Spool, home: str, found: _Found) -> Left | None:
         return None
     if any(name.startswith(fs.TEMPORARY) for name in listed):
         fs.remove_temporaries(Path(home))
-    is_failing = FAILING in listed and bool(read_json(f"{home}/{FAILING}"))
+    is_failing = FAILING in listed and bool(read_failing(spool.paths, home))
     if job:
         return _recover_job(spool, job, is_failing)
     return _recover_claim(spool, Path(home), is_failing)
@@ -134,7 +134,7 @@ def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | N
     drop = next(fs.files(home / DROP), None)
     if is_failing:
         claimed = _unresolved(home, drop or home / DROP / "gone")
-        planned = ErrorRecord.model_validate(read_json(home / FAILING)["record"])
+        planned = ErrorRecord.model_validate(read_failing(spool.paths, home)["record"])
         move_to_failed(spool, claimed, planned)
         ending.leave(spool, home, "finished")
         return None
@@ -156,7 +156,7 @@ def _forget_images(home: Path) -> None:
 
 def _recover_parked(spool: Spool, home: Path) -> None:
     """Complete a retry that had begun; remove a job whose file somebody has taken out of failed/."""
-    plan = read_json(home / FAILING)
+    plan = read_failing(spool.paths, home)
     if any(True for _ in fs.files(home / DROP)):
         if retry.unpark(spool, home) is None:
             _claim_again(spool, home)

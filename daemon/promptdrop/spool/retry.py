@@ -13,7 +13,7 @@ from promptdrop.spool.ids import is_job_id
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import CANCELLED, FAILING, parse_image_record, reason_file
 from promptdrop.spool.permissions import SHARED_MODE
-from promptdrop.spool.record import read_json
+from promptdrop.spool.record import read_failing, read_json
 from promptdrop.spool.spool import Spool
 
 _INCURABLE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # waiting does not make the path good
@@ -45,10 +45,12 @@ def unpark(spool: Spool, home: Path) -> Job | None:
 
     Thread: clerk.
     """
+    if spool.paths.trust.why_not_home(home):
+        return None
     job = record.load_if_whole(spool.paths, str(home), os.listdir(home))
     if job is None:
         return None
-    plan = read_json(home / FAILING)
+    plan = read_failing(spool.paths, home)
     if plan and not fs.exists(job.drop):
         sub, _, file = plan["target"].rpartition("/")
         with untrusted.below(spool.paths.failed, sub) as folder:
@@ -101,8 +103,8 @@ def _parked_home(spool: Spool, target: str) -> Path | None:
     known = str(read_json(reason_file(spool.paths.failed / target)).get("id"))
     likely = [str(spool.paths.home("parked", known))] if is_job_id(known) else []
     # All are read only if the reason is gone, as after a retry that trouble with a disk cut short.
-    for home in likely or spool.paths.homes("parked"):
-        if read_json(f"{home}/{FAILING}").get("target") == target:
+    for home in likely or spool.folders.homes("parked"):
+        if read_failing(spool.paths, home).get("target") == target:
             return Path(home)
     return None
 

@@ -32,7 +32,7 @@ class Spool:
     def __init__(self, config: Config) -> None:
         self.config = config  # replaced when the configuration is read again
         self.paths = Paths.of(config)
-        self.lock = Lock(self.paths)
+        self.lock = Lock(self.paths, config.output.record_mode)
         self.folders = Folders(config, self.paths, self.lock)
         self.outbox = Outbox(self.paths)
         self.duplicates = Duplicates(self.paths)

@@ -143,6 +143,7 @@ class Reporter:
 
     def _write(self, status: Status) -> None:
         try:
-            fs.write_quickly(self._spool.paths.status, to_bytes(status))
+            mode = self._spool.config.output.record_mode
+            fs.write_quickly(self._spool.paths.status, to_bytes(status), mode)
         except OSError:
             pass  # reported by the work that needs the disk
