@@ -13,7 +13,7 @@ from promptdrop.pool import messages
 from promptdrop.spool import control
 from promptdrop.spool.control import Cancel, Retry
 from promptdrop.spool.job import Job
-from promptdrop.supervisor import commands
+from promptdrop.supervisor import errands
 from promptdrop.supervisor.supervisor import Supervisor
 
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -26,7 +26,7 @@ def send(parts: Parts, command: control.Command) -> None:
 
 def listing(parts: Parts) -> tuple[control.Command, ...]:
     """The commands that a look finds in the control folder now."""
-    return control.read(parts.spool.paths.control)
+    return control.CommandFiles(parts.spool.paths.control).read(0.0)
 
 
 def obey(parts: Parts, found: tuple[control.Command, ...]) -> None:
@@ -143,7 +143,7 @@ def test_a_retry_of_many_leaves_the_clerk_to_others(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     """It is carried out in parts, each target once, and its file goes at the end."""
-    monkeypatch.setattr(commands, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(errands, "SLICE_SECONDS", 0.0)
     send(parts, Retry(tuple(f"{n}.txt" for n in range(5))))
     found = listing(parts)
     slices: list[int] = []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from promptdrop import fs
 from promptdrop.records import ErrorRecord
-from promptdrop.spool import claim, ending, record, retry
-from promptdrop.spool.failed import move_to_failed
+from promptdrop.spool import claim, cleared, ending, record, retry
+from promptdrop.spool.failed import move_to_failed, read_plan
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.paths import CANCELLED, DROP, FAILING, IN_HAND, Paths, parse_image_record
 from promptdrop.spool.record import read_json
@@ -33,8 +33,10 @@ def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
     spool.duplicates.forget_old()
     for finished in paths.homes("finished"):
         fs.remove_tree(Path(finished))
-    for parked in paths.homes("parked"):
-        _recover_parked(spool, Path(parked))
+    spool.parked.clear()
+    with cleared.held_open(spool) as failed:
+        for parked in paths.homes("parked"):
+            _recover_parked(spool, Path(parked), failed)
     jobs, unresolved = [], []
     homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
     newest = frozenset(homes[-NEWEST:])
@@ -103,14 +105,19 @@ def _forget_images(home: Path) -> None:
             fs.remove_file(Path(entry.path))
 
 
-def _recover_parked(spool: Spool, home: Path) -> None:
+def _recover_parked(spool: Spool, home: Path, failed: Path) -> None:
     """Complete a retry that had begun; remove a job whose file somebody has taken out of failed/."""
-    plan = read_json(home / FAILING)
     if any(True for _ in fs.files(home / DROP)):
         if retry.unpark(spool, home) is None:
             _claim_again(spool, home)
-    elif plan and not fs.exists(spool.paths.failed / plan["target"]):
-        fs.remove_tree(home)  # the file is a new job now, if it is dropped again
+    elif plan := read_plan(home):
+        target, _ = plan
+        if cleared.missing(failed, [target]):
+            ending.leave(
+                spool, home, "finished"
+            )  # the file is a new job now, if it is dropped again
+        else:
+            spool.parked.add(target, home.name)
 
 
 def _claim_again(spool: Spool, home: Path) -> None:
