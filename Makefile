@@ -1,6 +1,6 @@
 # make demo: set everything up and render two job files with a small model.
 # make quick: the tests that start no daemon, in a minute.  make test: all tests.
-# make soak: 5,000 images and 200 kills, about 15 minutes.
+# make soak: 10,000 images and 500 kills among people, about 25 minutes; root becomes other users.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +38,7 @@ late: $(VENV)/installed
 	    tests/daemon tests/hosts tests/kept --deselect tests/daemon/test_crash.py
 
 soak: $(VENV)/installed
-	$(BIN)/python tests/support/soak.py
+	$(BIN)/python tests/support/soak.py --people --workers 3 --images 10000 --kills 500
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

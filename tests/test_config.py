@@ -74,6 +74,7 @@ def test_init_writes_the_models_own_size(tmp_path: Path) -> None:
         ("model: {id: x}\nfolders: {a: {size: 1:99}}", "folders.a: a size of"),
         ("model: {id: x}\nfolders: {a: {size: 16:9, width: 64}}", "size and width or height cannot stand together"),
         ("model: {id: x}\nfolders: {a: {priority: 9}}\nlimits: {priority: 5}", "folders.a: priority 9 is above limits.priority: 5"),
+        ("model: {id: x}\nlimits: {timeout_seconds: 0}", ":2: limits.timeout_seconds: 0: input should be greater than 0"),
         ("model: {id: x}\nmodel: {id: y}", ":2: duplicate key 'model'"),
         ("model: &a {id: x}", "anchors are not allowed"),
         ("- model", "expected one mapping"),

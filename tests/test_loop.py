@@ -65,11 +65,11 @@ def test_trouble_with_a_disk_is_tried_again(loop: Loop, error: Exception) -> Non
 
     with capture_logs() as lines:
         loop.off("clerk", work, came.append)
-        turn(loop, lambda: loop.trouble)
-        held = list(loop.trouble.values())
+        turn(loop, lambda: loop.troubles)
+        held = loop.troubles.everybodys()
         turn(loop, lambda: came)
 
-    assert (held, loop.trouble) == (["full"], {})
+    assert (held, bool(loop.troubles)) == ("full", False)
     assert (len(tries), came) == (4, ["done"])
     assert [line["event"] for line in lines] == ["disk.trouble", "disk.cured"]
 

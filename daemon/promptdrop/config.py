@@ -179,6 +179,7 @@ class Limits(Section):
     megapixels: Annotated[float, Field(gt=0, le=16.8)] = 4.2
     images_per_job: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     job_file_kib: Annotated[int, Field(ge=1, le=65_536)] = 1024
+    timeout_seconds: Seconds = 600.0
     priority: Annotated[int, Field(ge=PRIORITIES[0], le=PRIORITIES[-1])] = PRIORITIES[-1]
     min_free_disk_mib: Annotated[int, Field(ge=0)] = 1024
 

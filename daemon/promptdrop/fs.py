@@ -156,18 +156,19 @@ def make_directories(root: Path, sub: str, mode: int) -> None:
 
     Raises NotPlain: a part of `sub` is a link or no folder. FileNotFoundError: `root` is gone.
     """
-    made = ""
-    for part in filter(None, sub.split("/")):
-        with below(root, made) as outer:
-            try:
-                os.lstat(outer / part)
-            except FileNotFoundError:
-                with contextlib.suppress(FileExistsError):  # somebody was faster
-                    make_directory(outer / part, mode)
-                    sync_directory(outer)
-        made = os.path.join(made, part)
-    with below(root, made):
-        pass  # all of it is folders
+    try:
+        with below(root, sub):
+            return
+    except FileNotFoundError:
+        if not sub:
+            raise
+    outer, name = os.path.split(sub)
+    make_directories(root, outer, mode)
+    with below(root, outer) as folder, contextlib.suppress(FileExistsError):  # somebody was faster
+        make_directory(folder / name, mode)
+        sync_directory(folder)
+    with below(root, sub):
+        pass  # it is a folder
 
 
 def make_directory(path: Path, mode: int) -> None:

@@ -1,7 +1,8 @@
 """The daemon's event loop, and the threads that touch disks for it.
 
 Work that may block runs in a room, a small pool of threads; what follows from it runs on the loop.
-Trouble with a disk is never a result: the same work is tried again until the disk is cured.
+Trouble with a disk is never a result: the same work is tried again until the disk is cured. Work that
+belongs to one dropped file waits alone: its owner gives back what others may need meanwhile.
 """
 
 import concurrent.futures
@@ -9,14 +10,16 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from promptdrop import fs, log, names
+from promptdrop import fs, names
 from promptdrop.errors import DiskTrouble, PromptdropError
+from promptdrop.troubles import Troubles
 
 PUBLISHERS = 4  # images being encoded and saved at once
 TROUBLE = (OSError, DiskTrouble)
@@ -27,6 +30,35 @@ TROUBLE = (OSError, DiskTrouble)
 Room = Literal["scanner", "reader", "clerk", "publisher", "herald"]
 SLOW_SECONDS = 15.0  # a piece of work that takes longer is reported
 CLOSE_SECONDS = 5.0  # ... and is waited for at most so long when the daemon ends
+RETRY_SECONDS = 60.0  # longest time between two tries of work that fails because of a disk
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose work it is: what an OSError says about its files is no trouble of anybody else."""
+
+    name: str  # SUB/FILE
+    lane: Hashable  # other stalled work of this lane is tried again as soon as some of it succeeds
+    # Told on the loop when it begins to wait, and when that is over.
+    stalled: Callable[[bool], None] = lambda begins: None
+
+
+@dataclass(slots=True)
+class _Work:
+    """Work that runs in a room, and again after trouble with a disk."""
+
+    room: Room
+    function: Callable[[], Any]
+    then: Callable[[Any], None]
+    owner: Owner | None
+    tries: int = 0  # that have failed in a row
+    due: float = 0.0  # monotonic seconds: when it is tried again
+    is_owners: bool = False  # its owner was told that it waits
+
+
+def delay(first: float, tries: int) -> float:
+    """Return the seconds until the next try: twice as many after each, up to RETRY_SECONDS."""
+    return min(first * 2.0 ** min(tries - 1, 30), max(first, RETRY_SECONDS))
 
 
 class Loop:
@@ -34,13 +66,10 @@ class Loop:
 
     def __init__(self, retry_seconds: float) -> None:
         self.retry_seconds = retry_seconds  # from trouble with a disk to the next try
-        self.trouble: dict[object, str] = {}  # work that fails because of a disk -> why
-        self._again: list[Callable[[], None]] = []  # starts each of these once more
-        self._told: set[str] = set()  # reasons that were logged since all was well
+        self.troubles = Troubles()
+        self._stalled: dict[int, _Work] = {}  # by id()
         self._futures: set[Future[Any]] = set()
-        self._at_work: dict[
-            object, tuple[Room, float]
-        ] = {}  # work in the rooms -> its room, and when it began
+        self._at_work: dict[int, tuple[Room, float]] = {}  # by id(): its room, and when it began
         self._retry_at = float("inf")
         self._closed = False
         self._results: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -81,10 +110,17 @@ class Loop:
         """Run what follows from work that the threads have done; start stalled work that is due again."""
         while not self._results.empty():
             self._results.get()()
-        if time.monotonic() >= self._retry_at:
-            due, self._again, self._retry_at = self._again, [], float("inf")
-            for again in due:
-                again()
+        now = time.monotonic()
+        if now >= self._retry_at:
+            for work in [work for work in self._stalled.values() if work.due <= now]:
+                del self._stalled[id(work)]
+                self._submit(work)
+            self._retry_at = min((w.due for w in self._stalled.values()), default=float("inf"))
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a room works, or has done work whose result was not looked at yet."""
+        return bool(self._futures) or not self._results.empty()
 
     def slow(self, now: float) -> str | None:
         """Name a room whose work has not come back for long: a disk that hangs raises no error."""
@@ -93,45 +129,28 @@ class Loop:
                 return f"the {room} has waited more than {SLOW_SECONDS:g} s for a disk"
         return None
 
-    def off(self, room: Room, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+    def off(
+        self,
+        room: Room,
+        function: Callable[[], Any],
+        then: Callable[[Any], None],
+        *,
+        owner: Owner | None = None,
+    ) -> None:
         """Run `function` in a room, then `then(result)` on the loop.
 
-        After OSError and DiskTrouble the function runs again in `retry_seconds`, so it must be
-        repeatable; any other error ends the daemon.
+        After OSError and DiskTrouble the function runs again, first in `retry_seconds`, so it must be
+        repeatable; any other error ends the daemon. owner: whose trouble an OSError is; None, and a
+        DiskTrouble: everybody's.
         """
-        work = object()
+        self._submit(_Work(room, function, then, owner))
 
-        def run() -> Any:
-            self._at_work[work] = room, time.monotonic()
-            try:
-                return function()
-            finally:
-                del self._at_work[work]
-
-        def done(future: Future[Any]) -> None:
-            self._futures.discard(future)
-            self._results.put(lambda: returned(future))
-            self.wake()
-
-        def returned(future: Future[Any]) -> None:
-            if future.cancelled():
-                return
-            error = future.exception()
-            if isinstance(error, TROUBLE):
-                self._stall(work, again, reason_of(error))
-            elif error is not None:
-                raise error
-            else:
-                self._cure(work)
-                then(future.result())
-
-        def again() -> None:
-            if not self._closed:
-                future = self._rooms[room].submit(run)
-                self._futures.add(future)
-                future.add_done_callback(done)
-
-        again()
+    def try_again(self, lane: Hashable = None) -> None:
+        """Try stalled work of a lane again at once; without a lane all of it."""
+        now = time.monotonic()
+        for work in self._stalled.values():
+            if lane is None or (work.owner and work.owner.lane == lane):
+                work.due = self._retry_at = now
 
     def close(self) -> bool:
         """Wait for running work, and drop work that has not begun.
@@ -146,18 +165,61 @@ class Loop:
         os.close(self._wake_write)
         return not hung
 
-    def _stall(self, work: object, again: Callable[[], None], reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            log.get().warning("disk.trouble", reason=reason)
-        self.trouble[work] = reason
-        self._again.append(again)
-        self._retry_at = min(self._retry_at, time.monotonic() + self.retry_seconds)
+    def _submit(self, work: _Work) -> None:
+        if self._closed:
+            return
+        future = self._rooms[work.room].submit(self._run, work)
+        self._futures.add(future)
+        future.add_done_callback(lambda future: self._ran(work, future))
 
-    def _cure(self, work: object) -> None:
-        if self.trouble.pop(work, None) and not self.trouble:
-            self._told.clear()
-            log.get().info("disk.cured")
+    def _run(self, work: _Work) -> Any:
+        """Do work.
+
+        Thread: any room.
+        """
+        self._at_work[id(work)] = work.room, time.monotonic()
+        try:
+            return work.function()
+        finally:
+            del self._at_work[id(work)]
+
+    def _ran(self, work: _Work, future: Future[Any]) -> None:
+        """Have the loop look at the result.
+
+        Thread: any room; the loop for what was dropped.
+        """
+        self._futures.discard(future)
+        self._results.put(lambda: self._returned(work, future))
+        self.wake()
+
+    def _returned(self, work: _Work, future: Future[Any]) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if isinstance(error, TROUBLE):
+            self._stall(work, error)
+        elif error is not None:
+            raise error
+        else:
+            self._cure(work)
+            work.then(future.result())
+
+    def _stall(self, work: _Work, error: BaseException) -> None:
+        work.tries += 1
+        work.due = time.monotonic() + delay(self.retry_seconds, work.tries)
+        self._stalled[id(work)] = work
+        self._retry_at = min(self._retry_at, work.due)
+        owner = None if isinstance(error, DiskTrouble) else work.owner
+        self.troubles.note(id(work), reason_of(error), owner.name if owner else None)
+        if owner and not work.is_owners:
+            work.is_owners = True
+            owner.stalled(True)
+
+    def _cure(self, work: _Work) -> None:
+        self.troubles.end(id(work))
+        if work.owner and work.is_owners:
+            work.owner.stalled(False)
+            self.try_again(work.owner.lane)
 
 
 def reason_of(error: BaseException) -> str:

@@ -237,6 +237,11 @@ class StatusWaiting(Record):
     why: str
 
 
+class StatusHeld(Record):
+    file: str
+    why: str
+
+
 class StatusFinished(Record):
     id: str
     file: str
@@ -271,6 +276,10 @@ class Status(Record):
     jobs: list[StatusJob] = Field(default_factory=list, description="the first 100")
     waiting: list[StatusWaiting] = Field(
         default_factory=list, description="files in the inbox that are not taken yet; the first 100"
+    )
+    held: list[StatusHeld] = Field(
+        default_factory=list,
+        description="files held up by trouble of their own with a disk; the first 100",
     )
     finished: list[StatusFinished] = Field(default_factory=list, description="the last 100")
     window: Window

@@ -33,6 +33,7 @@ def picture(tmp_path: Path) -> Path:
     ("arguments", "words"),
     [
         (["cat", "--width", "100"], "width=100 is not a multiple of 16"),
+        (["cat", "--timeout-seconds", "601"], "at most 600 (limits.timeout_seconds)"),
         (["cat", "-o", "out.gif"], "expected one of .png"),
         (["cat", "--count", "2", "-o", "two.png"], "expected a folder for several images"),
         (["cat", "-o", "a.png", "--format", "jpeg"], "--format jpeg does not fit a.png"),

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 import disks
+from campaign import MEMORY_MIB, SETTINGS, Campaign
+from crowded import crowded
 from harness import REPOSITORY, Daemon, alive, until
-from soak import MEMORY_MIB, SETTINGS, Campaign
 
 CRASH_AT = str(REPOSITORY / "tests" / "support" / "crash_at.py")
 QUICK: dict[str, Any] = {
@@ -308,6 +309,17 @@ def test_a_short_night_of_kills(make_daemon: Make) -> None:
 
     assert sum(map(len, campaign.asked.values())) >= 150
     assert sum(n for what, n in campaign.done.items() if what.startswith("SIGKILL")) >= 12
+
+
+@pytest.mark.timeout(600)
+def test_a_short_night_among_people() -> None:
+    """While people drop, withdraw, take, move and delete at any moment, and an administrator gives commands, every
+    image is delivered once or gone with its file, and nothing lies about. `make soak` does it for longer."""
+    with crowded(seed=20, images=150, kills=10, changes={"engine": {"workers": 2}}) as campaign:
+        campaign.run()
+
+    assert campaign.figures["images"] >= 150
+    assert campaign.killed() >= 10
 
 
 @pytest.mark.timeout(600)

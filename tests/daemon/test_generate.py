@@ -48,7 +48,10 @@ def test_generate_goes_through_the_daemon(daemon: Daemon, tmp_path: Path) -> Non
     assert (one.returncode, several.returncode) == (0, 0)
     assert (tmp_path / "fox.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
     assert str(tmp_path / "fox.jpg") in one.stdout
-    assert len(list((tmp_path / "pets").iterdir())) == 2
+    pets = sorted(path.name for path in (tmp_path / "pets").iterdir())
+    assert [name.partition("-")[0] for name in pets] == ["cat", "cat"]
+    dropped = [entry["file"] for entry in daemon.log("job.claimed")]
+    assert [name.rpartition("-")[0] for name in dropped] == ["generate-a_fox", "generate-cat"]
     assert failed.returncode == 2
     assert "width" in failed.stderr
     assert not (tmp_path / "no.png").exists()

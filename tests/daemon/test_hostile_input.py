@@ -12,10 +12,11 @@ from harness import Daemon, MakeDaemon, until, works
 from promptdrop import config, untrusted
 from promptdrop.nouns import Request
 from promptdrop.request import parse
-from promptdrop.spool import claim, recovery
+from promptdrop.spool import claim
 from promptdrop.spool.detail import ClaimedSettings, Settled
 from promptdrop.spool.failed import failures
 from promptdrop.spool.spool import Spool
+from spools import recovered
 from users import obedient
 
 # --- swaps between look and open ----------------------------------------------------------------
@@ -138,7 +139,7 @@ def test_a_long_prompt_is_recorded_once(spool: Spool) -> None:
         Settled(0.0, spool.boot),
         ClaimedSettings(settings.prompt, settings.output, 3, "fail"),
     )
-    (again,), _ = recovery.recover(spool)
+    (again,), _ = recovered(spool)
 
     assert (job.home / "request.json").stat().st_size < 4_000_000
     assert again.specs == job.specs

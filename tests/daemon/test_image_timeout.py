@@ -24,12 +24,16 @@ def test_a_timeout_in_python_leaves_the_engine_alive(make_daemon: MakeDaemon) ->
 
 
 def test_timeout_seconds_of_a_job_overrules_the_configuration(make_daemon: MakeDaemon) -> None:
-    """`timeout_seconds` in the job file is the image's own limit."""
-    daemon = make_daemon({"engine": {"max_attempts": 1}})
+    """`timeout_seconds` in the job file is the image's own limit, up to `limits.timeout_seconds`."""
+    daemon = make_daemon({
+        "engine": {"max_attempts": 1, "image_timeout_seconds": 3}, "limits": {"timeout_seconds": 2},
+    })  # fmt: skip
     daemon.drop("a.yaml", 'prompt: "!hang"\ntimeout_seconds: 0.2\n')
+    daemon.drop("b.yaml", 'prompt: "!hang"\ntimeout_seconds: 86400\n')
     daemon.drain()
 
     assert "longer than 0.2 s" in daemon.job("a")["images"][0]["error"]
+    assert "at most 2 (limits.timeout_seconds)" in daemon.error("b.yaml")["error"]
 
 
 def test_a_hang_that_holds_the_gil_costs_the_engine_and_only_that_image(

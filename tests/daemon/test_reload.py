@@ -15,7 +15,7 @@ def test_sighup_applies_to_jobs_claimed_from_then_on(daemon: Daemon) -> None:
     daemon.write_config(
         {
             "defaults": {"width": 128, "steps": 2},
-            "limits": {"images_per_job": 2},
+            "limits": {"images_per_job": 2, "timeout_seconds": 5},
             "watch": {"settle_seconds": 0.1},
             "model": {"revision": "other"},
             "metrics": {"window": 7},
@@ -27,8 +27,9 @@ def test_sighup_applies_to_jobs_claimed_from_then_on(daemon: Daemon) -> None:
     reloaded = daemon.until_log("config.reloaded")
     daemon.drop("b.txt", "a dog\n")
     daemon.drop("c.txt", "one\ntwo\nthree\n")
+    daemon.drop("d.txt", '--prompt "a" --timeout_seconds 6\n')
     daemon.job("b")
-    refused = daemon.error("c.txt")
+    refused, too_long = daemon.error("c.txt"), daemon.error("d.txt")
     (a,), (b,) = daemon.sidecars("a"), daemon.sidecars("b")
 
     assert sorted(reloaded["needs_restart"]) == [
@@ -40,6 +41,7 @@ def test_sighup_applies_to_jobs_claimed_from_then_on(daemon: Daemon) -> None:
     assert (b["request"]["width"], b["request"]["steps"]) == (128, 2)
     assert b["model"]["revision"] is None
     assert "images_per_job" in refused["error"]
+    assert "at most 5 (limits.timeout_seconds)" in too_long["error"]
     assert len(daemon.log("engine.starting")) == 1
     assert daemon.stop() == 0
 

@@ -1,9 +1,12 @@
-"""Whose turn it is: fair between sub-folders, first in first out, priorities."""
+"""Whose turn it is: fair between people and their sub-folders, first in first out, priorities."""
 
+import shlex
 from collections.abc import Sequence
 
 from harness import Daemon, MakeDaemon, until
 from order import noted, rendered_in_order
+from people import ALICE, BOB, DAEMON, Person, give_to_group, open_home, promptdrop_as
+from promptdrop.intake.intake import TAKING
 
 
 def render_paused_drops(daemon: Daemon, drops: Sequence[tuple[str, str]]) -> list[str]:
@@ -29,11 +32,44 @@ def folders(daemon: Daemon) -> list[tuple[str, str]]:
 
 
 def test_fair_takes_turns_between_sub_folders(make_daemon: MakeDaemon) -> None:
-    """One image in turn from each sub-folder with work, each job at the root being a lane."""
+    """One image in turn from each sub-folder with work, the root being one more."""
     daemon = make_daemon({"queue": {"policy": "fair"}})
     order = render_paused_drops(daemon, folders(daemon))
 
-    assert order == ["a", "b", "c", "d", "a", "b", "a", "a"]
+    assert order == ["a", "b", "c", "a", "b", "d", "a", "a"]
+
+
+def drop_as(person: Person, daemon: Daemon, sub: str, count: int, prompt: str) -> None:
+    """Somebody drops a file of two images into each of so many sub-folders."""
+    text = shlex.quote(f"{prompt}\n{prompt}\n")
+    script = f"mkdir -p {sub}$n && printf %s {text} >{sub}$n/.a && mv {sub}$n/.a {sub}$n/a.txt"
+    person.sh(f"set -e; umask 002; for n in $(seq {count}); do {script}; done", daemon.inbox)
+
+
+def test_three_hundred_folders_are_one_persons_turns() -> None:
+    """Bob's file is claimed, and his first image begun, within two turns, also after a restart."""
+    command = promptdrop_as(DAEMON)
+    with open_home() as home:
+        daemon = Daemon(home)
+        give_to_group(daemon)
+        try:
+            ALICE.sh("touch PAUSE", daemon.inbox)
+            drop_as(ALICE, daemon, "alice-", 300, noted(daemon, "alice"))
+            drop_as(BOB, daemon, "bob-", 1, noted(daemon, "bob"))
+            daemon.start(wrapper=command)
+            daemon.until_log("job.claimed", times=301)
+            claimed = [entry["file"] for entry in daemon.log("job.claimed")]
+            daemon.kill()
+            daemon.start(wrapper=command).until_ready()
+            ALICE.sh("rm PAUSE", daemon.inbox)
+            daemon.job("bob-1/a")
+            stopped = daemon.stop()
+        finally:
+            daemon.kill()
+
+        assert stopped == 0
+        assert claimed.index("bob-1/a.txt") <= TAKING  # so many are read at once
+        assert rendered_in_order(daemon)[:4] == ["alice", "bob", "alice", "bob"]
 
 
 def test_fifo_goes_by_arrival(make_daemon: MakeDaemon) -> None:

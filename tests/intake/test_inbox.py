@@ -226,3 +226,14 @@ def test_a_cancel_has_its_own_time(tmp_path: Path, inbox: Inbox) -> None:
     (tmp_path / "a.txt").unlink()
 
     assert inbox.scan(101.0, Watch(), True).cancels == {"a.cancel": 100.0}
+
+
+def test_an_offer_says_whose_file_it_is(tmp_path: Path, inbox: Inbox) -> None:
+    """The uid of the file as it was when it settled."""
+    (tmp_path / "a.txt").write_text("x")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "a.txt", 12345, -1)
+    inbox.scan(0.0, WATCH, True)
+    (offer,) = inbox.scan(1.0, WATCH, True).offers
+
+    assert offer.owner == (tmp_path / "a.txt").stat().st_uid

@@ -1,5 +1,6 @@
 """From a file in the inbox to a job, with the real loop, spool and threads; a desk records reports."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from front import Front
 from harness import PATIENCE_SECONDS
 from promptdrop.errors import RequestError
 from promptdrop.spool import claim, control
+from promptdrop.spool.lanes import Lane
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_the_desk_hears_of_a_look_before_its_files_are_taken(front: Front) -> No
     release()
     front.rest()
 
-    assert [offer.path for offer in heard[0].lanes[""]] == ["a.txt"]
+    assert [offer.path for offer in heard[0].lanes[Lane(os.getuid(), "")]] == ["a.txt"]
     assert heard[1:] == ([], False)
     assert front.desk.paths == ["a.txt"]
 

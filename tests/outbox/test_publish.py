@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,21 @@ import crash_at
 from promptdrop.nouns import FORMATS, Request
 from promptdrop.outbox import publish
 from promptdrop.picture import read_parameters
-from promptdrop.spool import claim, record, recovery
+from promptdrop.spool import claim, record
 from promptdrop.spool.detail import Settled
 from promptdrop.spool.job import Job
+from promptdrop.spool.outbox import FolderLost
 from promptdrop.spool.spool import Spool
 from specs import spec
-from spools import SETTINGS, claimed_job, files_below, make_spool, publication, sidecar_of
+from spools import (
+    SETTINGS,
+    claimed_job,
+    files_below,
+    make_spool,
+    publication,
+    recovered,
+    sidecar_of,
+)
 
 
 def job_in_hand(spool: Spool, images: int = 1) -> Job:
@@ -31,22 +41,22 @@ def job_in_hand(spool: Spool, images: int = 1) -> Job:
 def prepared(job: Job, **changes: Any) -> str:
     """Write the first image and its record, and no more; returns the temporary's name."""
     one = publication(job, **changes)
-    one.prepare()
+    one.prepare(job.outbox_folder)
     (temporary,) = (name for name in os.listdir(job.outbox_folder) if name.startswith("."))
     return temporary
 
 
 def next_life(spool: Spool) -> Job:
     """Recover the spool, complete half-published images, and return its one job."""
-    (job,), _ = recovery.recover(spool)
-    publish.recover(job)
+    (job,), _ = recovered(spool)
+    publish.recover(job, spool.outbox)
     return job
 
 
 def test_an_image_comes_with_its_sidecar(spool: Spool) -> None:
     """The sidecar describes these bytes, the picture has these pixels; the image is no longer in hand."""
     job = job_in_hand(spool)
-    file = publication(job).run()
+    file = publication(job).run(spool.outbox)
     image = job.outbox_folder / file
     sidecar = sidecar_of(image)
 
@@ -65,7 +75,7 @@ def test_an_image_comes_with_its_sidecar(spool: Spool) -> None:
 def test_a_placeholder_says_so(spool: Spool) -> None:
     """Its sidecar says so and has no figures of a rendering; the error is kept for job.json."""
     job = job_in_hand(spool)
-    file = publication(job, rendering=None, engine_name=None, error="too slow").run()
+    file = publication(job, rendering=None, engine_name=None, error="too slow").run(spool.outbox)
     sidecar = sidecar_of(job.outbox_folder / file)
 
     assert sidecar["outcome"] == "placeholder"
@@ -81,7 +91,7 @@ def test_nothing_is_visible_before_it_is_whole(spool: Spool) -> None:
         n += 1
         job = claimed_job(spool, f"cat{n}.txt")
         claim.take(job)
-        died = crash_at.dies_before(n, publication(job).run)
+        died = crash_at.dies_before(n, partial(publication(job).run, spool.outbox))
         visible = [name for name in files_below(job.outbox_folder) if not name.startswith(".")]
         seen.add(tuple(Path(name).suffix for name in visible))
         images = [name for name in visible if name.endswith(".png")]
@@ -102,12 +112,12 @@ def test_a_publication_that_is_cut_short_is_completed_once(tmp_path: Path) -> No
         spool = make_spool(tmp_path / str(n))
         spool.folders.init()
         job = job_in_hand(spool)
-        died = crash_at.dies_before(n, publication(job).run)
+        died = crash_at.dies_before(n, partial(publication(job).run, spool.outbox))
         job = next_life(spool)
         if job.todo():
             rendered_again += 1
             assert job.deaths(1) == 1
-            publication(job, attempt=2).run()
+            publication(job, attempt=2).run(spool.outbox)
         again = next_life(spool)
 
         assert again.todo() == []
@@ -117,29 +127,58 @@ def test_a_publication_that_is_cut_short_is_completed_once(tmp_path: Path) -> No
     assert 0 < rendered_again < n - 1
 
 
-def test_an_image_that_was_taken_away_is_not_made_again(spool: Spool) -> None:
-    """If a reader fetched it before its sidecar was written, it counts as published."""
+def test_an_image_that_was_taken_before_its_sidecar_came_is_made_again(spool: Spool) -> None:
+    """A reader who took it then has no sidecar: it never counted as published."""
     job = job_in_hand(spool)
     temporary = prepared(job)
     (job.outbox_folder / temporary).rename(spool.paths.root / "fetched.png")
     left = next_life(spool)
 
-    assert left.todo() == []
-    assert left.states[1].file == "cat-0001.png"
+    assert left.todo() == [1]
     assert files_below(job.outbox_folder) == []
+    assert not left.record_path(1, "publishing").exists()
 
 
-def test_a_folder_that_was_taken_away_takes_its_image_with_it(spool: Spool) -> None:
-    """An image whose record was written counts as published, even if its folder is gone."""
+def test_an_image_whose_folder_was_taken_before_its_sidecar_came_is_made_again(
+    spool: Spool,
+) -> None:
+    """It is published into a folder that is made anew."""
     job = job_in_hand(spool)
     prepared(job)
     job.outbox_folder.rename(spool.paths.root / "fetched")
+    left = next_life(spool)
+    spool.outbox.renew(left)
+    publication(left, attempt=2).run(spool.outbox)
 
-    assert next_life(spool).todo() == []
+    assert files_below(left.outbox_folder) == ["cat-0001.json", "cat-0001.png"]
+
+
+def test_an_image_that_was_taken_after_its_sidecar_came_is_not_made_again(spool: Spool) -> None:
+    """A sidecar of this image says that they stood together, also to the next life."""
+    job = job_in_hand(spool)
+    publication(job).run(spool.outbox)
+    job.record_path(1, "published").rename(job.record_path(1, "publishing"))
+    (job.outbox_folder / "cat-0001.png").rename(spool.paths.root / "fetched.png")
+    left = next_life(spool)
+
+    assert left.todo() == []
+    assert files_below(job.outbox_folder) == ["cat-0001.json"]
 
 
 def test_a_sidecar_is_written_once(spool: Spool) -> None:
     """An existing sidecar, written just before a crash, is kept as it is."""
+    job = job_in_hand(spool)
+    publication(job).run(spool.outbox)
+    job.record_path(1, "published").rename(job.record_path(1, "publishing"))
+    before = os.stat(job.outbox_folder / "cat-0001.json")
+    left = next_life(spool)
+
+    assert left.todo() == []
+    assert os.stat(job.outbox_folder / "cat-0001.json") == before
+
+
+def test_a_strangers_file_under_the_name_of_a_sidecar_stays(spool: Spool) -> None:
+    """The image, which has its name already, is given the next one, so that both have one stem."""
     job = job_in_hand(spool)
     temporary = prepared(job)
     (job.outbox_folder / temporary).rename(job.outbox_folder / "cat-0001.png")
@@ -148,6 +187,37 @@ def test_a_sidecar_is_written_once(spool: Spool) -> None:
 
     assert left.todo() == []
     assert (job.outbox_folder / "cat-0001.json").read_text() == "mine"
+    assert files_below(job.outbox_folder) == ["cat-0001.json", "cat-0001~2.json", "cat-0001~2.png"]
+
+
+def test_a_folder_that_moves_while_an_image_is_published_has_both(spool: Spool) -> None:
+    """Image and sidecar stand together where the folder is by then, and no temporary stays."""
+    job, fetched = job_in_hand(spool), spool.paths.root / "fetched"
+    with spool.outbox.folder(job) as folder:
+        publication(job).prepare(folder)
+        job.outbox_folder.rename(fetched)
+        publish.complete(job, 1, folder)
+
+    assert files_below(fetched) == ["cat-0001.json", "cat-0001.png"]
+    assert job.todo() == []
+
+
+def test_a_folder_that_is_another_jobs_by_now_is_left_alone(spool: Spool) -> None:
+    """What is published later goes to a folder of another name."""
+    job = job_in_hand(spool, images=2)
+    publication(job, 1).run(spool.outbox)
+    job.outbox_folder.rename(spool.paths.root / "fetched")
+    job.outbox_folder.mkdir()
+    (job.outbox_folder / "job.json").write_text('{"schema": "promptdrop.job/1", "id": "another"}')
+    second = publication(job, 2)
+    with pytest.raises(FolderLost):
+        second.run(spool.outbox)
+    spool.outbox.renew(job)
+    second.run(spool.outbox)
+
+    assert job.folder == "cat~2"
+    assert os.listdir(spool.paths.outbox / "cat") == ["job.json"]
+    assert files_below(job.outbox_folder) == ["cat~2-0002.json", "cat~2-0002.png"]
 
 
 def test_a_torn_record_is_another_attempt(spool: Spool) -> None:
@@ -166,7 +236,7 @@ def test_somebodys_file_under_the_name_stays(spool: Spool) -> None:
     """The image is NAME~2, and so is its sidecar."""
     job = job_in_hand(spool)
     (job.outbox_folder / "cat-0001.png").write_text("mine\n")
-    file = publication(job).run()
+    file = publication(job).run(spool.outbox)
 
     assert file == "cat-0001~2.png"
     assert (job.outbox_folder / "cat-0001.png").read_text() == "mine\n"
@@ -188,14 +258,14 @@ def test_one_stem_has_one_sidecar(spool: Spool, format_: str) -> None:
         Settled(0.0, spool.boot),
         settings=type(SETTINGS)(SETTINGS.prompt, same_name, 3, "fail"),
     )
-    files = [publication(job, number).run() for number in (1, 2)]
+    files = [publication(job, number).run(spool.outbox) for number in (1, 2)]
 
     assert [Path(file).stem for file in files] == ["cat", "cat~2"]
     for file in files:
         sidecar_of(job.outbox_folder / file)
 
 
-def test_trouble_with_the_disk_writes_the_pixels_once(spool: Spool) -> None:
+def test_trouble_with_the_disk_leaves_nothing_in_the_outbox(spool: Spool) -> None:
     """While its record cannot be written, retries must not fill the outbox with temporaries."""
     job = job_in_hand(spool)
     one = publication(job)
@@ -203,14 +273,14 @@ def test_trouble_with_the_disk_writes_the_pixels_once(spool: Spool) -> None:
     home.rename(spool.paths.root / "away")
     for _ in range(3):
         with pytest.raises(FileNotFoundError):
-            one.run()
+            one.run(spool.outbox)
     written = files_below(job.outbox_folder)
     (spool.paths.root / "away").rename(home)
-    file = one.run()
+    file = one.run(spool.outbox)
 
-    assert len(written) == 1
+    assert written == []
     assert files_below(job.outbox_folder) == ["cat-0001.json", "cat-0001.png"]
-    assert file == one.run()  # the whole run may be repeated
+    assert file == one.run(spool.outbox)  # the whole run may be repeated
 
 
 def test_the_sidecar_has_what_was_recorded_before_the_crash(spool: Spool) -> None:

@@ -91,6 +91,7 @@ def test_csv_is_a_header_and_rows(separator):
         ('prompt\n"abc\n', ["line 2: not valid CSV: unexpected end of data; is a double quote missing?"]),
         ("prompt,\na,b", ["line 2: 'b' stands in a column without a name"]),
         ("prompt,width\n,768", ["line 2: prompt is required"]),
+        ('prompt\tseed\n"a"b\t1', ["line 2: not valid CSV: '\\t' expected after '\"'; is a double quote missing?"]),
         ("prompt\n" + "a" * 200_000, ["line 2: not valid CSV: field larger than field limit (131072); is a double quote missing?"]),
         ("prompt", ["the file asks for no image; write a prompt into it"]),
     ],

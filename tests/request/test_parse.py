@@ -48,8 +48,8 @@ def test_all_problems_of_a_file_are_told_at_once():
 
 
 def test_limits_of_the_configuration_hold():
-    """Megapixels, priority and the size of the file are limited."""
-    settings = configured(limits={"priority": 5, "job_file_kib": 1})
+    """Megapixels, timeout, priority and the size of the file are limited."""
+    settings = configured(limits={"priority": 5, "job_file_kib": 1, "timeout_seconds": 2.5})
 
     assert refusal("prompt: a\nwidth: 4096\nheight: 2048") == [
         "line 2: width=4096 and height=2048 make 8.39 megapixels;"
@@ -58,9 +58,42 @@ def test_limits_of_the_configuration_hold():
     assert refusal("prompt: a\npriority: 6", settings=settings) == [
         "line 2: priority=6 is not an integer in [-100, 5] (limits.priority)"
     ]
+    assert refusal("prompt: a\ntimeout_seconds: 3", settings=settings) == [
+        "line 2: timeout_seconds=3 is not a number of seconds above 0,"
+        " at most 2.5 (limits.timeout_seconds)"
+    ]
     assert refusal("a" * 1025, ".txt", settings) == [
         "the file has 1025 bytes; expected at most 1 KiB (limits.job_file_kib)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "where"),
+    [
+        ("prompt: a\ntimeout_seconds: 86400", ".yaml", "line 2: "),
+        ("images:\n- prompt: a\n  timeout_seconds: 86400", ".yaml", "line 3: images[0]."),
+        ('{"prompt": "a",\n"timeout_seconds": 86400}', ".json", "line 2: "),
+        ('{"prompt": "a"}\n{"prompt": "a", "timeout_seconds": 86400}', ".jsonl", "line 2: "),
+        ("prompt,timeout_seconds\na,2.5\na,86400", ".csv", "line 3: "),
+        ("a\n--prompt a --timeout_seconds 86400", ".txt", "line 2: "),
+    ],
+)
+def test_no_format_asks_for_a_longer_timeout(text, suffix, where):
+    """`limits.timeout_seconds` holds in each; the administrator's own timeouts may be longer."""
+    settings = configured(
+        limits={"timeout_seconds": 2.5},
+        engine={"image_timeout_seconds": 3000},
+        folders={"slow": {"timeout_seconds": 4000}},
+    )
+    slow = settings.in_folder("slow")
+    plain = [parse(b"a", ".txt", one).images[0].timeout_seconds for one in (settings, slow)]
+
+    assert plain == [3000, 4000]
+    for one in (settings, slow):
+        assert refusal(text, suffix, one) == [
+            f"{where}timeout_seconds=86400 is not a number of seconds above 0,"
+            " at most 2.5 (limits.timeout_seconds)"
+        ]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ FIELDS = st.fixed_dictionaries(
         "guidance_scale": st.floats(0, 20),
         "seed": st.integers(0, 2**63 - 1) | st.lists(st.integers(0, 9), min_size=1, max_size=3),
         "format": st.sampled_from(["png", "jpeg", "webp", "avif"]),
-        "timeout_seconds": st.integers(1, 86400),
+        "timeout_seconds": st.integers(1, 600),
         "meta": st.dictionaries(PROMPT, PROMPT | st.integers() | st.booleans(), max_size=3),
     },
 )

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from promptdrop.spool import claim, recovery
+from promptdrop.spool import claim
 from promptdrop.spool.paths import REQUEST
 from promptdrop.spool.spool import Spool
-from spools import claimed_job, make_spool
+from spools import claimed_job, make_spool, recovered
 
 
 def test_a_claim_of_a_withdrawn_file_leaves_nothing(spool: Spool) -> None:
@@ -29,7 +29,7 @@ def test_a_ready_mark_goes_with_its_file(tmp_path: Path) -> None:
     (spool.paths.inbox / "a.txt").write_text("a\n")
     claim.claim(spool, "", "a.txt")
     mark.touch()  # as after a crash before the mark was moved
-    recovery.recover(spool)
+    recovered(spool)
 
     assert taken_along
     assert not mark.exists()

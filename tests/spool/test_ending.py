@@ -10,10 +10,10 @@ import pytest
 import crash_at
 from promptdrop.errors import Problem
 from promptdrop.outbox import publish
-from promptdrop.spool import claim, ending, record, recovery
+from promptdrop.spool import claim, ending, record
 from promptdrop.spool.job import ImageState, Job
 from promptdrop.spool.spool import Spool
-from spools import claimed_job, files_below, make_spool, publication
+from spools import claimed_job, files_below, make_spool, publication, recovered
 
 PROBLEMS = [Problem("unknown field 'promt'", line=2, field="promt")]
 
@@ -24,7 +24,7 @@ def ended_job(spool: Spool, path: str, *outcomes: Any) -> Job:
     claim.take(job)
     for number, outcome in enumerate(outcomes, 1):
         if outcome == "rendered":
-            publication(job, number).run()
+            publication(job, number).run(spool.outbox)
         elif outcome == "failed":
             record.fail_image(job, number, "no luck")
     return job
@@ -130,9 +130,9 @@ def test_an_end_that_is_cut_short_is_completed(tmp_path: Path, outcome: str) -> 
         spool.folders.init()
         job = ended_job(spool, "a.txt", outcome)
         died = crash_at.dies_before(n, partial(ending.finish, spool, job))
-        left, _ = recovery.recover(spool)
+        left, _ = recovered(spool)
         for again in left:
-            publish.recover(again)
+            publish.recover(again, spool.outbox)
             ending.finish(spool, again)
 
         assert (job.outbox_folder / "job.json").exists()
@@ -154,7 +154,7 @@ def test_a_refusal_that_is_cut_short_is_completed(tmp_path: Path) -> None:
         (spool.paths.inbox / "a.txt").write_text("a\n")
         claimed = claim.claim(spool, "", "a.txt")
         died = crash_at.dies_before(n, partial(ending.refuse, spool, claimed, PROBLEMS))
-        _, left = recovery.recover(spool)
+        _, left = recovered(spool)
         for again in left:
             ending.refuse(spool, again, PROBLEMS)
 

@@ -62,6 +62,6 @@ def test_a_folder_that_was_taken_away_is_made_again(spool: Spool) -> None:
     job = claimed_job(spool, "sub/a.txt")
     job.outbox_folder.rmdir()
     job.outbox_folder.parent.rmdir()
-    spool.outbox.make_folder(job)
+    spool.outbox.renew(job)
 
     assert job.outbox_folder.is_dir()

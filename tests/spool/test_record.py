@@ -10,7 +10,7 @@ from promptdrop.spool import record
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
 from promptdrop.spool.paths import CANCELLED, REQUEST
 from promptdrop.spool.spool import Spool
-from spools import SETTINGS, claimed_job, finish
+from spools import SETTINGS, claimed, claimed_job, finish, put, resolved
 
 
 def again(spool: Spool, job: Job) -> Job:
@@ -32,7 +32,7 @@ def test_what_a_record_lacks_has_its_default(spool: Spool) -> None:
     """A field that an older version did not write has its default; one of a newer version is ignored."""
     job = claimed_job(spool, "a.txt", priority=7)
     document = json.loads((job.home / REQUEST).read_bytes())
-    for name in ("inode", "priority", "settled"):
+    for name in ("inode", "owner", "priority", "settled"):
         del document[name]
     document["settings"] |= {"prompt": {"overflow": "keep_tail", "later": 1}, "later": 1}
     document["settings"]["output"] = {"later": 1}
@@ -159,3 +159,21 @@ def test_a_cancel_of_a_job_that_has_ended_records_nothing(spool: Spool) -> None:
     record.cancel(job)
 
     assert not job.home.exists()
+
+
+def test_the_owner_of_a_drop_is_recorded(spool: Spool) -> None:
+    """A restart keeps whose turn a job waits for. Where it was not recorded, it is that of the dropped
+    file; 0 if that is gone."""
+    file = spool.paths.inbox / "sub/a.txt"
+    put(spool, "sub/a.txt")
+    if os.geteuid() == 0:
+        os.chown(file, 12345, -1)
+    uid = file.stat().st_uid
+    job = resolved(spool, claimed(spool, "sub/a.txt"))
+    document = json.loads((job.home / REQUEST).read_bytes())
+    recorded = document.pop("owner")
+    (job.home / REQUEST).write_text(json.dumps(document))
+    read = again(spool, job)
+    job.drop.unlink()
+
+    assert (job.owner, recorded, read.owner, again(spool, job).owner) == (uid, uid, uid, 0)

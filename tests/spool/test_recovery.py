@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from promptdrop.nouns import Request
-from promptdrop.spool import claim, ending, record, recovery
+from promptdrop.spool import claim, ending, record
 from promptdrop.spool.paths import REQUEST
 from promptdrop.spool.spool import Spool
-from spools import claimed_job, files_below, make_spool
+from spools import claimed_job, files_below, make_spool, recovered
 
 
 def test_jobs_come_back_in_the_order_they_came(spool: Spool, tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_jobs_come_back_in_the_order_they_came(spool: Spool, tmp_path: Path) -> 
     jobs = [claimed_job(spool, f"{name}.txt", images=2) for name in "cab"]
     claim.take(jobs[1])
     record.fail_image(jobs[1], 1, "no luck")
-    left, unresolved = recovery.recover(make_spool(tmp_path))
+    left, unresolved = recovered(make_spool(tmp_path))
 
     assert [(job.id, job.place, job.todo()) for job in left] == [
         (jobs[0].id, "pending", [1, 2]), (jobs[1].id, "active", [2]), (jobs[2].id, "pending", [1, 2]),
@@ -35,7 +35,7 @@ def test_a_claim_that_was_not_recorded_is_read_again(spool: Spool) -> None:
     (spool.paths.inbox / "c.txt").write_text("c\n")
     empty = claim.claim(spool, "", "c.txt")
     empty.drop.unlink()
-    left, unresolved = recovery.recover(spool)
+    left, unresolved = recovered(spool)
 
     assert left == []
     assert unresolved == [claimed, torn.unresolved()]
@@ -48,7 +48,7 @@ def test_a_claim_is_resolved_where_it_lies(spool: Spool) -> None:
     claim.take(torn)
     asked = torn.detail
     (torn.home / REQUEST).write_text("{")
-    ((), (claimed,)) = recovery.recover(spool)
+    ((), (claimed,)) = recovered(spool)
     job = claim.resolve(spool, claimed, Request(asked.specs), asked.settled, asked.settings)
 
     assert (job.place, job.home) == ("active", torn.home)
@@ -62,7 +62,7 @@ def test_strangers_among_our_folders_are_left_alone(spool: Spool) -> None:
         (spool.paths.state / state / "notes/a.txt").write_text("mine\n")
         (spool.paths.state / state / "20260101T000000000000-abcdef").write_text("mine\n")
 
-    assert recovery.recover(spool) == ([], [])
+    assert recovered(spool) == ([], [])
     assert len(files_below(spool.paths.state)) == 8 + 1  # and the version
 
 
@@ -74,7 +74,7 @@ def test_what_has_ended_is_removed(spool: Spool) -> None:
         record.fail_image(job, 1, "no luck")
         ending.finish(spool, job)
     (spool.paths.failed / "b.txt").rename(spool.paths.root / "taken back")
-    recovery.recover(spool)
+    recovered(spool)
 
     assert list(spool.paths.homes("parked", "finished")) == [
         str(spool.paths.home("parked", kept.id))
@@ -87,7 +87,10 @@ def test_a_folder_that_a_stranger_filled_is_not_ours(spool: Spool, tmp_path: Pat
     missing.outbox_folder.rmdir()
     (taken.outbox_folder / "note").write_text("mine\n")
     (ours.outbox_folder / "job.json").write_text(json.dumps({"id": ours.id}))
-    left, _ = recovery.recover(make_spool(tmp_path))
+    again = make_spool(tmp_path)
+    left, _ = recovered(again)
+    for job in left:
+        again.outbox.renew(job)
 
     assert [job.folder for job in left] == ["a", "b~2", "c"]
     assert all(job.outbox_folder.is_dir() for job in left)
@@ -101,7 +104,7 @@ def test_half_written_files_go(spool: Spool) -> None:
     folders = (spool.paths.state, spool.paths.control, job.home, spool.paths.failed / "sub")
     for folder in folders:
         (folder / ".promptdrop-x.tmp").touch()
-    recovery.recover(spool)
+    recovered(spool)
 
     assert not [path for path in files_below(spool.paths.root) if "promptdrop-x" in path]
 
@@ -109,6 +112,6 @@ def test_half_written_files_go(spool: Spool) -> None:
 def test_recovery_is_repeatable(spool: Spool) -> None:
     """After trouble with a disk it is run again from the start."""
     claimed_job(spool, "a.txt")
-    first, second = recovery.recover(spool), recovery.recover(spool)
+    first, second = recovered(spool), recovered(spool)
 
     assert first == second

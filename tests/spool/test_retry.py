@@ -8,18 +8,18 @@ import pytest
 import crash_at
 from promptdrop.errors import Problem, UsageError
 from promptdrop.outbox import publish
-from promptdrop.spool import claim, ending, record, recovery, retry
+from promptdrop.spool import claim, ending, record, retry
 from promptdrop.spool.job import Job
 from promptdrop.spool.spool import Spool
-from spools import claimed_job, files_below, make_spool, publication
+from spools import claimed_job, files_below, make_spool, publication, recovered
 
 
 def parked_job(spool: Spool, path: str) -> Job:
     """A job of three images that has ended: one rendered, one a placeholder, one failed."""
     job = claimed_job(spool, path, images=3)
     claim.take(job)
-    publication(job, 1).run()
-    publication(job, 2, rendering=None, error="too slow").run()
+    publication(job, 1).run(spool.outbox)
+    publication(job, 2, rendering=None, error="too slow").run(spool.outbox)
     record.fail_image(job, 3, "no luck")
     ending.finish(spool, job)
     return job
@@ -114,13 +114,13 @@ def test_a_retry_that_is_cut_short_is_completed(tmp_path: Path) -> None:
         spool.folders.init()
         job = parked_job(spool, "a.txt")
         died = crash_at.dies_before(n, partial(retry.retry, spool, "a.txt"))
-        left, unresolved = recovery.recover(spool)
+        left, unresolved = recovered(spool)
         if not left and (again := retry.retry(spool, "a.txt")):
             left.append(again)
 
         assert [(one.id, one.todo()) for one in left] == [(job.id, [2, 3])]
         assert unresolved == []
-        publish.recover(left[0])
+        publish.recover(left[0], spool.outbox)
         assert left[0].drop.read_text() == "a\n"
         assert files_below(spool.paths.failed) == []
     assert n > 5

@@ -3,11 +3,11 @@
 import pytest
 
 from promptdrop.nouns import Request
-from promptdrop.spool import claim, ending, record, recovery, retry
+from promptdrop.spool import claim, ending, record, retry
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import REQUEST
 from promptdrop.spool.spool import Spool
-from spools import claimed_job
+from spools import claimed_job, recovered
 
 TORN = b'{"id": "'
 LACKING = b'{"id": "x", "sub": "", "file": "cat.txt", "images": [], "settings": {}}'
@@ -26,7 +26,7 @@ def test_a_torn_record_is_a_claim_again(spool: Spool, job: Job, bytes_of_record:
     """The file is read anew; results of images of the torn request do not count for the new one."""
     (job.home / REQUEST).write_bytes(bytes_of_record)
 
-    jobs, unresolved = recovery.recover(spool)
+    jobs, unresolved = recovered(spool)
 
     assert jobs == []
     assert [claimed.path for claimed in unresolved] == ["cat.txt"]
@@ -45,7 +45,7 @@ def test_a_retry_of_a_torn_record_drops_the_file_anew(
 
     assert resumed is None
     assert (spool.paths.inbox / "cat.txt").read_text() == "a\n"
-    assert recovery.recover(spool) == ([], [])
+    assert recovered(spool) == ([], [])
 
 
 def test_a_retry_cut_short_with_a_torn_record_is_a_claim_again(spool: Spool, job: Job) -> None:
@@ -55,7 +55,7 @@ def test_a_retry_cut_short_with_a_torn_record_is_a_claim_again(spool: Spool, job
     (spool.paths.failed / "cat.txt").rename(home / "drop" / "cat.txt")
     (home / REQUEST).write_bytes(TORN)
 
-    jobs, unresolved = recovery.recover(spool)
+    jobs, unresolved = recovered(spool)
 
     assert jobs == []
     assert [claimed.path for claimed in unresolved] == ["cat.txt"]
@@ -72,9 +72,9 @@ def test_a_retry_of_a_torn_record_forgets_that_the_job_was_cancelled(
     home = spool.paths.home("parked", job.id)
     (spool.paths.failed / "cat.txt").rename(home / "drop" / "cat.txt")
     (home / REQUEST).write_bytes(TORN)
-    ((), (claimed,)) = recovery.recover(spool)
+    ((), (claimed,)) = recovered(spool)
     claim.resolve(spool, claimed, Request(asked.specs), asked.settled, asked.settings)
 
-    ((resumed,), ()) = recovery.recover(spool)
+    ((resumed,), ()) = recovered(spool)
 
     assert not resumed.cancelled

@@ -166,7 +166,7 @@ def test_trouble_with_a_disk_repeats_no_target(parts: Parts, logged: Logged) -> 
     failed, away = parts.spool.paths.failed, parts.spool.paths.root / "away"
     failed.rename(away)
     parts.commands.surveyed(listing(parts))
-    parts.until(lambda: parts.loop.trouble, "trouble")
+    parts.until(lambda: parts.loop.troubles, "trouble")
     away.rename(failed)
     parts.until(lambda: not parts.commands.is_busy, "the end of the command")
 

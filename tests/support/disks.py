@@ -20,6 +20,10 @@ import pytest
 from harness import Daemon, until
 
 FAULTY_DISK = str(Path(__file__).with_name("faulty_disk.py"))
+ALL_OPERATIONS = (  # that a Faulty can make fail; as in faulty_disk.py, which needs a FUSE library
+    "getattr", "readdir", "open", "create", "read", "write", "truncate", "fsync", "fsyncdir",
+    "rename", "unlink", "mkdir", "rmdir", "chmod",
+)  # fmt: skip
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # ioctl_fs.h
 _SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, 2  # XFS_IOC_GOINGDOWN, which ext4 knows too
 

@@ -43,7 +43,9 @@ class FaultyDisk(mfusepy.Operations):
     def _call(self, name: str, operation: Callable[..., Any], path: str, *rest: Any) -> Any:
         """Carry out a call, or its fault. All calls come through here, one after the other."""
         faults = self._read_faults()
-        is_hit = name in faults["operations"] and re.search(faults.get("match", ""), path)
+        paths = [path, *(one for one in rest if name == "rename" and isinstance(one, str))]
+        match = re.compile(faults.get("match", ""))
+        is_hit = name in faults["operations"] and any(map(match.search, paths))
         if not is_hit or self._left <= 0:
             return operation(path, *rest)
         self._left -= 1

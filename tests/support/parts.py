@@ -24,6 +24,7 @@ from promptdrop.supervisor.commands import Commands
 from promptdrop.supervisor.engines import Engines
 from promptdrop.supervisor.feeding import Feeder
 from promptdrop.supervisor.gate import Gate
+from promptdrop.supervisor.holding import Holding
 from promptdrop.supervisor.images import Images
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.publishing import Publishing
@@ -49,13 +50,14 @@ class Parts:
         self.pool = Pool(self.config, self.backend)
         self.gate = Gate(loop, self.pool)
         self.work = work = Work(self.pool)
-        self.jobs = jobs = Jobs(work, loop, self.spool, intake)
+        self.holding = Holding(work.queue)
+        self.jobs = jobs = Jobs(work, loop, self.spool, intake, self.holding)
         self.recovery = Recovery(loop, self.spool, intake, self.accept)
         self.commands = Commands(loop, self.spool, jobs, intake)
         self.cancels = Cancels(work, self.gate, loop, self.spool, jobs, intake)
-        self.publishing = Publishing(loop, self.spool, jobs.image_ended)
+        self.publishing = Publishing(loop, self.spool, self.holding, jobs.image_ended)
         self.images = Images(work, loop, jobs, self.publishing)
-        self.feeder = Feeder(work, self.gate, self.publishing)
+        self.feeder = Feeder(work, self.gate, self.holding, self.publishing)
         self.notifier = Notifier({})
         self.engines = Engines(
             work, self.gate, loop, self.images, jobs.measuring, notifier=self.notifier
@@ -78,6 +80,7 @@ class Parts:
 
     def close(self) -> None:
         """End the loop's threads and the engines."""
+        self.intake.close()
         self.pool.close()
         assert self.loop.close()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,11 +43,32 @@ class Person:
         command = [*self.prefix(), "sh", "-c", script]
         return subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True)
 
+    def python(self, code: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a Python program as this user; it may wait for the end of its standard input."""
+        command = [*self.prefix(), sys.executable, "-c", code, *arguments]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, cwd="/", text=True)
+
+    def drop(self, daemon: Daemon, name: str, content: str) -> Path:
+        """Drop a file of this user; a sub-folder that is missing is made, his, and open to the group."""
+        path = daemon.inbox / name
+        if not path.parent.exists():
+            path.parent.mkdir()
+            os.chown(path.parent, self.uid, GROUP)
+            path.parent.chmod(0o2775)
+        hidden = path.with_name(f".{path.name}")
+        hidden.write_text(content)
+        os.chown(hidden, self.uid, self.gid)
+        hidden.rename(path)
+        return path
+
 
 DAEMON = Person(64001, GROUP)
 ALICE = Person(64002, GROUP)
 BOB = Person(64003, GROUP)
 STRANGER = Person(64004, 64004)
+CAROL = Person(64005, GROUP)
+DAVE = Person(64006, GROUP)
+ERIN = Person(64007, GROUP)
 
 
 def promptdrop_as(person: Person) -> list[str]:
@@ -69,6 +91,28 @@ def open_home() -> Iterator[Path]:
         yield home
     finally:
         shutil.rmtree(home)
+
+
+@contextmanager
+def shared_daemon(changes: dict[str, Any] | None = None) -> Iterator[Daemon]:
+    """A daemon of its own user, on a spool that it owns and its group uses; started."""
+    wrapper = promptdrop_as(DAEMON)
+    with open_home() as home:
+        daemon = Daemon(home, changes)
+        give_to_group(daemon)
+        try:
+            yield daemon.start(wrapper=wrapper)
+        finally:
+            if daemon.process and daemon.process.poll() is None:
+                daemon.kill()
+
+
+def drain_as(person: Person, daemon: Daemon) -> subprocess.CompletedProcess[str]:
+    """Run `run --drain` to its end as this user."""
+    command = [*promptdrop_as(person), "run", "--drain", "--config", str(daemon.config)]
+    return subprocess.run(
+        command, cwd=daemon.home, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def give_to_group(daemon: Daemon) -> None:

@@ -10,7 +10,7 @@ from promptdrop.errors import Problem
 from promptdrop.metrics import RollingWindow
 from promptdrop.nouns import Latency, Rendering, Request
 from promptdrop.outbox.publish import Publication
-from promptdrop.spool import claim, ending, record
+from promptdrop.spool import claim, ending, record, recovery
 from promptdrop.spool.detail import ClaimedSettings, Settled
 from promptdrop.spool.job import ImageState, Job, Unresolved
 from promptdrop.spool.spool import Spool
@@ -82,6 +82,14 @@ def refuse(spool: Spool, path: str, why: str) -> None:
     """Drop SUB/FILE, claim and refuse it."""
     put(spool, path)
     ending.refuse(spool, claimed(spool, path), [Problem(why)])
+
+
+def recovered(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
+    """Recover a spool on which no disk is sick: the jobs to go on with, and the claims to be read again."""
+    left, troubled = recovery.recover(spool)
+    assert troubled == []
+    jobs = [one for one in left if isinstance(one, Job)]
+    return jobs, [one for one in left if isinstance(one, Unresolved)]
 
 
 def publication(job: Job, number: int = 1, **changes: Any) -> Publication:

@@ -111,10 +111,11 @@ def _count(data: bytes, settings: "Config") -> int:
 
 
 def _through_daemon(spool: "Spool", data: bytes, name: str) -> "Ended":
-    """Drop the job into the inbox of the daemon that runs, and wait for its end."""
+    """Drop the job into the inbox of the daemon that runs, under a name with a lane of its own; wait."""
     from promptdrop.cli import client, progress
+    from promptdrop.spool.lanes import GENERATE
 
-    dropped = client.drop(spool, data, name)
+    dropped = client.drop(spool, data, GENERATE + name)
     with progress.bar() as bar:
         (ended,) = client.wait(spool, [dropped], progress.Follower(bar))
     return ended

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from promptdrop import fs, names
 from promptdrop.errors import UsageError
+from promptdrop.spool.lanes import GENERATE
 
 FORMAT_OF_SUFFIX = {
     ".png": "png",
@@ -45,8 +46,8 @@ class Targets:
         return target
 
     def _add(self, source: Path) -> Path:
-        n = 1
-        while (target := self._folder / names.numbered(source.stem, source.suffix, n)).exists():
+        stem, n = source.stem.removeprefix(GENERATE), 1
+        while (target := self._folder / names.numbered(stem, source.suffix, n)).exists():
             n += 1
         shutil.copyfile(source, target)
         return target

@@ -1,10 +1,10 @@
 """Walk the inbox: find the files that may be jobs, and name those that are never taken."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from promptdrop import fs, names
+from promptdrop import fs, names, untrusted
 
 SUB_BYTES = (
     1024  # of the longest path that is entered below the inbox: it must fit below our folders, too
@@ -13,6 +13,7 @@ NOT_OURS = (
     FileNotFoundError,
     NotADirectoryError,
     PermissionError,
+    untrusted.NotPlain,
 )  # withdrawn, or unreadable for us
 
 
@@ -26,10 +27,11 @@ def below(sub: str, name: str) -> str:
     return f"{sub}/{name}" if sub else name
 
 
-def job_files(root: Path, recursive: bool) -> Iterator[Found]:
-    """Find every job file and cancel mark in the inbox.
+def job_files(root: Path, recursive: bool, sick: Callable[[str, OSError], None]) -> Iterator[Found]:
+    """Find every job file and cancel mark in the inbox; an entry's path holds until the next one.
 
-    A sub-folder that cannot be read is left out. Raises OSError: the inbox itself cannot be read.
+    A sub-folder that is not ours to read is left out; one whose disk is in trouble is given to `sick`.
+    Raises OSError: the inbox itself cannot be read.
 
     Thread: scanner.
     """
@@ -37,15 +39,30 @@ def job_files(root: Path, recursive: bool) -> Iterator[Found]:
     folders = [""]
     while folders:
         sub = folders.pop()
-        with os.scandir(root / sub) if not sub else _scandir_if_there(root / sub) as scan:
-            listed = list(scan)
-        siblings = {entry.name for entry in listed}
-        for entry in listed:
-            if _is_folder(entry):
-                if recursive and _is_entered(entry, sub, device):
-                    folders.append(below(sub, entry.name))
-            elif _is_ours(entry.name) and _may_be_file(entry):
-                yield sub, entry, siblings
+        try:
+            with untrusted.below(root, sub) as folder:
+                for entry, siblings in _listed(folder):
+                    if _is_folder(entry):
+                        if recursive and _is_entered(entry, sub, device):
+                            folders.append(below(sub, entry.name))
+                    elif _is_ours(entry.name) and _may_be_file(entry):
+                        yield sub, entry, siblings
+        except NOT_OURS:
+            if not sub:
+                raise  # a sub-folder that went away or is not ours to read (doctor says so)
+        except OSError as e:
+            if not sub:
+                raise
+            sick(sub, e)
+
+
+def _listed(folder: Path) -> Iterator[tuple[os.DirEntry[str], set[str]]]:
+    """Yield the entries of a folder, each with the names of all."""
+    with os.scandir(folder) as scan:
+        listed = list(scan)
+    siblings = {entry.name for entry in listed}
+    for entry in listed:
+        yield entry, siblings
 
 
 def strangers(root: Path) -> Iterator[tuple[str, str]]:
@@ -77,23 +94,6 @@ def _is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
         and _device(entry) == device
         and len(os.fsencode(below(sub, entry.name))) <= SUB_BYTES
     )
-
-
-class _Nothing:
-    """An empty os.scandir."""
-
-    def __enter__(self) -> Iterator[os.DirEntry[str]]:
-        return iter(())
-
-    def __exit__(self, *args: object) -> None:
-        return None
-
-
-def _scandir_if_there(path: Path) -> "os._ScandirIterator[str] | _Nothing":
-    try:
-        return os.scandir(path)
-    except NOT_OURS:
-        return _Nothing()  # a sub-folder that went away or is not ours to read (doctor says so)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -5,6 +5,7 @@ after rsync or unzip, and
 CLOSE_WRITE comes too early (WebDAV, appenders) or never (mv, ln). See proc(5), inotify(7).
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from promptdrop import names
 from promptdrop.config import Watch
 from promptdrop.intake.files import NOT_OURS, Found, below, job_files
 from promptdrop.intake.writers import is_open_for_writing
+from promptdrop.loop import delay
+from promptdrop.spool.lanes import Lane, lane_of
 from promptdrop.untrusted import Signature, signature
 
 LOOKS = 2  # a file must look the same at least this often
@@ -30,11 +33,17 @@ class Offer:
     signature: Signature
     settled: float  # monotonic seconds
     give_up: str | None = None  # why it is refused
+    owner: int = 0  # uid
 
     @property
     def path(self) -> str:
         """SUB/FILE, below the inbox."""
         return below(self.sub, self.file)
+
+    @property
+    def lane(self) -> Lane:
+        """Whose turn it waits for."""
+        return lane_of(self.owner, self.sub, self.file)
 
 
 @dataclass(slots=True)
@@ -42,10 +51,12 @@ class Seen:
     """One job file that is not taken yet."""
 
     signature: Signature
+    owner: int  # uid
     since: float  # unchanged since, monotonic seconds
     looks: int = 1
     objection: str | None = None  # why it would be refused as it stands
-    obstacle: str | None = None  # why it could not be moved
+    obstacle: str | None = None  # why it could not be read or moved
+    tries: int = 0  # in a row that a disk has failed
     obstacle_until: float = 0.0  # when that is tried again
     offered: bool = False
 
@@ -69,8 +80,29 @@ class Scan:
         str, str
     ]  # those of `waiting` that time does not cure: no ready marker, or cannot be moved
     next_look: float  # monotonic seconds; inf: nothing is due
+    sick: dict[str, str]  # SUB/FILE, or SUB/ of a whole folder, that a disk does not show -> why
     found: int  # job files, taken or not
     cancels: dict[str, float]  # SUB/NAME.cancel whose file is not in the inbox -> first seen
+
+
+@dataclass(slots=True)
+class _Look:
+    """What a look has found so far."""
+
+    found: set[str] = field(default_factory=set)
+    arrived: list[tuple[float, str, Offer]] = field(default_factory=list)  # by age, then path
+    waiting: dict[str, str] = field(default_factory=dict)
+    sick: dict[str, str] = field(default_factory=dict)
+    next_look: float = NEVER
+
+    def is_sick(self, path: str, error: OSError) -> None:
+        """Note a file that a disk does not show: it stops no other."""
+        self.found.add(path)
+        self.sick[path] = self.waiting[path] = f"cannot be looked at: {error.strerror}"
+
+    def sick_folder(self, sub: str, error: OSError) -> None:
+        """Note a sub-folder that a disk does not show, with all that may be in it."""
+        self.is_sick(f"{sub}/", error)
 
 
 @dataclass(slots=True)
@@ -86,74 +118,86 @@ class Inbox:
 
     def scan(self, now: float, watch: Watch, recursive: bool) -> Scan:
         """Look at everything once. Raises OSError: the inbox itself cannot be read."""
-        arrived: list[tuple[float, str, Offer]] = []
-        waiting: dict[str, str] = {}
-        next_look = NEVER
-        found: set[str] = set()
+        look = _Look()
         cancels: dict[str, float] = {}
-        for file in job_files(self.root, recursive):
+        for file in job_files(self.root, recursive, look.sick_folder):
             sub, entry, _ = file
             path = below(sub, entry.name)
             if names.is_cancel(entry.name):
                 cancels[path] = self._cancels.get(path, now)
                 continue
-            found.add(path)
+            look.found.add(path)
             if path in self._seen and self._seen[path].offered:
                 continue
-            verdict = self._examine(path, file, now, watch)
-            if verdict is None:
+            try:
+                verdict = self._examine(path, file, now, watch)
+            except NOT_OURS:
+                continue  # withdrawn meanwhile
+            except OSError as e:
+                look.is_sick(path, e)
                 continue
-            next_look = min(next_look, verdict.again)
+            look.next_look = min(look.next_look, verdict.again)
             if verdict.why and not verdict.give_up:
-                waiting[path] = verdict.why
+                look.waiting[path] = verdict.why
             else:
-                seen = self._seen[path]
-                seen.offered = True
-                offer = Offer(sub, entry.name, seen.signature, now, verdict.why)
-                arrived.append((seen.since, path, offer))
-        for path in self._seen.keys() - found:
+                look.arrived.append((self._seen[path].since, path, self._offer(file, now, verdict)))
+        for path in self._seen.keys() - look.found:
             del self._seen[path]  # taken or withdrawn
+        waiting = look.waiting
         blocked = {path: why for path, why in waiting.items() if self._is_blocked(path, why)}
-        offers = tuple(
-            offer for _, _, offer in sorted(arrived)
-        )  # by age, then path: each path comes once
-        cancels = self._hold_back(cancels, found, waiting, now)
-        return Scan(now, offers, waiting, blocked, next_look, len(found), cancels=cancels)
+        cancels = self._hold_back(cancels, look.found, waiting, now)
+        return Scan(
+            started=now,
+            offers=tuple(offer for _, _, offer in sorted(look.arrived)),
+            waiting=waiting,
+            blocked=blocked,
+            next_look=look.next_look,
+            sick=look.sick,
+            found=len(look.found),
+            cancels=cancels,
+        )
+
+    def _offer(self, file: Found, now: float, verdict: Verdict) -> Offer:
+        sub, entry, _ = file
+        seen = self._seen[below(sub, entry.name)]
+        seen.offered = True
+        return Offer(sub, entry.name, seen.signature, now, verdict.why, seen.owner)
 
     def object(self, path: str, objection: str) -> None:
         """Make an offered file wait that would be refused, because it may still be arriving."""
         if seen := self._seen.get(path):
             seen.objection, seen.offered = objection, False
 
-    def block(self, path: str, obstacle: str, until: float) -> None:
-        """Make an offered file wait that cannot be moved out; it is offered again at `until`."""
+    def block(
+        self, path: str, obstacle: str, now: float, seconds: float, is_sick: bool = False
+    ) -> None:
+        """Make an offered file wait that cannot be read or moved out; it is offered again after `seconds`.
+
+        is_sick: because of a disk; then it is tried less and less often.
+        """
         if seen := self._seen.get(path):
-            seen.obstacle, seen.obstacle_until, seen.offered = obstacle, until, False
+            seen.tries = seen.tries + 1 if is_sick else 1
+            seen.obstacle, seen.offered = obstacle, False
+            seen.obstacle_until = now + delay(seconds, seen.tries)
 
     def put_back(self, path: str) -> None:
         """Forget an offered file that was taken, withdrawn or changed; a changed one settles anew."""
         self._seen.pop(path, None)
 
-    def _examine(self, path: str, file: Found, now: float, watch: Watch) -> Verdict | None:
-        """Look at one file and judge it. Returns None if it was withdrawn meanwhile."""
+    def _examine(self, path: str, file: Found, now: float, watch: Watch) -> Verdict:
+        """Look at one file and judge it. Raises OSError: it was withdrawn, or its disk is sick."""
         _, entry, siblings = file
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except NOT_OURS:
-            return None
-        except OSError as e:  # one sick file stops no other
-            return Verdict(f"cannot be looked at: {e.strerror}")
-        seen = self._note(path, signature(status), now)
+        seen = self._note(path, entry.stat(follow_symlinks=False), now)
         if watch.ready_suffix is not None and entry.name + watch.ready_suffix not in siblings:
             seen.obstacle = f"waiting for {entry.name}{watch.ready_suffix}"
             return Verdict(seen.obstacle)
         return _judge(entry.path, seen, now, watch)
 
-    def _note(self, path: str, signature: Signature, now: float) -> Seen:
+    def _note(self, path: str, status: os.stat_result, now: float) -> Seen:
         """Count one more look; a file that has changed is seen for the first time."""
-        seen = self._seen.get(path)
-        if seen is None or seen.signature != signature:
-            seen = self._seen[path] = Seen(signature, now)
+        seen, current = self._seen.get(path), signature(status)
+        if seen is None or seen.signature != current:
+            seen = self._seen[path] = Seen(current, status.st_uid, now)
         else:
             seen.looks += 1
         return seen

@@ -18,10 +18,11 @@ from promptdrop.intake import taking
 from promptdrop.intake.inbox import Inbox, Offer, Scan
 from promptdrop.intake.turns import Turns, by_lane
 from promptdrop.intake.watcher import Mode, Watcher, watch_mode
-from promptdrop.loop import TROUBLE, Loop, reason_of
+from promptdrop.loop import TROUBLE, Loop, Owner, reason_of
 from promptdrop.nouns import Request
 from promptdrop.spool import control
 from promptdrop.spool.job import Job, Unresolved
+from promptdrop.spool.lanes import Lane, lane_of
 from promptdrop.spool.spool import Spool
 
 SCAN_SECONDS = 0.1  # shortest time between two looks at the inbox
@@ -52,7 +53,7 @@ class Survey:
     trouble: str | None  # with a disk, in words
     paused: str | None  # why no new image is begun, and how to go on
     commands: tuple[control.Command, ...]  # as found; one may have been carried out since
-    lanes: dict[str, list[Offer]]  # the scan's offers, by the lane whose turn it may be
+    lanes: dict[Lane, list[Offer]]  # the scan's offers, by the lane whose turn it may be
     cost: float  # CPU seconds
 
 
@@ -74,7 +75,11 @@ class Intake:
         self._turns = Turns()
         # SUB/FILE of those that wait for their turn, are being read, claimed or resolved -> how many.
         self.arriving: Counter[str] = Counter()
-        self._taking = 0  # ... of which have had their turn
+        self._taking = (
+            0  # ... of which have had their turn, and do not wait for a disk of their own
+        )
+        self._sick: set[str] = set()  # SUB/FILE in the inbox whose disk is in trouble
+        self._is_all_blocked = False  # whether the last look found only files that cannot be taken
         self._verdicts: list[Callable[[], None]] = []  # changes of the inbox, made by the next look
 
     def wake(self) -> None:
@@ -103,6 +108,10 @@ class Intake:
         """Whether nothing is being looked at or taken."""
         return not (self._scanning or self.arriving or self._verdicts)
 
+    def is_stuck(self) -> bool:
+        """Whether nothing is left that could be taken now, since every file left is held up."""
+        return self._is_all_blocked and not (self._scanning or self._taking or self._verdicts)
+
     def look(self, now: float) -> None:
         """Start a look if one is due."""
         if self._scanning or now < self.next_look():
@@ -115,11 +124,8 @@ class Intake:
         """Read a file that was claimed before a crash."""
         self.arriving[claimed.path] += 1
         self._taking += 1
-        self._loop.off(
-            "clerk",
-            partial(taking.resolve, self._spool, claimed, None, None),
-            partial(self._resolve_done, claimed.path),
-        )
+        lane = lane_of(-1, claimed.sub, claimed.file)
+        self._resolve(claimed, None, None, lane)
 
     def has_room(self) -> bool:
         """Whether one more file may be taken now."""
@@ -132,11 +138,13 @@ class Intake:
         offer = Offer(sub, file, (0, 0, 0, 0), now)
         self.arriving[path] += 1
         self._taking += 1
-        self._loop.off(
-            "clerk",
-            partial(taking.claim, self._spool, offer),
-            partial(self._claim_done, offer, error),
-        )
+        owner = Owner(names.printable(path), path, self._turn_away_stalled)
+        work = partial(taking.claim, self._spool, offer)
+        self._loop.off("clerk", work, partial(self._claim_done, offer, error), owner=owner)
+
+    def _turn_away_stalled(self, begins: bool) -> None:
+        self._taking += -1 if begins else 1
+        self._take_turns()
 
     def close(self) -> None:
         """Stop watching."""
@@ -206,6 +214,23 @@ class Intake:
             self.arriving.update(offer.path for offer in scan.offers)
             self._turns.add(survey.lanes)
             self._take_turns()
+            self._is_all_blocked = len(scan.blocked) + self._turns.held >= scan.found
+            self._note_sick(scan)
+
+    def _note_sick(self, scan: Scan) -> None:
+        """Note the trouble of files that the last look could not look at; forget what is over."""
+        for path, why in scan.sick.items():
+            self._trouble(path, f"{names.printable(str(self._spool.paths.inbox / path))}: {why}")
+        for path in self._sick - scan.waiting.keys() - self.arriving.keys():
+            self._cured(path)
+
+    def _trouble(self, path: str, reason: str) -> None:
+        self._sick.add(path)
+        self._loop.troubles.note(("inbox", path), reason, names.printable(path))
+
+    def _cured(self, path: str) -> None:
+        self._sick.discard(path)
+        self._loop.troubles.end(("inbox", path))
 
     # --- taking -------------------------------------------------------------------------------
 
@@ -213,9 +238,14 @@ class Intake:
         """Read the next files, a few at a time, so that other work of the clerk comes in between."""
         while self._taking < TAKING and (offer := self._turns.take()):
             self._taking += 1
-            self._loop.off(
-                "reader", partial(taking.read, self._spool, offer), partial(self._read_done, offer)
-            )
+            work = partial(self._read, offer)
+            self._loop.off("reader", work, partial(self._read_done, offer))
+
+    def _resolve_stalled(self, lane: Lane, begins: bool) -> None:
+        """Give the place of a claimed file that waits for a disk of its own to others, or take one again."""
+        self._taking += -1 if begins else 1
+        self._turns.stalled(lane, begins)
+        self._take_turns()
 
     def _took(self, path: str) -> None:
         """Give the next file its turn, after one that was taken, refused or left in the inbox."""
@@ -225,14 +255,49 @@ class Intake:
         self._taking -= 1
         self._take_turns()
 
-    def _read_done(self, offer: Offer, result: Request | RequestError | None) -> None:
+    def _read(self, offer: Offer) -> Request | RequestError | OSError | None:
+        """Read an offered file; an OSError is trouble of this file alone.
+
+        Thread: reader.
+        """
+        try:
+            return taking.read(self._spool, offer)
+        except OSError as e:
+            return e
+
+    def _read_done(self, offer: Offer, result: Request | RequestError | OSError | None) -> None:
         if result is None:
-            self._not_taken(offer.path, lambda: self._inbox.put_back(offer.path))
+            self._gone(offer)
+        elif isinstance(result, OSError):
+            self._fails(offer, result)
         elif isinstance(result, RequestError) and offer.give_up is None:
             self._not_taken(offer.path, lambda: self._inbox.object(offer.path, str(result)))
         else:
-            then = partial(self._claim_done, offer, result)
-            self._loop.off("clerk", partial(taking.claim, self._spool, offer), then)
+            work = partial(self._claim, offer)
+            self._loop.off("clerk", work, partial(self._claim_done, offer, result))
+
+    def _claim(self, offer: Offer) -> Unresolved | str | OSError | None:
+        """Move an offered file out of the inbox; an OSError is trouble of this file alone.
+
+        Thread: clerk.
+        """
+        try:
+            return taking.claim(self._spool, offer)
+        except OSError as e:
+            return e
+
+    def _gone(self, offer: Offer) -> None:
+        """Look anew at a file that was withdrawn or changed."""
+        self._cured(offer.path)
+        self._not_taken(offer.path, lambda: self._inbox.put_back(offer.path))
+
+    def _fails(self, offer: Offer, error: OSError) -> None:
+        """Leave a file in the inbox that a disk does not give; its place is free for others."""
+        reason, now, seconds = reason_of(error), time.monotonic(), self._loop.retry_seconds
+        self._trouble(offer.path, reason)
+        self._not_taken(
+            offer.path, lambda: self._inbox.block(offer.path, reason, now, seconds, is_sick=True)
+        )
 
     def _not_taken(self, path: str, verdict: Callable[[], None]) -> None:
         self._verdicts.append(verdict)
@@ -240,27 +305,37 @@ class Intake:
         self.wake()
 
     def _claim_done(
-        self, offer: Offer, result: Request | RequestError, claimed: Unresolved | str | None
+        self,
+        offer: Offer,
+        result: Request | RequestError,
+        claimed: Unresolved | str | OSError | None,
     ) -> None:
         self.last_activity = now = time.monotonic()
         if claimed is None:
-            self._not_taken(offer.path, lambda: self._inbox.put_back(offer.path))
+            self._gone(offer)
+            return
+        if isinstance(claimed, OSError):
+            self._fails(offer, claimed)
             return
         if isinstance(claimed, str):
-            again = now + self._desk.config.watch.rescan_seconds
-            self._not_taken(offer.path, lambda: self._inbox.block(offer.path, claimed, again))
+            again = self._desk.config.watch.rescan_seconds
+            self._not_taken(offer.path, lambda: self._inbox.block(offer.path, claimed, now, again))
             return
+        self._cured(offer.path)
         # Its name is free: the next file under it may be there before the next look.
         self._verdicts.append(lambda: self._inbox.put_back(offer.path))
         if isinstance(result, RequestError):
             self._took(offer.path)
             self._desk.refuse(claimed, result)
         else:
-            self._loop.off(
-                "clerk",
-                partial(taking.resolve, self._spool, claimed, offer, result),
-                partial(self._resolve_done, offer.path),
-            )
+            self._resolve(claimed, offer, result, offer.lane)
+
+    def _resolve(
+        self, claimed: Unresolved, offer: Offer | None, asked: Request | None, lane: Lane
+    ) -> None:
+        owner = Owner(claimed.shown, lane, partial(self._resolve_stalled, lane))
+        work = partial(taking.resolve, self._spool, claimed, offer, asked)
+        self._loop.off("clerk", work, partial(self._resolve_done, claimed.path), owner=owner)
 
     def _resolve_done(self, path: str, result: Job | tuple[Unresolved, RequestError]) -> None:
         self._took(path)

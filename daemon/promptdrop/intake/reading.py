@@ -47,6 +47,9 @@ def read_job_file(
         return RequestError(f"cannot be read: {describe_permissions(path)}")
     except (FileNotFoundError, untrusted.NotPlain):
         return None
+    except BlockingIOError as e:  # fcntl(2), "Leases": we do not wait until it is broken
+        e.strerror = "another program holds a lease on it"
+        raise
 
 
 def _parsed(data: bytes, suffix: str, settings: Config) -> Request | RequestError:

@@ -18,12 +18,16 @@ from promptdrop.spool.spool import Spool
 
 
 def read(spool: Spool, offer: Offer) -> Request | RequestError | None:
-    """Read an offered file; None if it has changed since it was offered.
+    """Read an offered file; None if it has changed since it was offered. Raises OSError.
 
     Thread: reader.
     """
-    path = spool.paths.inbox / offer.sub / offer.file
-    return read_job_file(path, offer.file, spool.config.in_folder(offer.sub), offer.signature)
+    settings = spool.config.in_folder(offer.sub)
+    try:
+        with untrusted.below(spool.paths.inbox, offer.sub) as folder:
+            return read_job_file(folder / offer.file, offer.file, settings, offer.signature)
+    except (FileNotFoundError, untrusted.NotPlain):
+        return None  # its folder was taken away, or swapped for something else
 
 
 def claim(spool: Spool, offer: Offer) -> Unresolved | str | None:

@@ -2,15 +2,19 @@
 
     hidden temporary -> ID/NNNN.publishing -> image renamed -> sidecar -> ID/NNNN.published
 
-The record in the job's folder stands before the image has its name, so after a crash at any point
-`recover` completes the same image instead of rendering it again, even if a reader has taken it.
+All of it happens in one folder, which is held open: readers may move or delete it meanwhile. An image
+counts as published once it and its sidecar stood there together; what did not is published again. The
+record in the job's folder stands before the image has its name, so after a crash at any point `recover`
+completes the same image instead of rendering it again, if it still lies there.
 """
 
 import hashlib
 import json
 import mmap
 import os
+import stat
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from promptdrop.records import (
 )
 from promptdrop.request.infotext import SAMPLERS, format_infotext
 from promptdrop.spool.job import Job
+from promptdrop.spool.outbox import FolderLost, Outbox
 from promptdrop.spool.paths import parse_image_record
 from promptdrop.spool.record import read_json
 
@@ -46,40 +51,60 @@ class Publication:
     started: float  # the image's first step of work, monotonic seconds
     window: Window
     error: str | None = None
+    losses: int = (
+        0  # how often readers took the job's folder, or the image, before it was published
+    )
     _data: bytes | None = field(default=None, init=False)
     _sha256: str = field(default="", init=False)
     _save_ms: float = field(default=0.0, init=False)
-    _temporary: Path | None = field(default=None, init=False)
-    _recorded: bool = field(default=False, init=False)
+    _temporary: str = field(default="", init=False)  # its name in the job's folder
 
-    def run(self) -> str:
-        """Publish; returns the image's file name. Raises OSError: trouble with a disk, call again.
+    def run(self, outbox: Outbox) -> str:
+        """Publish; returns the image's file name. Call again after an error.
+
+        Raises FolderLost: readers took the folder, or the image before its sidecar was there; the job needs
+        a folder (`Outbox.renew`). OSError: trouble with a disk.
 
         Thread: publisher.
         """
-        if not self._recorded:
-            self.prepare()
-        return complete(self.job, self.spec.image)
+        with outbox.folder(self.job) as folder:
+            try:
+                if not stands(self.job, self.spec.image, folder):
+                    self.prepare(folder)
+                return complete(self.job, self.spec.image, folder)
+            except BaseException as e:
+                with suppress(OSError):  # the folder is gone, or its disk is sick
+                    self._take_back(folder)
+                if isinstance(e, FileNotFoundError) and _is_below(folder, e):
+                    raise FolderLost(self.job.outbox_folder) from e
+                raise
 
-    def prepare(self) -> None:
+    def _take_back(self, folder: Path) -> None:
+        """Remove an image that has no sidecar: its folder may be taken away before the next try."""
+        if self._temporary:
+            fs.remove_file(folder / self._temporary)
+        record = _read_record(self.job, self.spec.image)
+        if record and not _has_sidecar(self.job, self.spec.image, folder, record):
+            image = folder / record["image"]["file"]
+            if _is_whole(image, record):
+                fs.remove_file(image)
+
+    def prepare(self, folder: Path) -> None:
         """Write the image under a hidden name, then the record from which `complete` goes on.
-
-        Raises OSError: trouble with a disk, call again.
 
         Thread: publisher.
         """
         began = time.monotonic()
         if self._data is None:
             self._data = self._encode()
-        settings, folder = self.job.settings, self.job.outbox_folder
-        fs.make_directories(self.job.paths.outbox, self.job.folder, settings.folder_mode)
-        self._sha256 = hashlib.sha256(self._data).hexdigest()
-        # Once: while the state folder cannot be written, retries must not fill the outbox.
-        if self._temporary is None or not fs.exists(self._temporary):
-            self._temporary = fs.write_temporary(folder, self._data, settings.file_mode)
+            self._sha256 = hashlib.sha256(self._data).hexdigest()
+            self.close()
+        # Once: where it cannot be removed, retries must not fill the outbox.
+        if not (self._temporary and fs.exists(folder / self._temporary)):
+            mode = self.job.settings.file_mode
+            self._temporary = fs.write_temporary(folder, self._data, mode).name
         self._save_ms += (time.monotonic() - began) * 1e3
-        _write_record(self.job, self.spec.image, self._record(self._temporary.name))
-        self._recorded = True
+        _write_record(self.job, self.spec.image, self._record(self._temporary))
 
     def close(self) -> None:
         """Give the memory of the pixels back."""
@@ -123,41 +148,71 @@ class Publication:
         )
 
 
-def complete(job: Job, number: int) -> str:
-    """Finish a publication whose record is written; returns the image's file name. Repeatable.
+def stands(job: Job, number: int, folder: Path) -> bool:
+    """Whether a publication is recorded, and its image or sidecar lies in this folder: `complete` can go on.
 
     Thread: publisher, clerk.
     """
-    publishing = job.record_path(number, "publishing")
-    published = job.record_path(number, "published")
-    if not fs.exists(publishing):  # renamed to `published` before a crash or error
-        return _remember(job, number, json.loads(published.read_bytes()))
-    record = json.loads(publishing.read_bytes())
+    record = _read_record(job, number)
+    if record is None:
+        return fs.exists(job.record_path(number, "published"))
+    image = folder / record["image"]["file"]
+    is_there = fs.exists(folder / record["temporary"]) or _is_whole(image, record)
+    return is_there or _is_sidecar_of(job, number, _sidecar_of(image))
+
+
+def complete(job: Job, number: int, folder: Path) -> str:
+    """Finish a publication that `stands`; returns the image's file name. Repeatable.
+
+    Raises FileNotFoundError: the image was taken before its sidecar was there.
+
+    Thread: publisher, clerk.
+    """
+    record = _read_record(job, number)
+    if record is None:  # renamed to `published` before a crash or error
+        return _remember(job, number, json.loads(job.record_path(number, "published").read_bytes()))
     began = time.monotonic()
-    record = _give_name(job, number, record)
-    image = job.outbox_folder / record["image"]["file"]
-    if fs.exists(image) and not fs.exists(_sidecar_of(image)):
+    while not _has_sidecar(job, number, folder, record):
+        record = _give_name(job, number, folder, record)
         save_ms = record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3
-        record["latency_ms"]["save"] = round(save_ms, 1)
-        _write_sidecar(job, record, _sidecar_of(image))
-    os.replace(publishing, published)
+        latency_ms = {**record["latency_ms"], "save": round(save_ms, 1)}
+        try:
+            _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder)
+        except FileExistsError:  # a stranger was faster: the image gets the next name
+            record["temporary"] = record["image"]["file"]
+    os.replace(job.record_path(number, "publishing"), job.record_path(number, "published"))
     return _remember(job, number, record)
 
 
-def recover(job: Job) -> None:
+def recover(job: Job, outbox: Outbox) -> None:
     """Complete what a crash left half-published, and remove its temporaries.
+
+    What does not lie in the job's folder any more is to be rendered again.
 
     Thread: clerk.
     """
-    for entry in fs.entries(job.home):
-        number, kind = parse_image_record(entry.name) or (0, "")
-        if kind == "publishing":
-            if read_json(entry.path):
-                complete(job, number)
-            else:  # torn, by a disk that lied about fsync: the image is rendered again
-                fs.remove_file(Path(entry.path))
-    if os.path.isdir(job.outbox_folder):
-        fs.remove_temporaries(job.outbox_folder)
+    numbers = [known[0] for known in _records_of(job) if known[1] == "publishing"]
+    try:
+        with outbox.folder(job) as folder:
+            for number in numbers:
+                if stands(job, number, folder):
+                    complete(job, number, folder)
+                else:
+                    fs.remove_file(job.record_path(number, "publishing"))
+            fs.remove_temporaries(folder)
+    except FolderLost:
+        for number in numbers:
+            fs.remove_file(job.record_path(number, "publishing"))
+
+
+def _is_below(folder: Path, error: OSError) -> bool:
+    """Whether what an error is about lies in this folder, and not among our own records."""
+    return str(error.filename).startswith(f"{folder}/") or str(error.filename) == str(folder)
+
+
+def _records_of(job: Job) -> list[tuple[int, str]]:
+    found = (parse_image_record(entry.name) for entry in fs.entries(job.home))
+    return [known for known in found if known]
 
 
 def infotext(spec: ImageSpec, model: str) -> str:
@@ -182,27 +237,48 @@ def _remember(job: Job, number: int, record: dict[str, Any]) -> str:
     return file
 
 
-def _give_name(job: Job, number: int, record: dict[str, Any]) -> dict[str, Any]:
-    """Rename the temporary to its final name, or to NAME~2 where somebody's file stands."""
-    folder, file = job.outbox_folder, record["image"]["file"]
+def _has_sidecar(job: Job, number: int, folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the image's sidecar stands: the image was there, too, even if it was taken since."""
+    return _is_sidecar_of(job, number, _sidecar_of(folder / record["image"]["file"]))
+
+
+def _give_name(job: Job, number: int, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Rename the temporary to its final name, or to NAME~2 where somebody's file stands.
+
+    Raises FileNotFoundError: somebody took it.
+    """
     temporary = folder / record["temporary"]
-    stem, suffix = names.split(file)
+    stem, suffix = names.split(record["image"]["file"])
     n = 1
     while fs.exists(temporary):
         image = folder / record["image"]["file"]
         try:
-            if fs.exists(
-                _sidecar_of(image)
-            ):  # that of an image of another format: a stem has one sidecar
+            # A stem has one sidecar: one that stands is that of an image of another format, or a stranger's.
+            if fs.exists(_sidecar_of(image)):
                 raise FileExistsError
             fs.rename(temporary, image)
         except FileExistsError:
             n += 1
             record["image"]["file"] = names.numbered(stem, suffix, n)
             _write_record(job, number, record)
-    if folder.is_dir():
-        fs.sync_directory(folder)
+    fs.sync_directory(folder)
     return record
+
+
+def _is_whole(image: Path, record: dict[str, Any]) -> bool:
+    """Whether an image that lies there under the recorded name can be the recorded one."""
+    try:
+        status = os.lstat(image)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == record["image"]["bytes"]
+
+
+def _is_sidecar_of(job: Job, number: int, path: Path) -> bool:
+    """Whether this is the sidecar of this image of this job."""
+    document = read_json(path)
+    owner = document.get("job")
+    return isinstance(owner, dict) and (owner.get("id"), owner.get("image")) == (job.id, number)
 
 
 def _sidecar_of(image: Path) -> Path:
@@ -210,13 +286,35 @@ def _sidecar_of(image: Path) -> Path:
     return image.with_name(f"{image.stem}.json")
 
 
-def _write_sidecar(job: Job, record: dict[str, Any], path: Path) -> None:
+def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
+    """Write the sidecar beside its image.
+
+    Raises FileNotFoundError: the image is gone, so that they never stood together as far as we can tell.
+    FileExistsError: somebody's file has the sidecar's name.
+    """
     now = time.monotonic()
     document = {key: value for key, value in record.items() if key not in ("temporary", "error")}
     total_ms = job.settled.milliseconds_to(now, clock.boot_id())
     document["latency_ms"]["total"] = sidecar.rounded(total_ms)
     document["time"]["published"] = clock.timestamp()
-    fs.write_once(path, to_bytes(Sidecar.model_validate(document)), job.settings.file_mode)
+    image = folder / record["image"]["file"]
+    path = _sidecar_of(image)
+    with fs.temporary(folder, job.settings.file_mode) as (file, name):
+        file.write(to_bytes(Sidecar.model_validate(document)))
+        fs.sync(file)
+        os.lstat(image)
+        fs.rename(name, path)
+    try:
+        os.lstat(image)
+    except FileNotFoundError:
+        fs.remove_file(path)
+        raise
+    fs.sync_directory(folder)
+
+
+def _read_record(job: Job, number: int) -> dict[str, Any] | None:
+    """Read what is to be published; None if nothing is, or the record is torn: it is rendered again."""
+    return read_json(job.record_path(number, "publishing")) or None
 
 
 def _write_record(job: Job, number: int, record: dict[str, Any]) -> None:

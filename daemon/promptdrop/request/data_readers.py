@@ -123,7 +123,8 @@ def _rows(text: str, separator: str, problems: Problems) -> Iterator[tuple[int, 
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as e:
-        problems.add(f"not valid CSV: {e}; is a double quote missing?", line)
+        why = names.printable(str(e))  # it quotes the separator, which may be a tab
+        problems.add(f"not valid CSV: {why}; is a double quote missing?", line)
 
 
 def _check_header(

@@ -57,6 +57,7 @@ def read_level(node: Mapping, label: str, config: Config, problems: Problems) ->
             level.values[name] = value
     if "size" in level.values:
         _resolve_size(level, config, problems)
+    _limit_timeout(level, config, problems)
     return level
 
 
@@ -180,6 +181,15 @@ def _is_quoted_number(name: str, node: Node) -> bool:
         return False
     value = Scalar(node.text, True, None).value
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _limit_timeout(level: Level, config: Config, problems: Problems) -> None:
+    """Refuse more than the administrator allows; his own timeouts, which are defaults, may be longer."""
+    limit = config.limits.timeout_seconds
+    if level.values.get("timeout_seconds", limit) > limit:
+        asked = f"timeout_seconds={show(level.node.items['timeout_seconds'])}"
+        expected = f"a number of seconds above 0, at most {limit:g} (limits.timeout_seconds)"
+        level.add(problems, "timeout_seconds", f"{asked} is not {expected}")
 
 
 def _resolve_size(level: Level, config: Config, problems: Problems) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from promptdrop import clock, fs, untrusted
@@ -28,20 +29,24 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
     try:
         os.makedirs(folder)
         with untrusted.below(spool.paths.inbox, sub) as inner:
+            status = os.lstat(inner / file)
             fs.rename(inner / file, folder / file)
-            if stat.S_ISDIR(
-                os.lstat(folder / file).st_mode
-            ):  # a folder was swapped in: put it back
+            with suppress(OSError):  # the claim stands, on a sick disk too
+                status = os.lstat(folder / file)
+            if stat.S_ISDIR(status.st_mode):  # it was swapped in: put it back
                 fs.rename(folder / file, inner / file)
                 raise untrusted.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
+            with suppress(OSError):  # the same
+                fs.sync_directory(inner)
     except OSError:
         fs.remove_empty_tree(home)  # keeps the file, if it was moved after all
         raise
     take_marker(spool, home, sub, file)
     between = [folder, *folder.parents]
-    for path in (*between[: between.index(home.parent) + 1], source.parent):
-        _sync_if_there(path)
-    return Unresolved(job_id, home, sub, file, os.lstat(folder / file).st_ino)
+    for path in between[: between.index(home.parent) + 1]:
+        with suppress(OSError):  # the same
+            fs.sync_directory(path)
+    return Unresolved(job_id, home, sub, file, status.st_ino)
 
 
 def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:
@@ -50,12 +55,13 @@ def take_marker(spool: Spool, home: Path, sub: str, file: str) -> None:
     Thread: clerk.
     """
     suffix = spool.config.watch.ready_suffix
-    if suffix and not fs.exists(spool.paths.inbox / sub / file):
-        try:
-            with untrusted.below(spool.paths.inbox, sub) as inner:
+    if suffix:
+        with (
+            suppress(OSError),  # gone, or moved before a crash; the claim of the file stands
+            untrusted.below(spool.paths.inbox, sub) as inner,
+        ):
+            if not fs.exists(inner / file):
                 fs.rename(inner / f"{file}{suffix}", home / READY)
-        except OSError:
-            pass  # gone, or moved before a crash; the claim of the file stands
 
 
 def resolve(
@@ -78,6 +84,7 @@ def resolve(
         sub=sys.intern(claimed.sub),
         file=claimed.file,
         inode=claimed.inode,
+        owner=os.lstat(claimed.drop).st_uid,
         folder="",
         priority=request.priority,
         images=len(request.images),
@@ -115,11 +122,3 @@ def take_cancel(spool: Spool, path: str) -> None:
             fs.remove_file(folder / file)
     except (FileNotFoundError, PermissionError, untrusted.NotPlain):
         pass  # withdrawn, in a folder that we may not change, or swapped
-
-
-def _sync_if_there(path: Path) -> None:
-    """Flush a folder's entries; the claim stands even where that is impossible."""
-    try:
-        fs.sync_directory(path)
-    except OSError:
-        pass  # the dropper's folder is gone, or the disk is sick: the file is ours all the same

@@ -34,6 +34,14 @@ def held_open(spool: Spool) -> Iterator[Path]:
         yield failed
 
 
+def is_missing(spool: Spool, target: str) -> bool:
+    """Whether nothing is at failed/`target`. Raises OSError, DiskTrouble: failed/ is not there now."""
+    if not missing(spool.paths.failed, [target]):
+        return False
+    with held_open(spool) as failed:
+        return bool(missing(failed, [target]))
+
+
 def missing(failed: Path, targets: Iterable[str]) -> list[str]:
     """Return those of some paths below failed/ at which nothing is, folder by folder.
 

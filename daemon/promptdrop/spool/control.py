@@ -28,6 +28,7 @@ _FIRST_WAIT, _LONGEST_WAIT = (
     0.1,
     5.0,
 )  # seconds until a command that waits is read again; doubled each time
+_TRIES = 5  # to write a file
 _EXPECTED = (
     f'expected a file of at most {_LIMIT} bytes that says {{"command": "cancel" or "retry",'
     f' "targets": [at most {MOST_TARGETS} texts]}}'
@@ -67,12 +68,22 @@ def send(folder: Path, command: Command) -> None:
     kind = next(name for name, kind in _KINDS.items() if isinstance(command, kind))
     for targets in _portions(command.targets):
         document = json.dumps({"command": kind, "targets": targets})
-        fs.write_once(folder / f"{kind}-{secrets.token_hex(6)}.json", document.encode())
+        _write(fs.write_once, folder / f"{kind}-{secrets.token_hex(6)}.json", document.encode())
 
 
 def pause(folder: Path) -> None:
     """Stop taking new images until `resume`, across restarts."""
-    fs.write_durably(folder / PAUSE, b"")
+    _write(fs.write_durably, folder / PAUSE, b"")
+
+
+def _write(write: Callable[[Path, bytes], None], path: Path, data: bytes) -> None:
+    """Write a file; again if a daemon that starts just now has removed its temporary as a leftover."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return write(path, data)
+        except FileNotFoundError:
+            if not left:
+                raise
 
 
 def resume(folder: Path) -> None:

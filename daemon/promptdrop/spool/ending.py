@@ -1,6 +1,6 @@
 """End a job: move its file to the outbox or to failed/, remove or park its folder."""
 
-import os
+import errno
 import shlex
 import time
 from collections.abc import Iterable
@@ -21,9 +21,10 @@ from promptdrop.records import (
     Totals,
     to_bytes,
 )
+from promptdrop.spool import record
 from promptdrop.spool.failed import move_to_failed, share_drop
 from promptdrop.spool.job import ImageState, Job, Unresolved
-from promptdrop.spool.paths import REQUEST, SUMMARY
+from promptdrop.spool.paths import REQUEST, REQUEST_STEM, SUMMARY
 from promptdrop.spool.spool import Spool
 
 
@@ -33,15 +34,13 @@ def finish(spool: Spool, job: Job) -> JobOutcome:
     Thread: clerk.
     """
     outcome = outcome_of(job)
-    if outcome == "done":
-        spool.outbox.make_folder(job)
-        _move_request(spool, job)
-    else:
+    if outcome != "done":
         spool.duplicates.forget(job, spool.job_file_bytes)
         move_to_failed(spool, job, _error_record(job, outcome))
-    spool.outbox.make_folder(job)
-    document = to_bytes(summary(job, outcome))
-    fs.write_durably(job.outbox_folder / SUMMARY, document, job.settings.file_mode)
+    with spool.outbox.renewed_folder(job) as folder:
+        if outcome == "done":
+            _move_request(spool, job, folder)
+        _write_summary(job, outcome, folder)
     leave(spool, job.home, "finished" if outcome == "done" else "parked")
     spool.outbox.release(job)
     return outcome
@@ -53,7 +52,7 @@ def refuse(spool: Spool, claimed: Unresolved, problems: Iterable[Problem]) -> Er
     Thread: clerk.
     """
     listed = tuple(problems)
-    record = ErrorRecord(
+    reason = ErrorRecord(
         file=names.printable(claimed.file),
         outcome="refused",
         error="; ".join(str(p) for p in listed),
@@ -63,9 +62,9 @@ def refuse(spool: Spool, claimed: Unresolved, problems: Iterable[Problem]) -> Er
         host=HOST,
         version=VERSION,
     )
-    move_to_failed(spool, claimed, record)
+    move_to_failed(spool, claimed, reason)
     leave(spool, claimed.home, "finished")
-    return record
+    return reason
 
 
 def refuse_job(spool: Spool, job: Job, problems: Iterable[Problem]) -> ErrorRecord:
@@ -75,11 +74,7 @@ def refuse_job(spool: Spool, job: Job, problems: Iterable[Problem]) -> ErrorReco
     """
     spool.duplicates.forget(job, spool.job_file_bytes)
     fs.remove_file(job.home / REQUEST)
-    try:
-        os.rmdir(job.outbox_folder)
-    except OSError:
-        pass  # gone, or somebody put a file there: it stays
-    spool.outbox.release(job)
+    spool.outbox.remove_empty(job)
     return refuse(spool, job.unresolved(), problems)
 
 
@@ -132,15 +127,22 @@ def summary(job: Job, outcome: JobOutcome) -> JobSummary:
     )
 
 
-def _move_request(spool: Spool, job: Job) -> None:
+def _write_summary(job: Job, outcome: JobOutcome, folder: Path) -> None:
+    """Write job.json, over an older one of the same job. Raises FileExistsError: somebody else's is there."""
+    path = folder / SUMMARY
+    if fs.exists(path) and record.job_id_of(path) != job.id:
+        raise FileExistsError(errno.EEXIST, "is not this job's; move it away", str(path))
+    fs.write_durably(path, to_bytes(summary(job, outcome)), job.settings.file_mode)
+
+
+def _move_request(spool: Spool, job: Job, folder: Path) -> None:
     """Move the dropped file to its images, as request.EXT, or request~2.EXT where one stands."""
-    folder = job.outbox_folder
     suffix = names.split(job.file)[1].lower()
     n = 1
     share_drop(job.drop, int(spool.config.output.mode, 8), folder)
     while fs.exists(job.drop):
         try:
-            fs.move(job.drop, folder / names.numbered("request", suffix, n))
+            fs.move(job.drop, folder / names.numbered(REQUEST_STEM, suffix, n))
         except FileExistsError:
             n += 1
 

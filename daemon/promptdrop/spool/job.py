@@ -1,6 +1,6 @@
 """A job in memory: one claimed file, and what has come of each image so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +8,7 @@ from promptdrop import names
 from promptdrop.nouns import ImageSpec
 from promptdrop.spool import detail
 from promptdrop.spool.detail import ClaimedSettings, Detail, Settled
+from promptdrop.spool.lanes import Lane, lane_of
 from promptdrop.spool.paths import DROP, ImageRecord, Paths, State, dropped_path, image_record
 
 CLOSED_IMAGES = 16  # a job of more images is never closed: reading it again would take too long
@@ -43,6 +44,11 @@ class Unresolved:
         return dropped_path(self.sub, self.file)
 
     @property
+    def shown(self) -> str:
+        """SUB/FILE for people."""
+        return names.printable(self.path)
+
+    @property
     def drop(self) -> Path:
         """The dropped file, until the job ends."""
         return self.home / DROP / self.sub / self.file
@@ -61,12 +67,15 @@ class Job:
     sub: str  # folder below the inbox, as dropped; "" at the top
     file: str  # the dropped file's name
     inode: int
+    owner: int  # uid of the dropped file
     folder: str  # SUB/JOB below the outbox
     priority: int
     images: int
     must_fit: bool  # a prompt that is too long refuses the whole file (prompt.overflow)
     detail_in_memory: Detail | None = None  # None while it is closed
     cancelled: bool = False
+    # Of its outbox folder, as it was when it was last found to be the job's: spool/outbox.py.
+    folder_identity: tuple[int, int, int] | None = field(default=None, compare=False)
     _states: dict[int, ImageState] | None = None
 
     @property
@@ -139,6 +148,16 @@ class Job:
     def path(self) -> str:
         """SUB/FILE as dropped."""
         return dropped_path(self.sub, self.file)
+
+    @property
+    def shown(self) -> str:
+        """SUB/FILE for people."""
+        return names.printable(self.path)
+
+    @property
+    def lane(self) -> Lane:
+        """Whose turn its images wait for."""
+        return lane_of(self.owner, self.sub, self.file)
 
     @property
     def drop(self) -> Path:

@@ -40,6 +40,8 @@ CANCELLED = "cancelled"
 FAILING = "failing.json"
 SUMMARY = "job.json"
 STATUS = "status.json"
+REQUEST_STEM = "request"  # request.EXT in a job's outbox folder: the dropped file
+RESERVED = frozenset((SUMMARY, STATUS, "index.html"))  # no job's or mirrored folder's name
 REASON = ".error.json"  # appended to the name of a file in failed/
 
 

@@ -49,16 +49,26 @@ def _may_act_as_owner() -> bool:
 
 
 def is_for_us(path: Path) -> bool:
-    """Whether it is a folder that we can list and fill. Raises OSError: this cannot be told now.
+    """Whether it is a folder, and no link to one, that we can list and fill. Raises OSError: this cannot be told now.
 
     A folder on a read-only file system counts: that is trouble which passes, not somebody's wish.
 
     Thread: clerk.
     """
-    if not path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    is_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-    return is_read_only or os.access(path, os.R_OK | os.W_OK | os.X_OK)
+    return is_folder and may_fill(path)
+
+
+def may_fill(folder: Path) -> bool:
+    """Whether we can list and fill a folder, or could if its file system were not read-only now.
+
+    Thread: any.
+    """
+    is_read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    return is_read_only or os.access(folder, os.R_OK | os.W_OK | os.X_OK)
 
 
 def make_folder(path: Path, mode: int = SHARED_MODE) -> None:

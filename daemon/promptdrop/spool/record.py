@@ -1,15 +1,24 @@
 """A job's records on the disk: request.json, and one for each image in hand or ended."""
 
 import json
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from promptdrop import fs, untrusted
 from promptdrop.spool import detail
 from promptdrop.spool.job import CLOSED_IMAGES, ImageState, Job
-from promptdrop.spool.paths import CANCELLED, REQUEST, Paths, parse_image_record, state_of
+from promptdrop.spool.paths import (
+    CANCELLED,
+    DROP,
+    REQUEST,
+    Paths,
+    dropped_path,
+    parse_image_record,
+    state_of,
+)
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -24,6 +33,31 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def job_id_of(document: Path) -> str | None:
+    """Return the id of the job that a job.json or sidecar in the outbox is of; None if it is no such file.
+
+    Raises OSError: nobody can tell.
+
+    Thread: any.
+    """
+    known = read_json(document)
+    owner = known.get("job") if known.get("schema") == "promptdrop.image/1" else known
+    job_id = owner.get("id") if isinstance(owner, dict) else None
+    return job_id if isinstance(job_id, str) else None
+
+
+def files_on_their_way(job: Job) -> Iterator[str]:
+    """Yield the names in the job's outbox folder of images that are being published.
+
+    Thread: any.
+    """
+    for entry in fs.entries(job.home):
+        if (known := parse_image_record(entry.name)) and known[1] == "publishing":
+            image = read_json(entry.path).get("image")
+            if isinstance(image, dict) and isinstance(image.get("file"), str):
+                yield image["file"]
+
+
 def write(job: Job) -> None:
     """Record durably what the job asks for.
 
@@ -34,6 +68,7 @@ def write(job: Job) -> None:
         "sub": job.sub,
         "file": job.file,
         "inode": job.inode,
+        "owner": job.owner,
         "folder": job.folder,
         "priority": job.priority,
         **job.detail.to_json(),
@@ -58,6 +93,7 @@ def load(paths: Paths, home: str | Path, listed: Iterable[str]) -> Job:
         sub=sys.intern(record["sub"]),
         file=record["file"],
         inode=record.get("inode", 0),
+        owner=record["owner"] if "owner" in record else _owner_of_drop(home, record),
         folder=record["folder"],
         priority=record.get("priority", 0),
         images=images,
@@ -81,6 +117,14 @@ def load_if_whole(paths: Paths, home: str, listed: list[str]) -> Job | None:
         return load(paths, home, listed) if REQUEST in listed else None
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
+
+
+def _owner_of_drop(home: str | Path, record: dict[str, Any]) -> int:
+    """Return the uid of the dropped file, which promptdrop 0.1 did not record; 0 if it is gone."""
+    try:
+        return os.lstat(f"{home}/{DROP}/{dropped_path(record['sub'], record['file'])}").st_uid
+    except FileNotFoundError:
+        return 0
 
 
 def _load_image(state: ImageState, kind: str, record: dict[str, Any]) -> None:

@@ -10,21 +10,32 @@ from promptdrop.records import ErrorRecord
 from promptdrop.spool import claim, cleared, ending, record, retry
 from promptdrop.spool.failed import move_to_failed, read_plan
 from promptdrop.spool.job import Job, Unresolved
-from promptdrop.spool.paths import CANCELLED, DROP, FAILING, IN_HAND, Paths, parse_image_record
+from promptdrop.spool.outbox import FolderLost
+from promptdrop.spool.paths import (
+    CANCELLED,
+    DROP,
+    FAILING,
+    IN_HAND,
+    Paths,
+    parse_image_record,
+    state_of,
+)
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 
 _THREADS, _SLICE = 8, 128  # threads that read folders, and how many folders each at a time
-NEWEST = 64  # jobs whose outbox folder is looked into after a crash; one is enough
+_TROUBLED = 1000  # jobs with trouble of their own; with more than that it is everybody's
 
 _Found = tuple[list[str], Job | None]  # the names in a job's folder, and the job if it is recorded
+Left = Job | Unresolved  # a job to go on with, or a claim to be read again
 
 
-def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
-    """Return the jobs to go on with, in the order they came, and the claims to be read again.
+def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
+    """Return what to go on with, in the order it came, and the folders of jobs that cannot be recovered now.
 
-    Half-made moves are completed here, half-published images by `publish.recover`.
-    Repeatable. Raises OSError, DiskTrouble: a folder cannot be used now.
+    Half-made moves are completed here, half-published images by `publish.recover`. Trouble with a disk on
+    which one job's files lie holds up that job: `recover_one` it later.
+    Repeatable. Raises OSError, DiskTrouble: a folder that all need cannot be used now.
 
     Thread: clerk.
     """
@@ -34,23 +45,51 @@ def recover(spool: Spool) -> tuple[list[Job], list[Unresolved]]:
     for finished in paths.homes("finished"):
         fs.remove_tree(Path(finished))
     spool.parked.clear()
-    with cleared.held_open(spool) as failed:
-        for parked in paths.homes("parked"):
-            _recover_parked(spool, Path(parked), failed)
-    jobs, unresolved = [], []
+    left: list[Left] = []
+    troubled: list[Path] = []
+
+    def go_on(home: str, found: _Found) -> None:
+        try:
+            one = _recover_home(spool, home, found)
+        except OSError:
+            troubled.append(Path(home))
+            if len(troubled) > _TROUBLED:
+                raise
+        else:
+            left.extend([one] if one else [])
+
+    for home in paths.homes("parked"):
+        go_on(home, ([], None))
     homes = sorted(paths.homes(*IN_HAND), key=os.path.basename)
-    newest = frozenset(homes[-NEWEST:])
-    for home, (listed, job) in zip(homes, _look_into(paths, homes), strict=True):
-        if any(name.startswith(fs.TEMPORARY) for name in listed):
-            fs.remove_temporaries(Path(home))
-        is_failing = FAILING in listed and bool(read_json(f"{home}/{FAILING}"))
-        if job:
-            if left := _recover_job(spool, job, is_failing, home in newest):
-                jobs.append(left)
-        elif claimed := _recover_claim(spool, Path(home), is_failing):
-            unresolved.append(claimed)
+    for home, found in zip(homes, _look_into(paths, homes), strict=True):
+        go_on(home, found)
     _remove_temporaries(paths)
-    return jobs, unresolved
+    return left, troubled
+
+
+def recover_one(spool: Spool, home: Path) -> Left | None:
+    """Do for the job of one folder what `recover` does for all. Repeatable. Raises OSError.
+
+    Thread: clerk.
+    """
+    listed = os.listdir(home) if home.is_dir() else []
+    return _recover_home(
+        spool, str(home), (listed, record.load_if_whole(spool.paths, str(home), listed))
+    )
+
+
+def _recover_home(spool: Spool, home: str, found: _Found) -> Left | None:
+    """Complete what was half-done with one job; returns what to go on with, None if it has ended."""
+    listed, job = found
+    if state_of(home) == "parked":
+        _recover_parked(spool, Path(home))
+        return None
+    if any(name.startswith(fs.TEMPORARY) for name in listed):
+        fs.remove_temporaries(Path(home))
+    is_failing = FAILING in listed and bool(read_json(f"{home}/{FAILING}"))
+    if job:
+        return _recover_job(spool, job, is_failing)
+    return _recover_claim(spool, Path(home), is_failing)
 
 
 def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
@@ -69,15 +108,26 @@ def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
             yield from found
 
 
-def _recover_job(spool: Spool, job: Job, is_failing: bool, is_new: bool) -> Job | None:
-    """Return the job to go on with; None if it was at its end, which is completed here."""
+def _recover_job(spool: Spool, job: Job, is_failing: bool) -> Job | None:
+    """Return the job to go on with; None if it was at its end, which is completed here.
+
+    Whether its outbox folder still stands is seen when something is put there.
+    """
+    spool.outbox.hold(job)
     if is_failing:
-        fs.remove_temporaries(job.outbox_folder)
+        _remove_temporaries_of(spool, job)
         ending.finish(spool, job)
         return None
-    spool.outbox.recover_folder(job, is_new)
     job.close()
     return job
+
+
+def _remove_temporaries_of(spool: Spool, job: Job) -> None:
+    try:
+        with spool.outbox.folder(job) as folder:
+            fs.remove_temporaries(folder)
+    except FolderLost:
+        pass  # taken away with what was in it
 
 
 def _recover_claim(spool: Spool, home: Path, is_failing: bool) -> Unresolved | None:
@@ -105,14 +155,14 @@ def _forget_images(home: Path) -> None:
             fs.remove_file(Path(entry.path))
 
 
-def _recover_parked(spool: Spool, home: Path, failed: Path) -> None:
+def _recover_parked(spool: Spool, home: Path) -> None:
     """Complete a retry that had begun; remove a job whose file somebody has taken out of failed/."""
     if any(True for _ in fs.files(home / DROP)):
         if retry.unpark(spool, home) is None:
             _claim_again(spool, home)
     elif plan := read_plan(home):
         target, _ = plan
-        if cleared.missing(failed, [target]):
+        if cleared.is_missing(spool, target):
             ending.leave(
                 spool, home, "finished"
             )  # the file is a new job now, if it is dropped again

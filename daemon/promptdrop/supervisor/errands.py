@@ -7,7 +7,8 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any
 
-from promptdrop.loop import TROUBLE, Loop
+from promptdrop import names
+from promptdrop.loop import TROUBLE, Loop, Owner
 from promptdrop.spool import control
 
 SLICE_SECONDS = 0.1  # that the clerk spends on an errand before others have their turn
@@ -26,7 +27,8 @@ class Errand:
     """What a command asks to be done to each of many things. Those in trouble with a disk come last.
 
     do: to one thing, on the clerk's thread; repeatable. Returns False if the thing is not known yet.
-    remove: removes the command, on that thread. report: called on the loop after each slice.
+    remove: removes the command, on that thread. report: called on the loop after each slice. share: the part
+    of a slice that it may take, where the clerk has more to do for each thing afterwards.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Errand:
         do: Callable[[Any], bool],
         remove: Callable[[], None],
         report: Callable[[Progress], None],
+        share: float = 1.0,
     ) -> None:
-        self.report = report
-        self._name, self._do, self._remove = name, do, remove
+        self.name, self.report = name, report
+        self._do, self._remove = do, remove
+        self._share = share
         self._left = deque(things)
         self._in_trouble: list[Any] = []
         self._is_early = False  # something is not known yet
@@ -52,8 +56,8 @@ class Errand:
 
         Thread: clerk.
         """
-        with control.removed_if_fatal(self._name, self._remove):
-            return self._work(time.monotonic() + SLICE_SECONDS)
+        with control.removed_if_fatal(self.name, self._remove):
+            return self._work(time.monotonic() + SLICE_SECONDS * self._share)
 
     def _work(self, until: float) -> Progress:
         trouble: Exception | None = None
@@ -103,7 +107,8 @@ class Errands:
         self._is_working = False
         if progress is Progress.DISK:
             then = partial(self._work_again_done, errand)
-            self._loop.off("clerk", partial(_work_again, errand), then)
+            owner = Owner(names.printable(errand.name), lane=("command", errand.name))
+            self._loop.off("clerk", partial(_work_again, errand), then, owner=owner)
         self._go_on(errand, progress)
 
     def _work_again_done(self, errand: Errand, progress: Progress) -> None:

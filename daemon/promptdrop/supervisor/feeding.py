@@ -6,7 +6,9 @@ from promptdrop.loop import PUBLISHERS
 from promptdrop.pool.messages import Render
 from promptdrop.pool.pool import Slot
 from promptdrop.spool import claim
+from promptdrop.spool.job import Job
 from promptdrop.supervisor.gate import Gate
+from promptdrop.supervisor.holding import Holding
 from promptdrop.supervisor.publishing import Publishing
 from promptdrop.supervisor.work import Running, Work
 
@@ -14,8 +16,9 @@ from promptdrop.supervisor.work import Running, Work
 class Feeder:
     """Sends queued images to engines."""
 
-    def __init__(self, work: Work, gate: Gate, publishing: Publishing) -> None:
-        self._work, self._gate, self._publishing = work, gate, publishing
+    def __init__(self, work: Work, gate: Gate, holding: Holding, publishing: Publishing) -> None:
+        self._work, self._gate = work, gate
+        self._holding, self._publishing = holding, publishing
 
     def feed(self, now: float) -> None:
         """Send as many images as engines and publishers have room for."""
@@ -27,7 +30,7 @@ class Feeder:
         pool, queue = self._work.pool, self._work.queue
         room = max(PUBLISHERS, 2 * len(pool.slots) * self._work.config.engine.batch)
         while self._publishing.under_way < room and (slot := pool.has_room()):
-            taken = queue.take()
+            taken = self._take()
             if taken is None:
                 pool.share()
                 return
@@ -39,6 +42,15 @@ class Feeder:
                 queue.put_back(job, number)
                 self._gate.disk_failed(e)
                 return
+
+    def _take(self) -> tuple[Job, int] | None:
+        """Take the next image that nothing holds: (job, number)."""
+        while taken := self._work.queue.take():
+            job, number = taken
+            if not self._holding.is_held(job):
+                return taken
+            self._holding.set_aside(self._work.running[job.id], number)
+        return None
 
     def _send(self, slot: Slot, running: Running, number: int, now: float) -> None:
         """Send one image to an engine. Raises OSError: out of descriptors or memory."""

@@ -1,9 +1,12 @@
 """Decide what may begin now: not all may during a pause, trouble with a disk, a stop or the end."""
 
+from collections.abc import Iterator
+
 from promptdrop import log
 from promptdrop.intake.intake import Survey
 from promptdrop.loop import Loop, reason_of
 from promptdrop.pool.pool import Pool
+from promptdrop.troubles import Held
 
 
 class Gate:
@@ -36,14 +39,13 @@ class Gate:
         """Whether a new engine may be started."""
         return self.exit_status is None and self.stop_at is None
 
+    def held(self) -> Iterator[Held]:
+        """Yield the files that trouble of their own holds up, while others go on."""
+        return self._loop.troubles.own()
+
     def why_held(self) -> str | None:
         """Say why work does not go on; None if it does."""
-        return (
-            self.paused
-            or self._pool.trouble
-            or self.trouble
-            or next(iter(self._loop.trouble.values()), None)
-        )
+        return self.paused or self._pool.trouble or self.trouble or self._loop.troubles.everybodys()
 
     def reason(self, now: float) -> str | None:
         """Text for Status.reason: why work is held, else which thread is slow."""
@@ -57,6 +59,7 @@ class Gate:
                 log.get().warning("disk.trouble", reason=survey.trouble)
             else:
                 log.get().info("disk.cured")
+                self._loop.try_again()
         if survey.paused == self.paused:
             return False
         self.paused = survey.paused

@@ -10,7 +10,7 @@ from typing import Any
 from promptdrop import clock, log, names
 from promptdrop.errors import Problem, RequestError
 from promptdrop.intake.intake import Intake
-from promptdrop.loop import Loop
+from promptdrop.loop import Loop, Owner
 from promptdrop.nouns import JobOutcome
 from promptdrop.records import ErrorRecord, StatusFinished
 from promptdrop.spool import ending, record
@@ -18,22 +18,27 @@ from promptdrop.spool.ids import is_job_id
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.errands import Errand, Errands, Progress
+from promptdrop.supervisor.holding import Holding
 from promptdrop.supervisor.measuring import Measuring
 from promptdrop.supervisor.work import Running, Work
 
 OPEN_IMAGES = 1000  # so many queued: a new job's detail is kept on the disk only
+CANCEL_SHARE = 0.1  # to end a job takes about ten times as long as to record that it is cancelled
 LISTED = 100  # ends that are remembered for the status
 
 
 class Jobs:
     """Every job from its acceptance to its end."""
 
-    def __init__(self, work: Work, loop: Loop, spool: Spool, intake: Intake) -> None:
+    def __init__(
+        self, work: Work, loop: Loop, spool: Spool, intake: Intake, holding: Holding
+    ) -> None:
         self.errands = Errands(loop)  # of commands
         self.measuring = Measuring(work, self._enqueue, self._refuse_too_long)
         self.finished: deque[StatusFinished] = deque(maxlen=LISTED)
         self.refusing = 0  # files on their way to failed/
         self._work, self._loop, self._spool, self._intake = work, loop, spool, intake
+        self._holding = holding
 
     def accept(self, job: Job) -> None:
         """Take on a job to render: new, recovered or retried."""
@@ -80,6 +85,7 @@ class Jobs:
             do=partial(self._cancel, recorded),
             remove=remove,
             report=partial(self._cancelled, recorded, report),
+            share=CANCEL_SHARE,
         )
         self.errands.begin(errand)
 
@@ -87,6 +93,7 @@ class Jobs:
         running.job.cancelled = True
         running.busy += 1  # it does not end before this is recorded
         self._work.queue.drop(running.job)
+        self._holding.forget(running.job)
         self.measuring.forget(running)
         self._work.stop(running)
         log.get().info("job.cancelling", job=running.job.id)
@@ -125,7 +132,7 @@ class Jobs:
     def _send_to_failed(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> None:
         self.refusing += 1
         work = partial(self._refuse, refused, problems)
-        self._loop.off("clerk", work, partial(self._refuse_done, refused))
+        self._loop.off("clerk", work, partial(self._refuse_done, refused), owner=_owner(refused))
 
     def _refuse(self, refused: Job | Unresolved, problems: Sequence[Problem]) -> ErrorRecord:
         """Move the file to failed/, with the reason.
@@ -156,7 +163,7 @@ class Jobs:
             return
         running.ending = True
         then = partial(self._finish_done, running.job)
-        self._loop.off("clerk", partial(self._finish, running.job), then)
+        self._loop.off("clerk", partial(self._finish, running.job), then, owner=_owner(running.job))
 
     def _finish(self, job: Job) -> JobOutcome:
         """Move the dropped file to its last place, and remove or park the job.
@@ -203,3 +210,8 @@ class Jobs:
                 finished=clock.timestamp(),
             )
         )
+
+
+def _owner(job: Job | Unresolved) -> Owner:
+    """Say whose trouble it is when the end of a job meets trouble with a disk."""
+    return Owner(job.shown, job.lane if isinstance(job, Job) else job.id)

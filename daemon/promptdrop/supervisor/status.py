@@ -14,6 +14,7 @@ from promptdrop.records import (
     Status,
     StatusEngine,
     StatusFinished,
+    StatusHeld,
     StatusImage,
     StatusJob,
     StatusQueue,
@@ -25,6 +26,7 @@ from promptdrop.supervisor.images import Images
 from promptdrop.supervisor.jobs import LISTED, Jobs
 from promptdrop.supervisor.publishing import Publishing
 from promptdrop.supervisor.work import Running, Work
+from promptdrop.troubles import Held
 
 State = Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
 
@@ -52,7 +54,7 @@ class Composer:
             return "stopping"
         if self._gate.paused:
             return "paused"
-        if self._gate.why_held():
+        if self._gate.why_held() or self._is_held_up():
             return "waiting"
         if self._pool.is_unloaded:
             return "ready"
@@ -73,35 +75,45 @@ class Composer:
         ]
         return (
             self.state(),
-            self._gate.reason(now),
+            self._reason(now),
             self._publishing.published,
             len(self._work.running),
             last.id if last else None,
             stages,
             tuple(self._waiting()),
+            tuple(self._held()),
         )
+
+    def _reason(self, now: float) -> str | None:
+        if (reason := self._gate.reason(now)) or not self._is_held_up():
+            return reason
+        held = next(self._held())
+        return f"{held.name} is held up: {held.why}"
 
     def compose(self, state: State, now: float) -> Status:
         """Compose the whole status, as of now."""
         window = self._images.window.summary()
-        left = len(self._work.queue) + len(self._work.tickets)
+        left = len(self._work.queue) + len(self._work.tickets) + self._publishing.set_aside
         engines = [self._engine(slot, now) for slot in self._pool.slots or [Slot(1)]]
         running = self._work.running
         return Status(
             state=state,
-            reason=self._gate.reason(now),
+            reason=self._reason(now),
             pid=os.getpid(),
             engine=next((e for e in engines if e.state == "ready"), engines[0]),
             engines=engines,
             current=next((e.current for e in engines if e.current), None),
             watch=self._intake.watch,
             queue=StatusQueue(
-                jobs=len(running), images=left, publishing=self._publishing.under_way
+                jobs=len(running),
+                images=left,
+                publishing=self._publishing.under_way + self._publishing.stalled,
             ),
             jobs=[_job(one) for one in islice(running.values(), LISTED)],
             waiting=[
                 StatusWaiting(file=names.printable(path), why=why) for path, why in self._waiting()
             ],
+            held=[StatusHeld(file=held.name, why=held.why) for held in self._held()],
             finished=list(self._jobs.finished),
             window=window,
             eta_seconds=self._eta_seconds(left, window),
@@ -110,6 +122,14 @@ class Composer:
             updated=clock.timestamp(),
             version=VERSION,
         )
+
+    def _held(self) -> Iterator[Held]:
+        return islice(self._gate.held(), LISTED)
+
+    def _is_held_up(self) -> bool:
+        """Whether all that is left is held up by trouble of its own."""
+        has_work = self._work.tickets or len(self._work.queue) or self._publishing.under_way
+        return not has_work and any(True for _ in self._held())
 
     def _waiting(self) -> Iterator[tuple[str, str]]:
         return islice(self._intake.waiting.items(), LISTED)

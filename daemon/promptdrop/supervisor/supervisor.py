@@ -39,6 +39,7 @@ from promptdrop.supervisor.commands import Commands
 from promptdrop.supervisor.engines import Engines
 from promptdrop.supervisor.feeding import Feeder
 from promptdrop.supervisor.gate import Gate
+from promptdrop.supervisor.holding import Holding
 from promptdrop.supervisor.images import Images
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.publishing import Publishing
@@ -46,11 +47,13 @@ from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.reporting import Reporter
 from promptdrop.supervisor.status import Composer
 from promptdrop.supervisor.work import Work
+from promptdrop.troubles import Held
 from promptdrop.version import __version__
 
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
 # One of the middle generation, of at most 50,000 objects, costs 10 to 20 ms.
 GC_THRESHOLDS = 5_000, 10, 1_000_000
+HELD_NAMED = 10  # files that hold up a drain
 
 
 class Supervisor:
@@ -72,13 +75,14 @@ class Supervisor:
         self._pool = pool = Pool(settings, _backend(settings, drain))
         self._gate = gate = Gate(loop, pool)
         self._work = work = Work(pool)
-        self._jobs = jobs = Jobs(work, loop, spool, intake)
+        holding = Holding(work.queue)
+        self._jobs = jobs = Jobs(work, loop, spool, intake, holding)
         self._recovery = Recovery(loop, spool, intake, self.accept)
         self._commands = Commands(loop, spool, jobs, intake)
         self._cancels = Cancels(work, gate, loop, spool, jobs, intake)
-        self._publishing = Publishing(loop, spool, jobs.image_ended)
+        self._publishing = Publishing(loop, spool, holding, jobs.image_ended)
         self._images = Images(work, loop, jobs, self._publishing)
-        self._feeder = Feeder(work, gate, self._publishing)
+        self._feeder = Feeder(work, gate, holding, self._publishing)
         self._engines = Engines(work, gate, loop, self._images, jobs.measuring, self._notifier)
         composer = Composer(work, gate, intake, jobs, self._images, self._publishing)
         self._reporter = Reporter(
@@ -272,22 +276,46 @@ class Supervisor:
             in_hand = self._work.tickets and not self._pool.trouble
             if not (in_hand or self._publishing.is_saving):
                 self._gate.end(1, f"cannot drain: {reason}")
-        elif not self._is_busy():
-            ready = self._pool.is_unloaded or self._pool.first_warm() is not None
-            if self._intake.is_quiet() and ready:
+            return
+        if not (self._pool.is_unloaded or self._pool.first_warm()):
+            return
+        held = list(self._gate.held())
+        if not self._is_busy():
+            if self._intake.is_quiet():
                 self._gate.end(0)
-            elif self._intake.obstacle and ready and self._intake.is_idle():
+            elif self._intake.obstacle and self._intake.is_idle() and not held:
                 self._gate.end(1, f"cannot drain: a file {self._intake.obstacle}")
+        if held and self._intake.is_stuck() and not self._is_working():
+            self._gate.end(1, _cannot_drain(held))
+
+    def _is_working(self) -> bool:
+        """Whether anything is left to do that is not held up by trouble of its own."""
+        return bool(
+            self._work.tickets
+            or len(self._work.queue)
+            or self._publishing.under_way
+            or self._jobs.measuring.waiting
+            or self._jobs.measuring.asked
+            or self._loop.is_working
+        )
 
     def _is_busy(self) -> bool:
         """Whether a job has not ended, or a command is being carried out."""
         return bool(
             not self._recovery.is_over
+            or self._recovery.troubled
             or self._work.running
             or self._jobs.refusing
             or self._commands.is_busy
             or self._cancels.is_busy
         )
+
+
+def _cannot_drain(held: list[Held]) -> str:
+    """Name what holds up a drain."""
+    named = "; ".join(f"{one.name}: {one.why}" for one in held[:HELD_NAMED])
+    more = f"; and {len(held) - HELD_NAMED} more" if len(held) > HELD_NAMED else ""
+    return f"cannot drain: held up: {named}{more}"
 
 
 def _backend(settings: Config, drain: bool) -> Backend:
