@@ -109,11 +109,13 @@ def test_links_of_bob_lead_a_retry_nowhere(shared: Daemon) -> None:
     aim = shared.home / "aim"
     aim.mkdir(mode=0o777)
     aim.chmod(0o777)
+    for folder in ("in", "gone"):
+        (shared.inbox / folder).mkdir()
+        (shared.inbox / folder).chmod(0o777)
     for path in ("a.txt", "in/b.txt", "gone/c.txt"):
         shared.drop(path, "")
         (shared.inbox / f"{path}.done").touch()
         shared.error(path)
-    shared.failed.chmod(0o2777)
     (shared.home / "retry.json").write_text(
         '{"command": "retry", "targets": ["a.txt", "in/b.txt", "gone/c.txt"]}'
     )
