@@ -7,7 +7,7 @@
     feeding      queued images go to engines
     engines      what follows from their answers and deaths; unloading them when idle
     images       what comes of an image that an engine held; publishing: on its way to the outbox
-    commands     `promptdrop cancel` and `retry`; cancels: NAME.cancel in the inbox
+    commands     `promptdrop cancel` and `retry`; cancels: NAME.cancel in the inbox; errands: in slices
     status       what the daemon does; reporting: to whom it is shown, and when
 
 Everything here runs on the loop, except functions whose docstring names a room. Nothing imports torch.
