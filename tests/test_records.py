@@ -71,3 +71,62 @@ def test_keys_of_another_version() -> None:
     assert read.queue.images == 5
     assert read.queue.jobs == 0
     assert "dreams" not in read.model_dump()
+
+
+# --- documents that strangers may have written --------------------------------------------------
+
+
+def error_record(**changes: Any) -> dict[str, Any]:
+    """A whole error record."""
+    usual = {"file": "a.txt", "outcome": "failed", "error": "no luck", "retry": "", "time": ""}
+    return {"schema": "promptdrop.error/1", **usual, "host": "", "version": "", **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": []}, {"id": 5}, {"error": None}, {"folder": {}}, {"missing": [1, "2"]},
+        {"missing": [10**30]}, {"problems": [{"line": "1"}]}, {"problems": {}}, {"schema": 5},
+        {"schema": "promptdrop.error/2"},
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_no_document(changes: dict[str, Any]) -> None:
+    """A value of another type, a number out of range or another schema, at any depth: none of it is used."""
+    assert records.fitting(ErrorRecord, error_record(**changes)) is None
+
+
+def test_what_fits_may_be_of_another_version() -> None:
+    """Keys that are missing or new are no reason to refuse a document."""
+    ours = records.fitting(ErrorRecord, error_record(id="x", new=1))
+    bare = records.fitting(ErrorRecord, {"schema": "promptdrop.error/1"})
+
+    assert ours == ErrorRecord.model_validate(error_record(id="x"))
+    assert bare == records.read(ErrorRecord, {})
+    assert records.fitting(ErrorRecord, {}) is None
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -(2.0**64), 2**64, 10**400])
+def test_numbers_that_no_format_holds_count_as_missing(value: float) -> None:
+    """JSON has numbers of any size, and Python reads three words as numbers, too."""
+    assert records.read(Status, {"eta_seconds": value, "pid": 7}).eta_seconds is None
+
+
+def test_the_largest_documents_of_our_own_are_read() -> None:
+    """The bounds are above what this program can write."""
+    images = [
+        {"image": n, "file": "n" * 255, "seed": 2**63 - 1, "outcome": "failed", "error": "e" * 3000}
+        for n in range(1, 10_001)
+    ]
+    summary = records.read(JobSummary, {"images": images})
+    text = "\x01" * 20_000  # six bytes each
+    texts = {"prompt": text, "negative_prompt": text, "meta": {"m": "\x01" * 16_384}}
+    sidecar = records.read(
+        Sidecar, {"request": texts, "prompt": {"text": text}, "steps_ms": [12345.6] * 200}
+    )
+    failed = records.read(
+        ErrorRecord, error_record(error="e" * 30_000, missing=list(range(1_000_000)))
+    )
+
+    assert len(records.to_bytes(summary)) < 10_000 * records.SUMMARY_BYTES_OF_IMAGE
+    assert len(records.to_bytes(sidecar)) < records.SIDECAR_BYTES
+    assert len(records.to_bytes(failed)) < records.ERROR_BYTES

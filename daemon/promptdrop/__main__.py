@@ -1,8 +1,18 @@
-"""`python -m promptdrop` is the command `promptdrop`."""
+"""The command `promptdrop`, which is `python -m promptdrop`, too."""
 
 import sys
 
-from promptdrop.cli.main import main
+from promptdrop import signals
+
+signals.note()  # before the imports, which take a while
+
+
+def main() -> int:
+    """Run one command and return its exit status."""
+    from promptdrop.cli import main
+
+    return main.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -72,7 +72,8 @@ def load(file: Path) -> Config:
     try:
         return parse(_values(tree), file)
     except ValidationError as e:
-        raise ConfigError("\n".join(_explain(file, tree, error) for error in e.errors())) from None
+        first, *others = (_explain(file, tree, error) for error in e.errors())
+        raise ConfigError(first, more_lines=others) from None
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:

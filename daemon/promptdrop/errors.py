@@ -9,12 +9,18 @@ from dataclasses import dataclass
 
 
 class PromptdropError(Exception):
-    """Ends a command with `exit_status`; its text goes to stderr."""
+    """Ends a command with `exit_status`; its lines go to stderr."""
 
     exit_status = 1
 
-    def __init__(self, text: str, exit_status: int | None = None) -> None:
-        super().__init__(text)
+    def __init__(
+        self, text: str, exit_status: int | None = None, more_lines: Iterable[str] = ()
+    ) -> None:
+        self.lines = (
+            text,
+            *more_lines,
+        )  # a line break in one of them is somebody's, and is escaped
+        super().__init__("\n".join(self.lines))
         if exit_status:
             self.exit_status = exit_status
 

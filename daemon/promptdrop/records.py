@@ -17,6 +17,12 @@ from promptdrop.version import __version__
 HOST = socket.gethostname()  # `host` of what this machine writes
 VERSION = f"promptdrop {__version__}"  # ... and its `version`
 
+# The most bytes of a document that this program can have written. Where a group may write, a longer
+# one is not ours, and is not read.
+SIDECAR_BYTES = 1 << 20  # three texts of 20,000 characters of up to 6 bytes; 16 KiB of meta
+ERROR_BYTES = 16 << 20  # the numbers of 1,000,000 missing images, the highest limits.images_per_job
+SUMMARY_BYTES_OF_IMAGE = 4096  # a name of 255 bytes, and an error of 3,000
+
 
 class Record(BaseModel):
     """A frozen part of a document. Numbers are finite; a value that is not known is null."""
@@ -230,6 +236,10 @@ class StatusQueue(Record):
     jobs: int
     images: int
     publishing: int
+    behind: int = Field(
+        default=0,
+        description="files and images that wait because others of their folder are held up",
+    )
 
 
 class StatusWaiting(Record):
@@ -305,39 +315,66 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def read(kind: type[AnyRecord], document: Mapping[str, Any]) -> AnyRecord:
     """Read a document that another version, or a stranger, may have written; no content is an error.
 
-    Unknown keys are ignored. A key that is missing, or has a value of another type, has its default;
+    Unknown keys are ignored. A key that is missing, or has a value that does not fit, has its default;
     without one None where the schema allows null, else the empty value: 0, "", [], {}.
     """
+    return _read(kind, document, is_strict=False)
+
+
+def fitting(kind: type[AnyRecord], document: Mapping[str, Any]) -> AnyRecord | None:
+    """Read a document that a stranger may have written; None if it is no such document.
+
+    That is one of another schema, or with a value that does not fit. Keys that are unknown or missing
+    are those of another version, as in `read`.
+    """
+    if document.get("schema") != kind.model_fields["schema_"].default:
+        return None
+    try:
+        return _read(kind, document, is_strict=True)
+    except TypeError:
+        return None
+
+
+def _read(kind: type[AnyRecord], document: Mapping[str, Any], is_strict: bool) -> AnyRecord:
+    """Read a document. Raises TypeError: `is_strict`, and a value does not fit."""
     values = {}
     for name, field in kind.model_fields.items():
         try:
-            values[name] = _checked(field.annotation, document[field.alias or name])
-        except (KeyError, TypeError):
-            is_required = field.is_required()
-            values[name] = (
-                _empty(field.annotation)
-                if is_required
-                else field.get_default(call_default_factory=True)
-            )
+            values[name] = _checked(field.annotation, document[field.alias or name], is_strict)
+            continue
+        except KeyError:
+            pass  # the key of another version
+        except TypeError:
+            if is_strict:
+                raise
+        values[name] = (
+            _empty(field.annotation)
+            if field.is_required()
+            else field.get_default(call_default_factory=True)
+        )
     return kind.model_construct(**values)
 
 
-def _checked(annotation: Any, value: Any) -> Any:
-    """Return the value as a field of this type has it. Raises TypeError: it is of another type.
+def _checked(annotation: Any, value: Any, is_strict: bool) -> Any:
+    """Return the value as a field of this type has it.
+
+    Raises TypeError: it is of another type, or a number that is not finite or has over 64 bits.
 
     Any text passes for a Literal, since another version may have more words.
     """
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is UnionType:  # X | None
-        return None if value is None else _checked(inner[0], value)
+        return None if value is None else _checked(inner[0], value, is_strict)
     if origin is list:
-        return [_checked(inner[0], one) for one in _checked(list, value)]
+        return [_checked(inner[0], one, is_strict) for one in _checked(list, value, is_strict)]
     plain = str if origin is Literal else origin or annotation
     if issubclass(plain, Record):
-        return read(plain, _checked(dict, value))
+        return _read(plain, _checked(dict, value, is_strict), is_strict)
     allowed = (int, float) if plain is float else plain
     if not isinstance(value, allowed) or (isinstance(value, bool) and plain is not bool):
         raise TypeError(f"{value!r} is no {annotation}")
+    if isinstance(value, int | float) and not abs(value) < 2**64:  # also one that is no number
+        raise TypeError(f"{value!r} is out of range")
     return value
 
 

@@ -52,10 +52,11 @@ def resolve(config: Config) -> Path:
         return found[0]
     if not places:
         raise ModelError(f"model.id: {config.model.id}: no such folder: {folder}")
-    looked_at = "".join(f"\n  {place}{_several(place)}" for place in [folder, *places])
+    looked_at = [f"  {place}{_several(place)}" for place in [folder, *places]]
     raise ModelError(
         f"model.id: {config.model.id}: its files are not on this disk; fetch them with:"
-        f" {fetch_command(config)}\nlooked at:{looked_at}"
+        f" {fetch_command(config)}",
+        more_lines=["looked at:", *looked_at],
     )
 
 
@@ -70,10 +71,9 @@ def require(config: Config) -> Path:
             cure = "expected a whole checkpoint in diffusers' layout here"
         else:
             cure = f"fetch them with: {fetch_command(config)}"
-        files = "".join(f"\n  {name}" for name in missing)
         raise ModelError(
-            f"{directory}: {len(missing)} of the model's files are missing or incomplete;"
-            f" {cure}{files}"
+            f"{directory}: {len(missing)} of the model's files are missing or incomplete; {cure}",
+            more_lines=[f"  {name}" for name in missing],
         )
     kind = _json(directory / "model_index.json").get("_class_name")
     if kind != PIPELINE_CLASS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from promptdrop.cli import client
 from promptdrop.cli.client import Dropped, Ended
-from promptdrop.errors import ConfigError, PromptdropError
+from promptdrop.errors import ConfigError, PromptdropError, UsageError
 from promptdrop.records import Status
 from promptdrop.spool.spool import Spool
 from spools import claimed, claimed_job, finish, init_spool, make_spool, refuse, resolved
@@ -95,7 +96,7 @@ def test_waiting_sees_a_file_in_each_place(spool: Spool) -> None:
     )
 
     assert seen == ["inbox", "being claimed", "in hand"]
-    assert ended == Ended("done", "s/cat", None)
+    assert ended == Ended("done", "s/cat", None, dropped.job_id)
     assert dropped.job_id == jobs[1].id
 
 
@@ -105,7 +106,7 @@ def test_the_errors_of_a_job_are_told(spool: Spool) -> None:
     made = resolved(spool, claimed(spool, "cat.txt"), images=5)
     ended, _ = wait(spool, dropped, lambda: finish(spool, made, "e1", "e2", "e3", "e4"))
 
-    assert ended == Ended("partial", "cat", "e1; e2; e3")
+    assert ended == Ended("partial", "cat", "e1; e2; e3", made.id)
 
 
 def test_a_refused_file_is_known_from_the_status(spool: Spool) -> None:
@@ -120,7 +121,7 @@ def test_a_refused_file_is_known_from_the_status(spool: Spool) -> None:
         (spool.paths.inbox / dropped.path).unlink()
         write_status(spool.paths.status, finished=[earlier, own, stranger])
 
-    assert wait(spool, dropped, refuse_it)[0] == Ended("refused", None, "is empty")
+    assert wait(spool, dropped, refuse_it)[0] == Ended("refused", None, "is empty", "id")
 
 
 def test_a_withdrawn_file_is_not_waited_for(spool: Spool) -> None:
@@ -170,22 +171,6 @@ def test_a_status_of_another_version_ends_no_wait(owned: Spool) -> None:
     assert ended.outcome == "done"
 
 
-def test_pictures_come_in_order(spool: Spool) -> None:
-    """Images come by number, each with its sidecar; other JSON files are passed over."""
-    finish(spool, claimed_job(spool, "cat.txt"))
-    folder = spool.paths.outbox / "cat"
-    for number in (10, 9):
-        sidecar = {"schema": "promptdrop.image/1", "job": {"image": number}}
-        image = {"image": {"file": f"{number}.png"}}
-        (folder / f"cat-{number:04d}.json").write_text(json.dumps(sidecar | image))
-    (folder / "stranger.json").write_text("[]")
-    found = list(client.pictures(spool, "cat"))
-
-    assert [picture.name for picture, _ in found] == ["9.png", "10.png"]
-    assert [sidecar.job.image for _, sidecar in found] == [9, 10]
-    assert found[0][1].latency_ms.render is None
-
-
 def test_what_is_no_job_in_hand(spool: Spool) -> None:
     """Refused files, a stranger's folder and a torn record are not listed and raise no error."""
     refuse(spool, "a.txt", "is empty")
@@ -195,3 +180,104 @@ def test_what_is_no_job_in_hand(spool: Spool) -> None:
         (torn.home / "request.json").write_text(text)
 
     assert list(client.jobs_in_hand(spool)) == []
+
+
+# --- a spool where others are at work -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("sub", ["night", "night/s", "s/night", "file"])
+def test_nothing_is_dropped_through_a_link(spool: Spool, tmp_path: Path, sub: str) -> None:
+    """A link or a file in the place of a sub-folder is named, and nothing is made behind it."""
+    behind = tmp_path / "behind"
+    behind.mkdir()
+    (spool.paths.inbox / "s").mkdir()
+    for link in ("night", "s/night"):
+        (spool.paths.inbox / link).symlink_to(behind)
+    (spool.paths.inbox / "file").touch()
+
+    with pytest.raises(
+        UsageError, match="a link, or no folder; expected a sub-folder of the inbox"
+    ):
+        client.drop(spool, b"a", "cat.txt", sub)
+    assert list(behind.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "file"])
+def test_a_marker_that_is_taken(tmp_path: Path, kind: str) -> None:
+    """Where something has the marker's name, file and marker get other names; no link is followed."""
+    spool = init_spool(tmp_path, watch={"ready_suffix": ".done"})
+    marker, target = spool.paths.inbox / "cat.txt.done", tmp_path / "target"
+    if "link" in kind:
+        marker.symlink_to(target)
+    if kind == "link":
+        target.write_text("a secret")
+    if kind == "folder":
+        marker.mkdir()
+    if kind == "file":
+        marker.touch()
+    dropped = client.drop(spool, b"a", "cat.txt")
+
+    assert dropped.path == "cat~2.txt"
+    assert sorted(os.listdir(spool.paths.inbox)) == ["cat.txt.done", "cat~2.txt", "cat~2.txt.done"]
+    assert target.exists() == (kind == "link")
+
+
+@pytest.mark.parametrize(
+    ("mode", "directory_mode", "expected"),
+    [
+        ("0664", "2775", (0o664, 0o2775)),
+        ("0660", "2770", (0o660, 0o2770)),
+        ("0640", "2750", (0o640, 0o2770)),
+        ("0600", "0700", (0o600, 0o2770)),
+        ("0444", "0555", (0o644, 0o2775)),
+    ],
+)
+def test_the_mode_of_a_drop(
+    tmp_path: Path, mode: str, directory_mode: str, expected: tuple[int, int]
+) -> None:
+    """It keeps from people what output.mode keeps from them; we and the daemon can always use it."""
+    output = {"mode": mode, "directory_mode": directory_mode}
+    spool = init_spool(tmp_path, watch={"ready_suffix": ".done"}, output=output)
+    client.drop(spool, b"a", "cat.txt", "s")
+    folder = spool.paths.inbox / "s"
+    file, inner, marker = (
+        stat.S_IMODE((folder / name).stat().st_mode) for name in ("cat.txt", "", "cat.txt.done")
+    )
+
+    assert (file, inner) == expected
+    assert marker == file
+
+
+@pytest.mark.parametrize("forged", ["link", "huge", "wrong", "folder", "another's"])
+def test_a_job_json_that_is_not_ours_ends_no_wait(
+    spool: Spool, tmp_path: Path, forged: str
+) -> None:
+    """It is as if it were not there, until job.json is the job's again."""
+    dropped = client.drop(spool, b"a cat", "cat.txt")
+    made = resolved(spool, claimed(spool, "cat.txt"))
+    own, kept = spool.paths.outbox / "cat/job.json", tmp_path / "kept"
+
+    def forge() -> None:
+        finish(spool, made)
+        document = json.loads(own.read_bytes())
+        own.rename(kept)
+        if forged == "link":
+            own.symlink_to(kept)
+        elif forged == "huge":
+            own.touch()
+            os.truncate(own, 8 << 30)
+        elif forged == "wrong":
+            own.write_text(json.dumps({**document, "images": [{"error": 5}]}))
+        elif forged == "another's":
+            own.write_text(json.dumps({**document, "id": "x", "outcome": "failed"}))
+        else:
+            own.mkdir()
+
+    def restore() -> None:
+        (own.rmdir if own.is_dir() else own.unlink)()
+        kept.rename(own)
+
+    ended, seen = wait(spool, dropped, forge, lambda: None, restore)
+
+    assert ended.outcome == "done"
+    assert seen[-2:] == ["gone", "gone"]

@@ -49,12 +49,14 @@ def test_failed_files_by_each_of_their_names(spool: Spool) -> None:
 
 
 def test_a_reason_that_is_torn(spool: Spool) -> None:
-    """A file in failed/ can be retried by its path whatever lies beside it as its reason."""
+    """A file in failed/ can be retried by its path whatever lies beside it, which is named as unreadable."""
     refuse(spool, "a.txt", "is empty")
     for text in ("{", "[]", '{"error": 5, "id": ["x"]}'):
         (spool.paths.failed / "a.txt.error.json").write_text(text)
 
-        assert find.failed(spool, "a.txt") == [find.Match("a.txt", "refused  a.txt: ")]
+        assert find.failed(spool, "a.txt") == [
+            find.Match("a.txt", "unknown  a.txt: its reason cannot be read")
+        ]
 
 
 def test_the_only_one() -> None:

@@ -1,6 +1,7 @@
 """`generate` before anything is rendered: wrong usage, and where images will go."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    """A rendered image."""
-    file = tmp_path / "outbox" / "cat-0001.png"
-    file.parent.mkdir()
-    file.write_bytes(b"pixels")
-    return file
 
 
 @pytest.mark.parametrize(
@@ -52,30 +44,60 @@ def test_wrong_usage(
     assert os.listdir(folder) == ["config.yaml"]
 
 
-def test_a_file_is_replaced(folder: Path, picture: Path) -> None:
+def put(targets: Targets) -> Path:
+    """Put a rendered image to its place."""
+    return targets.put("cat-0001.png", b"pixels")
+
+
+def test_a_file_is_replaced(folder: Path) -> None:
     """A named file is replaced in one step, and its folder is made."""
     targets = Targets(Path("new/fox.png"), are_several=False)
-    put = [targets.put(picture), targets.put(picture)]
+    places = [put(targets), put(targets)]
 
-    assert put == [Path("new/fox.png")] * 2
+    assert places == [Path("new/fox.png")] * 2
     assert os.listdir("new") == ["fox.png"]
     assert Path("new/fox.png").read_bytes() == b"pixels"
 
 
-def test_a_file_without_an_ending_gets_the_images(folder: Path, picture: Path) -> None:
+def test_a_file_without_an_ending_gets_the_images(folder: Path) -> None:
     """The ending of the image is appended."""
-    assert Targets(Path("fox"), are_several=False).put(picture) == Path("fox.png")
+    assert put(Targets(Path("fox"), are_several=False)) == Path("fox.png")
 
 
 @pytest.mark.parametrize("output", [None, Path("there"), Path("new")])
-def test_a_folder_takes_new_names(folder: Path, picture: Path, output: Path | None) -> None:
+def test_a_folder_takes_new_names(folder: Path, output: Path | None) -> None:
     """Nothing in a folder is overwritten: a second image is FILE~2."""
     (folder / "there").mkdir()
     targets = Targets(output, are_several=output == Path("new"))
-    put = [targets.put(picture), targets.put(picture)]
+    places = [put(targets), put(targets)]
     home = output or Path()
 
-    assert put == [home / "cat-0001.png", home / "cat-0001~2.png"]
+    assert places == [home / "cat-0001.png", home / "cat-0001~2.png"]
+
+
+@pytest.mark.parametrize(
+    ("output", "place"), [("cat-0001.png", "cat-0001.png"), (".", "cat-0001~2.png")]
+)
+def test_a_link_at_the_target_is_not_followed(folder: Path, output: str, place: str) -> None:
+    """A named file takes the link's place, in a folder it is a name that is taken; nothing is behind it."""
+    (folder / "cat-0001.png").symlink_to(folder / "elsewhere")
+
+    assert put(Targets(Path(output), are_several=False)) == Path(place)
+    assert not (folder / "elsewhere").exists()
+    assert not Path(place).is_symlink()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("output", ["fox.png", "."])
+def test_the_umask_counts(folder: Path, output: str, mask: int, mode: int) -> None:
+    """An image has the mode that any new file of this user has."""
+    old = os.umask(mask)
+    try:
+        place = put(Targets(Path(output), are_several=False))
+    finally:
+        os.umask(old)
+
+    assert stat.S_IMODE(place.stat().st_mode) == mode
 
 
 def test_several_images_are_no_file(folder: Path) -> None:

@@ -21,6 +21,7 @@ BUSY = {
                "images_per_second": 1.344},
     "eta_seconds": 7800.0,
     "waiting": [{"file": f"w{n}.txt", "why": "still settling"} for n in range(12)],
+    "held": [{"file": f"h{n}.txt", "why": "outbox/h is a file"} for n in range(12)],
     "finished": [end("good.txt"), *(end(f"bad{n}.txt", "failed", error="no luck") for n in range(7))],
 }  # fmt: skip
 
@@ -32,7 +33,7 @@ def arguments(spool: Spool, file: Path, **options: Any) -> argparse.Namespace:
 
 
 def test_rows_of_a_busy_daemon() -> None:
-    """At most ten waiting files and the last five jobs that did not end well are shown."""
+    """At most ten waiting files, ten that trouble holds up and the last five jobs that did not end well are shown."""
     rows = list(command.rows(status(**BUSY)))
 
     assert rows[:7] == [
@@ -45,7 +46,8 @@ def test_rows_of_a_busy_daemon() -> None:
         ("done in", "2 h 10 min"),
     ]
     assert rows[7:17] == [("waiting", f"w{n}.txt: still settling") for n in range(10)]
-    assert rows[17:] == [("failed", f"bad{n}.txt: no luck") for n in range(2, 7)]
+    assert rows[17:27] == [("held up", f"h{n}.txt: outbox/h is a file") for n in range(10)]
+    assert rows[27:] == [("failed", f"bad{n}.txt: no luck") for n in range(2, 7)]
 
 
 def test_rows_of_an_idle_daemon() -> None:

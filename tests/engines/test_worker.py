@@ -122,7 +122,7 @@ def make_peer() -> Iterator[MakePeer]:
         made.append(Peer(**changes))
         return made[-1]
 
-    handler = signal.signal(signal.SIGALRM, worker._raise_timeout)
+    handler = signal.getsignal(signal.SIGALRM)
     yield make
     signal.signal(signal.SIGALRM, handler)
     gc.unfreeze()

@@ -129,6 +129,39 @@ def test_a_gateway_that_is_stopped_is_replaced(cluster: Cluster, make_daemon: Ma
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("first", ["daemon", "gateway"])
+def test_a_service_that_was_frozen_keeps_its_cluster(
+    cluster: Cluster, make_daemon: MakeDaemon, first: str
+) -> None:
+    """Daemon and gateway are stopped for longer than either waits for a sign of life; whoever goes on
+    first, nothing is lost."""
+    cluster.add_host()
+    daemon = make_daemon(settings(cluster, workers=1, image_timeout_seconds=600))
+    daemon.start().until_ready()
+    go = daemon.home / "go"
+    daemon.drop("a.jsonl", prompts(f"!wait {go}", "a cat"))
+    daemon.until_begun()
+    assert daemon.process
+    process = psutil.Process(daemon.process.pid)
+    both = [
+        process,
+        *(c for c in process.children() if "promptdrop.cluster.gateway" in c.cmdline()),
+    ]
+    for one in both:
+        one.suspend()
+    time.sleep(cluster_module.SILENCE_SECONDS + 3)
+    for one in both if first == "daemon" else reversed(both):
+        one.resume()
+    daemon.until_log("daemon.stood_still")
+    go.touch()
+    each_once(daemon, "a", 2)
+
+    assert attempts(daemon, "a") == [1, 1]
+    assert daemon.log("cluster.lost") + daemon.log("engine.lost") == []
+    assert len(daemon.log("engine.placed")) == 1
+    assert daemon.stop() == 0
+
+
 def test_a_daemon_without_its_cluster_goes_on_accepting(
     own_cluster: Cluster, make_daemon: MakeDaemon
 ) -> None:

@@ -312,3 +312,42 @@ def test_a_kill_that_nothing_follows_is_noticed(engine: ScriptedEngine, link: En
     assert link.next_deadline(LIMITS) == 10.0 + REAP_SECONDS
     assert link.outlives_kill(10.0 + REAP_SECONDS)
     assert not link.reap()
+
+
+# Time that stood still
+
+
+def test_limits_do_not_run_while_the_daemon_stands_still(
+    engine: ScriptedEngine, warm: EngineLink
+) -> None:
+    """An hour in which the daemon stood still moves every limit of an image by an hour; when the image
+    began stays as it was."""
+    begun(engine, warm, 1)
+    before = warm.next_deadline(LIMITS)
+    warm.move_deadlines(3600.0)
+
+    assert warm.next_deadline(LIMITS) == before + 3600.0
+    assert warm.overdue(before + 3600.0, LIMITS) is None
+    assert warm.overdue(before + 3601.0, LIMITS)
+    assert warm.in_hand[1].began == 0.0
+
+
+def test_beginning_and_ending_have_their_time_too(warm: EngineLink) -> None:
+    """So has an engine that was asked something, and one that was killed."""
+    send(warm, 1)
+    warm.move_deadlines(100.0)
+    asked = warm.next_deadline(LIMITS)
+    warm.kill("as a test wants it", 100.0)
+    warm.move_deadlines(100.0)
+
+    assert asked == LIMITS.begin + 100.0
+    assert not warm.outlives_kill(199.0 + REAP_SECONDS)
+    assert warm.outlives_kill(200.0 + REAP_SECONDS)
+
+
+def test_an_engine_that_loads_has_its_time(link: EngineLink) -> None:
+    """engine.load_timeout_seconds is moved like every limit."""
+    link.move_deadlines(100.0)
+
+    assert link.next_deadline(LIMITS) == LIMITS.load + 100.0
+    assert link.overdue(LIMITS.load + 99.0, LIMITS) is None

@@ -142,6 +142,18 @@ def test_what_is_no_record_is_empty(tmp_path: Path) -> None:
     assert [record.read_json(tmp_path / name) for name in names] == [{}] * len(names)
 
 
+def test_a_record_over_its_limit_is_empty(tmp_path: Path) -> None:
+    """No more than the limit is read, however large the file is; None reads all of our own."""
+    file = tmp_path / "record"
+    file.write_text('{"a": 1}')
+    sizes = [record.read_json(file, limit) for limit in (8, 7, None)]
+    os.truncate(file, 8 << 30)
+
+    assert sizes == [{"a": 1}, {}, {"a": 1}]
+    assert record.read_json(file, 100) == {}
+    assert record.read_json(file) == {}
+
+
 def test_a_cancel_is_recorded_though_the_job_is_taken_just_then(spool: Spool) -> None:
     """The loop may move the job to active while the clerk records its cancel; this is no disk trouble."""
     job = claimed_job(spool, "a.txt")

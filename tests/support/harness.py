@@ -166,7 +166,10 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGABRT)
             self.process.wait(PATIENCE_SECONDS)
-            raise AssertionError(f"did not stop:\n{self.log_file.read_text()[-8000:]}") from None
+            last_words = self.own / "last-words"
+            traceback = last_words.read_text() if last_words.exists() else ""
+            said = f"{self.log_file.read_text()[-8000:]}\n{traceback}"
+            raise AssertionError(f"did not stop:\n{said}") from None
 
     def kill(self) -> None:
         """Send SIGKILL to daemon and engine: they end at once, as in a power cut."""

@@ -162,7 +162,7 @@ def installation(folder: Path) -> dict[Path, str]:
     (folder / "pyvenv.cfg").write_text("home = /opt/python/bin\n")
     (bin_folder / "python").symlink_to(f"/opt/python/bin/{version}")
     for command, module in (
-        ("promptdrop", "promptdrop.cli.main"),
+        ("promptdrop", "promptdrop.__main__"),
         ("ray", "ray.scripts.scripts"),
     ):
         (bin_folder / command).write_text(

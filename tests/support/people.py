@@ -7,16 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import Daemon
+from harness import REPOSITORY, Daemon
 
 GROUP = 64000  # of the spool
 
@@ -45,7 +47,7 @@ class Person:
 
     def python(self, code: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a Python program as this user; it may wait for the end of its standard input."""
-        command = [*self.prefix(), sys.executable, "-c", code, *arguments]
+        command = [*self.prefix(), *python(), "-c", code, *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE, cwd="/", text=True)
 
     def drop(self, daemon: Daemon, name: str, content: str) -> Path:
@@ -71,11 +73,26 @@ DAVE = Person(64006, GROUP)
 ERIN = Person(64007, GROUP)
 
 
+@cache
+def python() -> list[str]:
+    """The words of a Python with promptdrop that every user can run.
+
+    This one, or the system's of the same version, if this one lies below a folder that is root's alone.
+    """
+    closed = [*Person(STRANGER.uid, STRANGER.gid).prefix(), sys.executable, "-c", "pass"]
+    if not subprocess.run(closed, capture_output=True, check=False).returncode:
+        return [sys.executable]
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    paths = (REPOSITORY / "daemon", *map(sysconfig.get_path, ("purelib", "platlib")))
+    path = ":".join(dict.fromkeys(map(str, paths)))
+    return ["env", f"PYTHONPATH={path}", f"/usr/bin/python{version}"]
+
+
 def promptdrop_as(person: Person) -> list[str]:
     """`python -m promptdrop` as this user."""
     if os.geteuid():
         pytest.skip("only root can become other users")
-    command = [*person.prefix(), sys.executable, "-m", "promptdrop"]
+    command = [*person.prefix(), *python(), "-m", "promptdrop"]
     tried = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"uid {person.uid} cannot run promptdrop here: {tried.stderr[-200:]}")

@@ -130,5 +130,8 @@ class ScriptedBackend:
     def next_deadline(self) -> float:
         return float("inf")
 
+    def move_deadlines(self, seconds: float) -> None:
+        pass
+
     def close(self) -> None:
         pass

@@ -63,7 +63,9 @@ def _settings_for(file: Path, settings: "Config") -> "Config":
     """Return the configuration with the presets of the file's folder, if that is in the inbox."""
     from promptdrop.spool.paths import Paths
 
-    inbox, folder = Paths.of(settings).inbox.resolve(), file.parent.resolve()
+    inbox, folder = (  # Path.resolve raises RuntimeError at a loop of links
+        Path(os.path.realpath(path)) for path in (Paths.of(settings).inbox, file.parent)
+    )
     is_inside = folder.is_relative_to(inbox)
     return settings.in_folder(str(folder.relative_to(inbox))) if is_inside else settings
 
@@ -72,13 +74,13 @@ def _print_problems(file: Path, error: RequestError) -> None:
     from promptdrop.cli import terminal
 
     for problem in error.problems:
-        terminal.complain(f"{names.printable(str(file))}:{problem.line or 1}: {problem.message}")
+        terminal.complain(f"{file}:{problem.line or 1}: {problem.message}")
 
 
 def _rows(file: Path, request: "Request") -> Iterator[_Row]:
     for number, spec in enumerate(request.images, start=1):
         yield (
-            f"{names.printable(file.name)} {number}/{len(request.images)}",
+            f"{file.name} {number}/{len(request.images)}",
             f"{spec.width}x{spec.height}",
             str(spec.steps),
             "of the job's id" if spec.seed is None else str(spec.seed),

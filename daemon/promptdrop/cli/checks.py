@@ -39,7 +39,7 @@ def examine(settings: Config) -> Iterator[Finding]:
     for what, check in _checks(spool):
         try:
             yield from check(spool)
-        except PromptdropError as e:
+        except (PromptdropError, OSError) as e:
             yield Finding("bad", what, str(e))
 
 

@@ -8,12 +8,14 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-from promptdrop import clock, fs, names, records
-from promptdrop.errors import ConfigError, PromptdropError
+from promptdrop import clock, fs, names, records, untrusted
+from promptdrop.errors import ConfigError, PromptdropError, UsageError
+from promptdrop.nouns import SUFFIX_OF_FORMAT
 from promptdrop.records import JobSummary, Sidecar, Status
 from promptdrop.spool import paths
 from promptdrop.spool.permissions import SHARED_MODE
@@ -22,7 +24,10 @@ from promptdrop.spool.spool import Spool
 
 POLL_SECONDS = 0.1
 LOST_SECONDS = 5.0  # a file that is nowhere for so long was withdrawn
+PICTURE_BYTES = 64 << 20  # more than a png of 16.8 megapixels, the most there is, uncompressed
 _ERRORS_SHOWN = 3
+_SIDECAR_NAME = re.compile(r"-(\d{4,})\.json\Z", re.ASCII)  # JOB-0001.json
+_PICTURE_SUFFIXES = tuple(SUFFIX_OF_FORMAT.values())
 
 
 @dataclass(slots=True)
@@ -45,6 +50,15 @@ class Ended:
     outcome: str
     folder: str | None
     error: str | None
+    id: str | None = None  # of the job; None for one that never was
+
+
+class Picture(NamedTuple):
+    """A published image, which is open until the next one is asked for."""
+
+    path: Path
+    file: BinaryIO
+    sidecar: Sidecar
 
 
 class InHand(NamedTuple):
@@ -59,38 +73,67 @@ class InHand(NamedTuple):
 def drop(spool: Spool, data: bytes, file: str, sub: str = "") -> Dropped:
     """Put a job file into the inbox in one step; where the name is taken, as FILE~2.
 
-    Raises ConfigError: there is no inbox. OSError: it cannot be written.
+    Raises ConfigError: there is no inbox. UsageError: SUB leads through a link. OSError: it cannot
+    be written.
     """
-    folder = spool.paths.inbox / sub
-    if not folder.is_dir():
-        if not spool.paths.inbox.is_dir():
-            raise ConfigError(
-                f"{spool.paths.inbox}: no such inbox; make the spool with: promptdrop init DIR"
-            )
-        fs.make_directories(spool.paths.inbox, sub, SHARED_MODE)
-    moment = clock.timestamp()
-    with fs.temporary(folder, 0o664) as (handle, temporary):
-        handle.write(data)
-        fs.sync(handle)
-        name = _rename_to_free_name(temporary, folder, file)
-        inode = os.fstat(handle.fileno()).st_ino
-    if ready := spool.config.watch.ready_suffix:
-        (folder / f"{name}{ready}").touch()
+    inbox, moment = spool.paths.inbox, clock.timestamp()
+    if not inbox.is_dir():
+        raise ConfigError(f"{inbox}: no such inbox; make the spool with: promptdrop init DIR")
+    try:
+        fs.make_directories(inbox, sub, _folder_mode(spool))
+        with untrusted.below(inbox, sub) as folder:
+            name, inode = _put(spool, folder, data, file)
+    except untrusted.NotPlain as e:
+        raise UsageError(
+            f"{e.filename}: a link, or no folder; expected a sub-folder of the inbox"
+        ) from None
     return Dropped(paths.dropped_path(sub, name), inode, moment)
 
 
-def _rename_to_free_name(source: Path, folder: Path, file: str) -> str:
-    """Rename to the first free name of FILE, FILE~2, FILE~3 ... Returns that name."""
+def _put(spool: Spool, folder: Path, data: bytes, file: str) -> tuple[str, int]:
+    """Write a job file, then its marker where one is wanted. Returns its name and inode."""
+    ready, mode = spool.config.watch.ready_suffix or "", _file_mode(spool)
+    with fs.temporary(folder, mode) as (handle, temporary):
+        handle.write(data)
+        fs.sync(handle)
+        name = rename_to_free_name(temporary, folder, file, marker=ready)
+        inode = os.fstat(handle.fileno()).st_ino
+    if ready:
+        with suppress(FileExistsError):  # of somebody else, this very moment; its name is enough
+            fs.write_once(folder / f"{name}{ready}", b"", mode)
+    return name, inode
+
+
+def _file_mode(spool: Spool) -> int:
+    """The mode of a drop: what output.mode keeps from people, it keeps, too.
+
+    But the daemon must read it, which is of the inbox's group, and we may be another user than it.
+    """
+    is_ours = os.stat(spool.paths.inbox).st_uid == os.geteuid()
+    return 0o664 & int(spool.config.output.mode, 8) | (0o600 if is_ours else 0o640)
+
+
+def _folder_mode(spool: Spool) -> int:
+    """The mode of a new sub-folder of the inbox, from which the daemon must move files."""
+    return SHARED_MODE & (int(spool.config.output.directory_mode, 8) | 0o2770)
+
+
+def rename_to_free_name(source: Path, folder: Path, file: str, marker: str = "") -> str:
+    """Rename to the first free name of FILE, FILE~2, FILE~3 ... Returns that name.
+
+    marker: the end of another name that must be free, too; a link there may be a trap.
+    """
     stem, suffix = names.split(file)
     n = 1
     while True:
-        name = names.numbered(stem, suffix, n)
+        name = names.numbered(stem, suffix, n, 255 - len(os.fsencode(marker)))
         try:
-            fs.rename(source, folder / name)
+            if not (marker and fs.exists(folder / f"{name}{marker}")):
+                fs.rename(source, folder / name)
+                return name
         except FileExistsError:
-            n += 1
-        else:
-            return name
+            pass
+        n += 1
 
 
 def name_of_prompt(prompt: str) -> str:
@@ -115,19 +158,53 @@ def _status_document(spool: Spool) -> dict[str, Any] | None:
     return read_json(spool.paths.status) or None
 
 
-def pictures(spool: Spool, folder: str) -> Iterator[tuple[Path, Sidecar]]:
-    """Yield the published images of an outbox folder in order, each with its sidecar."""
-    home = spool.paths.outbox / folder
-    documents = [
-        read_json(entry.path) for entry in fs.entries(home) if entry.name.endswith(".json")
-    ]
-    sidecars = [
-        records.read(Sidecar, document)
-        for document in documents
-        if document.get("schema") == "promptdrop.image/1"
-    ]
-    for sidecar in sorted(sidecars, key=lambda sidecar: sidecar.job.image):
-        yield home / sidecar.image.file, sidecar
+def pictures(spool: Spool, job_id: str | None, folder: str) -> Iterator[Picture]:
+    """Yield the published images of a job in order, one for each number.
+
+    Readers may have taken some away, and anybody of the group may have put others there: what is not
+    this job's, no document of ours or no plain file is passed over.
+    """
+    home, last = spool.paths.outbox / folder, 0
+    try:
+        with untrusted.below(spool.paths.outbox, folder) as held:
+            for number, name in sorted(_sidecars(held)):
+                if number > last and (found := _picture(home, held / name, number, job_id)):
+                    last = number
+                    with found.file:
+                        yield found
+    except (FileNotFoundError, untrusted.NotPlain):
+        return  # the whole folder was taken away
+
+
+def _sidecars(home: Path) -> Iterator[tuple[int, str]]:
+    """Yield what is named like the sidecar of an image: (number, name)."""
+    for entry in fs.entries(home):
+        if named := _SIDECAR_NAME.search(entry.name):
+            yield int(named[1]), entry.name
+
+
+def _picture(home: Path, path: Path, number: int, job_id: str | None) -> Picture | None:
+    """Open the image of a sidecar; None where one of them is not the job's, not ours, or gone."""
+    try:
+        sidecar = records.fitting(Sidecar, read_json(path, records.SIDECAR_BYTES))
+        if sidecar is None or (sidecar.job.id, sidecar.job.image) != (job_id, number):
+            return None
+        name = sidecar.image.file
+        if not _is_picture_name(name):
+            return None
+        file = untrusted.open_plain(path.with_name(name))
+    except OSError:
+        return None
+    if os.fstat(file.fileno()).st_size > PICTURE_BYTES:
+        file.close()
+        return None
+    return Picture(home / name, file, sidecar)
+
+
+def _is_picture_name(name: str) -> bool:
+    """Whether an image of ours can be named so: in its own folder, and of plain characters."""
+    is_plain = "/" not in name and not name.startswith(".") and names.printable(name) == name
+    return is_plain and name.endswith(_PICTURE_SUFFIXES)
 
 
 def jobs_in_hand(spool: Spool) -> Iterator[InHand]:
@@ -140,12 +217,12 @@ def jobs_in_hand(spool: Spool) -> Iterator[InHand]:
 
 def _in_hand(home: str) -> InHand | None:
     """Read the record of a job in its folder; None if it is not resolved yet, torn or gone."""
-    record = read_json(f"{home}/{paths.REQUEST}")
-    try:
-        path = paths.dropped_path(record["sub"], record["file"])
-        return InHand(record["id"], path, record["folder"], record.get("inode"))
-    except KeyError:
+    record = read_json(f"{home}/{paths.REQUEST}", limit=None)  # only the daemon writes there
+    named = [record.get(key) for key in ("id", "sub", "file", "folder")]
+    if not all(isinstance(value, str) for value in named):
         return None
+    job_id, sub, file, folder = map(str, named)
+    return InHand(job_id, paths.dropped_path(sub, file), folder, record.get("inode"))
 
 
 def wait(
@@ -195,7 +272,7 @@ def _look_at_homes(spool: Spool, homes: dict[str, InHand | None]) -> None:
 def _locate(spool: Spool, one: Dropped, homes: Mapping[str, InHand | None], now: float) -> None:
     """Find where the file is now, by its inode."""
     job = next((job for job in homes.values() if job and job.inode == one.inode), None)
-    if _inode(spool.paths.inbox / one.path) == one.inode:
+    if _inode(spool.paths.inbox, one.path) == one.inode:
         one.where = "inbox"
     elif job:
         one.where, one.job_id, one.folder = "in hand", job.id, job.folder
@@ -209,9 +286,11 @@ def _locate(spool: Spool, one: Dropped, homes: Mapping[str, InHand | None], now:
         one.gone_since = now
 
 
-def _inode(path: Path) -> int | None:
+def _inode(inbox: Path, path: str) -> int | None:
+    sub, _, file = path.rpartition("/")
     try:
-        return os.lstat(path).st_ino
+        with untrusted.below(inbox, sub) as folder:
+            return os.lstat(folder / file).st_ino
     except OSError:
         return None
 
@@ -226,11 +305,22 @@ def _find_end(spool: Spool, status: Status | None, one: Dropped) -> Ended | None
             and (end.inode, end.file) == (one.inode, names.printable(one.path))
         )
         if is_this:
-            return Ended(end.outcome, end.folder, end.error)
+            return Ended(end.outcome, end.folder, end.error, end.id)
     if one.job_id is None or one.folder is None:
         return None
-    summary = records.read(JobSummary, read_json(spool.paths.outbox / one.folder / paths.SUMMARY))
-    if summary.id != one.job_id:
+    summary = _summary(spool, one.folder)
+    if summary is None or summary.id != one.job_id:
         return None
     errors = [image.error for image in summary.images if image.error]
-    return Ended(summary.outcome, one.folder, "; ".join(errors[:_ERRORS_SHOWN]) or None)
+    error = "; ".join(errors[:_ERRORS_SHOWN]) or None
+    return Ended(summary.outcome, one.folder, error, summary.id)
+
+
+def _summary(spool: Spool, folder: str) -> JobSummary | None:
+    """Read job.json, which anybody of the group may replace; None if there is none of ours."""
+    limit = spool.config.limits.images_per_job * records.SUMMARY_BYTES_OF_IMAGE
+    try:
+        with untrusted.below(spool.paths.outbox, folder) as home:
+            return records.fitting(JobSummary, read_json(home / paths.SUMMARY, limit))
+    except OSError:
+        return None

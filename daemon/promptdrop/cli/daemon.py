@@ -2,14 +2,13 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promptdrop import names
 from promptdrop.cli import options
 
 if TYPE_CHECKING:
-    from promptdrop.records import Sidecar
+    from promptdrop.cli.client import Picture
     from promptdrop.supervisor.supervisor import Supervisor
 
 
@@ -23,13 +22,16 @@ def declare_run(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the daemon until it is stopped; with `--drain` until nothing is left, then print a table."""
-    from promptdrop import log
+    from promptdrop import captured, log
     from promptdrop.cli import progress
-    from promptdrop.supervisor.supervisor import Supervisor
 
     settings = options.config(arguments)
     log.set_up(settings.log.level, settings.log.format)
     with progress.bar(is_wanted=arguments.drain) as bar:
+        if bar is None:  # which is drawn on stderr
+            captured.capture(stdout=not arguments.drain)
+        from promptdrop.supervisor.supervisor import Supervisor
+
         supervisor = Supervisor(settings, arguments.drain, bar.show if bar else None)
         status = supervisor.run()
     if arguments.drain:
@@ -42,10 +44,10 @@ def _print_results(supervisor: "Supervisor") -> None:
     from promptdrop.cli import client, terminal
 
     rows = [
-        _row(end.file, picture, sidecar)
+        _row(end.file, picture)
         for end in supervisor.finished
         if end.folder
-        for picture, sidecar in client.pictures(supervisor.spool, end.folder)
+        for picture in client.pictures(supervisor.spool, end.id, end.folder)
     ]
     if rows:
         terminal.table(("image", "seed", "latency", "file"), rows)
@@ -57,31 +59,34 @@ def _print_results(supervisor: "Supervisor") -> None:
     terminal.say(f"{count} in {outbox}, each beside its sidecar")
 
 
-def _row(file: str, picture: Path, sidecar: "Sidecar") -> tuple[str, str, str, str]:
+def _row(file: str, picture: "Picture") -> tuple[str, str, str, str]:
+    sidecar = picture.sidecar
     render = sidecar.latency_ms.render
     return (
         f"{file} {sidecar.job.image}/{sidecar.job.images}",
         str(sidecar.request.seed),
         f"{render:.0f} ms" if render is not None else sidecar.outcome,
-        os.path.relpath(picture),
+        os.path.relpath(picture.path),
     )
 
 
 def pause(arguments: argparse.Namespace) -> None:
     """Leave the flag that stops new images until `resume`."""
+    from promptdrop.cli import terminal
     from promptdrop.spool import control
 
     control.pause(options.spool(arguments).paths.control)
-    print("paused: no new image is begun until `promptdrop resume`")
+    terminal.say("paused: no new image is begun until `promptdrop resume`")
 
 
 def resume(arguments: argparse.Namespace) -> None:
     """Remove the flag of `pause`, and a PAUSE file in the inbox."""
     from promptdrop import fs
+    from promptdrop.cli import terminal
     from promptdrop.spool import control
 
     spool = options.spool(arguments)
     was_paused = control.why_paused(spool.paths) is not None
     control.resume(spool.paths.control)
     fs.remove_file(spool.paths.inbox / names.PAUSE)
-    print("resumed" if was_paused else "was not paused")
+    terminal.say("resumed" if was_paused else "was not paused")

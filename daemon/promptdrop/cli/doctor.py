@@ -23,15 +23,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def print_finding(finding: "Finding") -> None:
-    """Print one line: columns and colours on a terminal, else separated by tabs."""
+    """Print one line of the report."""
     from promptdrop.cli import terminal
 
-    grade, what, text = finding.grade, finding.what, finding.text
-    if not terminal.is_terminal():
-        terminal.say(f"{grade}\t{what}\t{text}")
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    line = f"[{_COLOURS[grade]}]{grade:>4}[/]  {what:<13} {escape(text)}"
-    Console(soft_wrap=True).print(line, highlight=False)
+    terminal.finding(finding.grade, _COLOURS[finding.grade], finding.what, finding.text)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from promptdrop import names, records
+from promptdrop import names
 from promptdrop.cli import client
 from promptdrop.errors import UsageError
+from promptdrop.records import ErrorRecord
 from promptdrop.spool.failed import failures
 from promptdrop.spool.spool import Spool
 
@@ -31,12 +32,21 @@ def unfinished(spool: Spool, name: str) -> list[Match]:
 def failed(spool: Spool, name: str | None) -> list[Match]:
     """Find the files in failed/ that NAME (an id, SUB/FILE or SUB/JOB) fits; all of them for None."""
     matches = []
-    for target, document in failures(spool.paths.failed):
-        record, shown = records.read(records.ErrorRecord, document), names.printable(target)
-        if name is None or name in (target, shown, record.id, record.folder):
-            description = f"{record.id or 'refused'}  {shown}: {record.error[:_ERROR_SHOWN]}"
-            matches.append(Match(target, description))
+    for target, record in failures(spool.paths.failed):
+        shown = names.printable(target)
+        if (
+            name is None
+            or name in (target, shown)
+            or (record and name in (record.id, record.folder))
+        ):
+            matches.append(Match(target, _describe(shown, record)))
     return matches
+
+
+def _describe(shown: str, record: ErrorRecord | None) -> str:
+    if record is None:
+        return f"unknown  {shown}: its reason cannot be read"
+    return f"{record.id or 'refused'}  {shown}: {record.error[:_ERROR_SHOWN]}"
 
 
 def only(matches: list[Match], name: str, where: str) -> Match:
@@ -44,8 +54,8 @@ def only(matches: list[Match], name: str, where: str) -> Match:
     if not matches:
         raise UsageError(f"{name}: no such job {where}; see: promptdrop status")
     if len(matches) > 1:
-        listed = "\n".join(f"  {match.description}" for match in matches)
         raise UsageError(
-            f"{name}: fits {len(matches)} jobs, nothing was done; name one by its id:\n{listed}"
+            f"{name}: fits {len(matches)} jobs, nothing was done; name one by its id:",
+            more_lines=[f"  {match.description}" for match in matches],
         )
     return matches[0]

@@ -1,9 +1,9 @@
 """`promptdrop generate`: render images now, through the running daemon, else through a private one."""
 
 import argparse
+import itertools
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,10 +54,10 @@ def generate(arguments: argparse.Namespace) -> int:
     targets = Targets(output, are_several=arguments.prompts is not None or images > 1)
     spool = Spool(settings)
     if not arguments.own_engine and spool.lock.daemon_pid() is not None:
-        return _collect(spool, _through_daemon(spool, data, name), targets)
+        return _collect(spool, _through_daemon(spool, data, name), images, targets)
     with tempfile.TemporaryDirectory(prefix="promptdrop-") as folder:
         spool, ended = private_daemon.render(settings, Path(folder), data, name)
-        return _collect(spool, ended, targets)
+        return _collect(spool, ended, images, targets)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -121,15 +121,25 @@ def _through_daemon(spool: "Spool", data: bytes, name: str) -> "Ended":
     return ended
 
 
-def _collect(spool: "Spool", ended: "Ended", targets: "Targets") -> int:
-    """Copy the job's images to their targets, a line for each. Returns 0 if the job is done, else 1."""
+def _collect(spool: "Spool", ended: "Ended", images: int, targets: "Targets") -> int:
+    """Copy the job's images to their targets, a line for each. Returns 0 if all are there, else 1."""
     from promptdrop.cli import client, terminal
 
-    for picture, sidecar in client.pictures(spool, ended.folder) if ended.folder else ():
-        latency, seed = sidecar.latency_ms, sidecar.request.seed
-        target = targets.put(picture)
-        terminal.say(f"{target}\trender {latency.render} ms\ttotal {latency.total} ms\tseed {seed}")
+    found = client.pictures(spool, ended.id, ended.folder) if ended.folder else iter(())
+    put = 0
+    for picture in itertools.islice(found, images):
+        latency, seed = picture.sidecar.latency_ms, picture.sidecar.request.seed
+        target = targets.put(picture.path.name, picture.file.read(client.PICTURE_BYTES))
+        milliseconds = f"render {latency.render} ms", f"total {latency.total} ms"
+        terminal.say(str(target), *milliseconds, f"seed {seed}")
+        put += 1
     if ended.outcome != "done":
         reason = f": {ended.error}" if ended.error else ""
-        print(f"promptdrop: {ended.outcome}{reason}", file=sys.stderr)
-    return int(ended.outcome != "done")
+        terminal.complain(f"promptdrop: {ended.outcome}{reason}")
+        return 1
+    if put < images:
+        where = spool.paths.outbox / (ended.folder or "")
+        terminal.complain(
+            f"promptdrop: {images - put} of {images} images are not in {where} any more"
+        )
+    return int(put < images)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from promptdrop.cli import options, terminal
+
 
 def declare_init(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `init`."""
@@ -21,16 +23,21 @@ def init(arguments: argparse.Namespace) -> None:
     directory: Path = arguments.directory
     file = directory / "config.yaml"
     directory.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        print(f"kept   {file}" + (", so --model says nothing new" if arguments.model else ""))
+    text = _text(options.plain("--model", arguments.model))
+    try:
+        with file.open("x", encoding="utf-8") as new:  # O_EXCL: through no link either
+            new.write(text)
+    except FileExistsError:
+        terminal.say(
+            f"kept   {file}" + (", so --model says nothing new" if arguments.model else "")
+        )
     else:
-        file.write_text(_text(arguments.model), "utf-8")
-        print(f"wrote  {file}")
+        terminal.say(f"wrote  {file}")
     spool = Spool(config_file.load(file))
     spool.folders.init()
     for path in (spool.paths.inbox, spool.paths.outbox, spool.paths.failed):
-        print(f"folder {path}")
-    print(f"next   promptdrop doctor --config {file}; promptdrop run --config {file}")
+        terminal.say(f"folder {path}")
+    terminal.say(f"next   promptdrop doctor --config {file}; promptdrop run --config {file}")
 
 
 def _text(model: str | None) -> str:

@@ -3,30 +3,29 @@
 import os
 import sys
 
-from promptdrop import names
-from promptdrop.cli import parser
+from promptdrop import signals
+from promptdrop.cli import daemon, parser, terminal
 from promptdrop.errors import PromptdropError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; errors are printed on stderr."""
+    sys.excepthook = terminal.report_bug
     arguments = parser.build().parse_args(argv)
     try:
+        if arguments.command is not daemon.run:  # whose supervisor acts on those that came
+            signals.act_as_usual()
         return int(arguments.command(arguments) or 0)
     except PromptdropError as e:
-        _complain(str(e))
+        first, *rest = e.lines
+        terminal.complain(f"promptdrop: {first}", *rest)
         return e.exit_status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `promptdrop status | head`
+        terminal.abandon()
         return 0
     except OSError as e:
-        _complain(f"{e.filename or ''}: {e.strerror or e}")
+        where = "" if e.filename is None else f"{os.fsdecode(e.filename)}: "
+        terminal.complain(f"promptdrop: {where}{e.strerror or e}")
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _complain(text: str) -> None:
-    """Print to stderr with control characters escaped, since others chose the names of files."""
-    lines = "\n".join(names.printable(line) for line in text.split("\n"))
-    print(f"promptdrop: {lines}", file=sys.stderr)

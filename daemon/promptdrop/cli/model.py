@@ -2,6 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from promptdrop.cli import options, terminal
 
 
 def declare_demo(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +18,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     directory = arguments.directory
     weights.copy_demo(directory)
-    print(f"wrote {directory}; use it with: promptdrop init DIR --model {directory}")
+    terminal.say(f"wrote {directory}; use it with: promptdrop init DIR --model {directory}")
 
 
 def declare_fetch(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +37,8 @@ def fetch(arguments: argparse.Namespace) -> None:
     """Download a model, and print where it is. Raises ModelError."""
     from promptdrop import weights
 
-    print(weights.fetch(arguments.id, arguments.hub, arguments.revision, arguments.to))
+    model = _model(arguments)
+    terminal.say(str(weights.fetch(model["id"], model["hub"], model["revision"], arguments.to)))
 
 
 def declare_path(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +50,7 @@ def path(arguments: argparse.Namespace) -> None:
     """Print where a model's files are. Raises ModelError: some are missing."""
     from promptdrop import config, weights
 
-    model = {"id": arguments.id, "hub": arguments.hub, "revision": arguments.revision}
-    print(weights.require(config.parse({"model": model})))
+    terminal.say(str(weights.require(config.parse({"model": _model(arguments)}))))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -55,3 +58,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID")
     parser.add_argument("--hub", choices=("modelscope", "huggingface"), default="modelscope")
     parser.add_argument("--revision")
+
+
+def _model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of `model` in a configuration. Raises UsageError: one can be of no model."""
+    return {
+        "id": options.plain("ID", arguments.id),
+        "hub": arguments.hub,
+        "revision": options.plain("--revision", arguments.revision),
+    }

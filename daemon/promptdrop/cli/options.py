@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from promptdrop import names
+from promptdrop.errors import UsageError
 from promptdrop.fields import OPTIONS
 
 if TYPE_CHECKING:
@@ -34,6 +36,16 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
 def fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the image options that were given, by the job file's names."""
     return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+
+
+def plain(name: str, value: str | None) -> str | None:
+    """Return a value that goes into the configuration.
+
+    Raises UsageError: it has control characters, or bytes that are no UTF-8.
+    """
+    if value is not None and names.printable(value) != value:
+        raise UsageError(f"{name}: {value}: expected a text without control characters, in UTF-8")
+    return value
 
 
 def config(arguments: argparse.Namespace) -> "Config":

@@ -22,6 +22,7 @@ from promptdrop.cli import (
     schema,
     status,
     submit,
+    terminal,
 )
 from promptdrop.version import __version__
 
@@ -192,7 +193,7 @@ COMMANDS: tuple[Command | Group, ...] = (
 
 def build() -> argparse.ArgumentParser:
     """Make the parser of the whole command line. `command` in its result is the function to run."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Parser(
         prog="promptdrop",
         description="Drop prompt files into a folder, find images in another.",
         epilog="Start with: promptdrop init DIR, then promptdrop run --config DIR/config.yaml",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from promptdrop import fs, log
+from promptdrop import log
 from promptdrop.cli import client, progress
 from promptdrop.config import Config
 from promptdrop.errors import PromptdropError
@@ -25,11 +25,9 @@ def render(settings: Config, folder: Path, data: bytes, name: str) -> tuple[Spoo
         status = supervisor.run()
     if supervisor.finished:
         end = supervisor.finished[-1]
-        return spool, client.Ended(end.outcome, end.folder, end.error)
-    # Interrupted: the finished images are delivered. The outbox holds the job's folder and status.json.
-    for entry in fs.entries(spool.paths.outbox):
-        if entry.is_dir():
-            return spool, client.Ended("interrupted", entry.name, supervisor.ending)
+        return spool, client.Ended(end.outcome, end.folder, end.error, end.id)
+    for job in client.jobs_in_hand(spool):  # interrupted: the finished images are delivered
+        return spool, client.Ended("interrupted", job.folder, supervisor.ending, job.id)
     reason = supervisor.ending or "interrupted before the first image"
     raise PromptdropError(reason, status or 1)
 

@@ -3,7 +3,6 @@
 rich is imported where it draws: piped commands start without it.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -29,10 +28,8 @@ class Bar:
 
     def update(self, text: str, done: float, total: float | None) -> None:
         """Show `done` of `total` images; `done` may count a part of an image."""
-        from rich.markup import escape
-
         self._progress.update(
-            self._task, description=escape(text[:_TEXT_SHOWN]), completed=done, total=total
+            self._task, description=text[:_TEXT_SHOWN], completed=done, total=total
         )
 
     def show(self, status: "Status") -> None:
@@ -52,26 +49,10 @@ class Bar:
 @contextmanager
 def bar(is_wanted: bool = True) -> Iterator[Bar | None]:
     """Show a bar while the block runs. Yields None if none is wanted or stderr is no terminal."""
-    if not is_wanted or not sys.stderr.isatty():
+    if not is_wanted or not terminal.has_room_for_bar():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with terminal.progress() as progress:
         yield Bar(progress)
 
 

@@ -1,7 +1,8 @@
 """`promptdrop schema`: print the JSON Schema of job files, sidecars, job.json or the status."""
 
 import argparse
-import json
+
+from promptdrop.cli import terminal
 
 
 def declare_schema(parser: argparse.ArgumentParser) -> None:
@@ -19,4 +20,4 @@ def schema(arguments: argparse.Namespace) -> None:
     else:
         kind = records.SCHEMAS[arguments.what]
         document = kind.model_json_schema(by_alias=True, mode="serialization")
-    print(json.dumps(document, indent=2))
+    terminal.say_json(document, indent=2)

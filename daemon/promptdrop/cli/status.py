@@ -1,7 +1,6 @@
 """`promptdrop status`: print the status that the daemon has written, as rows or as JSON."""
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ def status(arguments: argparse.Namespace) -> int:
     spool = options.spool(arguments)
     while document := client.read_status_document(spool):
         if arguments.watch and terminal.is_terminal():
-            print("\033[H\033[2J", end="")
+            terminal.clear()
         _print_status(document, arguments)
         if not arguments.watch:
             return 0
@@ -47,8 +46,7 @@ def _print_status(document: dict[str, Any], arguments: argparse.Namespace) -> No
     from promptdrop.cli import terminal
 
     if arguments.as_json:
-        indent = None if arguments.watch else 1
-        terminal.say(json.dumps(document, ensure_ascii=False, indent=indent))
+        terminal.say_json(document, indent=None if arguments.watch else 1)
     else:
         terminal.pairs(rows(records.read(records.Status, document)))
 
@@ -70,13 +68,16 @@ def rows(status: "Status") -> Iterator[Row]:
         yield from _engine_rows(engine, are_several=len(status.engines) > 1)
     queue = status.queue
     saving = f"{queue.publishing} being saved"
-    yield "queue", f"{queue.images} images of {queue.jobs} jobs, {saving}"
+    behind = f", {queue.behind} behind what is held up" if queue.behind else ""
+    yield "queue", f"{queue.images} images of {queue.jobs} jobs, {saving}{behind}"
     yield "watch", status.watch
     yield from _rate_rows(status.window)
     if queue.images and status.eta_seconds is not None:
         yield "done in", duration(status.eta_seconds)
     for waiting in status.waiting[:_WAITING_SHOWN]:
         yield "waiting", f"{waiting.file}: {waiting.why}"
+    for held in status.held[:_WAITING_SHOWN]:
+        yield "held up", f"{held.file}: {held.why}"
     bad = [end for end in status.finished if end.outcome != "done"]
     for end in bad[-_ENDS_SHOWN:]:
         yield end.outcome, f"{end.file}: {end.error or ''}"

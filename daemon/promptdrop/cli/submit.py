@@ -41,11 +41,11 @@ def submit(arguments: argparse.Namespace) -> int:
     spool = options.spool(arguments)
     if arguments.folder and not spool.config.inbox.recursive:
         raise UsageError("--folder: inbox.recursive is false, so sub-folders are not taken")
-    jobs = [*_files(arguments.files), *_prompts(arguments.prompts, fields)]
+    jobs = [*_files(arguments.files, spool), *_prompts(arguments.prompts, fields)]
     sub = _sub(arguments.folder)
     dropped = [client.drop(spool, data, name, sub) for data, name in jobs]
     for one in dropped:
-        terminal.say(f"submitted {names.printable(one.path)}")
+        terminal.say(f"submitted {one.path}")
     return _wait(spool, dropped) if arguments.wait else 0
 
 
@@ -59,14 +59,25 @@ def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
     return fields
 
 
-def _files(files: list[Path]) -> list[tuple[bytes, str]]:
-    """Read job files: (bytes, name). Raises UsageError: the daemon would not take such a name."""
+def _files(files: list[Path], spool: "Spool") -> list[tuple[bytes, str]]:
+    """Read job files: (bytes, name). A link is the user's own wish, and followed.
+
+    Raises UsageError: the daemon would not take such a name, or so large a file.
+    """
     for file in files:
         if not names.is_job_name(file.name):
             raise UsageError(
                 f"{file}: not a job file's name; expected one of {' '.join(names.JOB_SUFFIXES)}"
             )
-    return [(file.read_bytes(), file.name) for file in files]
+    return [(_read(file, spool.config.limits.job_file_kib), file.name) for file in files]
+
+
+def _read(file: Path, limit_kib: int) -> bytes:
+    with file.open("rb") as opened:
+        data = opened.read(limit_kib * 1024 + 1)
+    if len(data) > limit_kib * 1024:
+        raise UsageError(f"{file}: larger than limits.job_file_kib: {limit_kib} KiB")
+    return data
 
 
 def _prompts(prompts: list[str], fields: dict[str, Any]) -> list[tuple[bytes, str]]:
@@ -98,5 +109,5 @@ def _wait(spool: "Spool", drops: list["Dropped"]) -> int:
     for one, end in zip(drops, ends, strict=True):
         where = f" {spool.paths.outbox / end.folder}" if end.folder else ""
         error = f": {end.error}" if end.error else ""
-        terminal.say(f"{end.outcome} {names.printable(one.path)}{where}{error}")
+        terminal.say(f"{end.outcome} {one.path}{where}{error}")
     return int(any(end.outcome != "done" for end in ends))

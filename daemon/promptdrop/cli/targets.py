@@ -1,10 +1,10 @@
 """Copy the images of `generate` to the file or folder of `--output`."""
 
 import os
-import shutil
 from pathlib import Path
 
 from promptdrop import fs, names
+from promptdrop.cli import client
 from promptdrop.errors import UsageError
 from promptdrop.spool.lanes import GENERATE
 
@@ -33,21 +33,30 @@ class Targets:
         parent = self._file.parent if self._file else self._folder
         parent.mkdir(parents=True, exist_ok=True)
 
-    def put(self, source: Path) -> Path:
-        """Copy an image to its place, which is returned. The one file is replaced in one step."""
-        return self._replace(self._file, source) if self._file else self._add(source)
+    def put(self, name: str, data: bytes) -> Path:
+        """Write an image of this name to its place, which is returned; a link there is not followed.
 
-    def _replace(self, file: Path, source: Path) -> Path:
-        target = file if file.suffix else file.with_suffix(source.suffix)
-        with fs.temporary(target.parent, 0o644) as (handle, temporary):
-            handle.write(source.read_bytes())
+        The one file is replaced in one step.
+        """
+        folder = self._file.parent if self._file else self._folder
+        with fs.temporary(folder, 0o666 & ~_umask()) as (handle, temporary):
+            handle.write(data)
             handle.flush()
-            os.replace(temporary, target)
-        return target
+            return self._name(temporary, name)
 
-    def _add(self, source: Path) -> Path:
-        stem, n = source.stem.removeprefix(GENERATE), 1
-        while (target := self._folder / names.numbered(stem, source.suffix, n)).exists():
-            n += 1
-        shutil.copyfile(source, target)
-        return target
+    def _name(self, temporary: Path, name: str) -> Path:
+        """Give a whole image its name."""
+        if self._file:
+            suffix = names.split(name)[1]
+            target = self._file if self._file.suffix else self._file.with_suffix(suffix)
+            os.replace(temporary, target)
+            return target
+        name = name.removeprefix(GENERATE)
+        return self._folder / client.rename_to_free_name(temporary, self._folder, name)
+
+
+def _umask() -> int:
+    """The umask of this process, which can only be read by setting it: umask(2)."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -27,6 +27,7 @@ from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defin
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util import list_named_actors
 
+from promptdrop.clock import Presence
 from promptdrop.cluster import actor as actor_module
 from promptdrop.cluster import host as host_module
 from promptdrop.cluster.backend import KNOCK_SECONDS, knock
@@ -268,12 +269,16 @@ class Relay:
     def _listen(self, host: Host) -> list[Said]:
         """Return what the engine has said. A host that does not answer is reported as lost."""
         heard = self._actor.listen.remote(self._listener, LISTEN_SECONDS)
-        try:
-            said: list[Said] = ray.get(heard, timeout=2 * LISTEN_SECONDS)
-            return said
-        except GetTimeoutError:
-            silence = f"{host.name} did not answer for {2 * LISTEN_SECONDS:g} s"
-            return [(Gone(silence, is_lost=True), None)]
+        silence = 2 * LISTEN_SECONDS
+        presence = Presence(time.monotonic())
+        while True:
+            try:
+                said: list[Said] = ray.get(heard, timeout=silence)
+                return said
+            except GetTimeoutError:
+                if not presence.away(time.monotonic(), silence):  # else it was we who stood still
+                    reason = f"{host.name} did not answer for {silence:g} s"
+                    return [(Gone(reason, is_lost=True), None)]
 
     def _pass_on(self) -> None:
         """Pass the daemon's requests on, in order, as many at once as have come."""

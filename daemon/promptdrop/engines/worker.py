@@ -1,7 +1,7 @@
 """The main loop of the engine process: load, warm up, render until told to stop.
 
-The daemon starts it as `python -m promptdrop.engines.worker FD`; the configuration is the first message
-on FD. An exception that is not one of ours escapes and ends this process: after an unknown CUDA error
+The daemon starts it as `python -m promptdrop.engines.worker FD [LOG]`; the configuration is the first
+message on FD, lines of the log go to descriptor LOG, else to stderr. An exception that is not one of ours escapes and ends this process: after an unknown CUDA error
 every later call fails too, and only a new process helps.
 """
 
@@ -21,11 +21,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from typing import NoReturn
 
 from promptdrop import log
 from promptdrop.config import Config
 from promptdrop.engines import engine
+from promptdrop.engines.alarm import Alarm
 from promptdrop.engines.engine import Engine
 from promptdrop.errors import (
     ConfigError,
@@ -186,15 +186,16 @@ class Ahead:
         self._warm.prepare(image.render.spec, image.render.prompt)
 
 
-def main(fd: int) -> None:
+def main(fd: int, lines: int | None = None) -> None:
     """Entry point of the engine process. Any escaping exception ends it."""
     die_with_parent()
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon decides when we stop
-    signal.signal(signal.SIGALRM, _raise_timeout)
     connection = Connection(fd)
     config: Config = connection.recv()
+    if lines is not None:
+        log.write_to(lines)
     log.set_up(config.log.level, config.log.format)
     # Once the daemon is gone, nobody wants what is being rendered.
     serve(config, Line(connection, on_end=lambda: os._exit(0)))
@@ -299,20 +300,20 @@ def _results(
     Raises ImageTimeout, EngineError: all of them failed. ImageCancelled: all of them were cancelled.
     """
     tickets = [image.render.ticket for image in images]
-    deadline = time.monotonic() + seconds
+    alarm = Alarm(seconds)
 
     def on_step(step: int, steps: int) -> None:
         coming = ahead.coming() if step < steps else None
         line.send(Step(tickets[0], step, steps, prepares=coming is not None))
         if all(map(line.is_cancelled, tickets)):
             raise ImageCancelled
-        if time.monotonic() > deadline:  # the alarm was swallowed by a destructor or a bare except
+        if alarm.is_over:  # its exception was swallowed by a destructor or a bare except
             raise ImageTimeout
         if coming:
             ahead.prepare(coming)
 
     with ExitStack() as stack:
-        stack.enter_context(_alarm(seconds))
+        stack.enter_context(alarm)
         buffers = [stack.enter_context(_pixels(image)) for image in images]
         specs = [image.render.spec for image in images]
         results = warm.render(specs, images[0].render.prompt, on_step, buffers)
@@ -330,20 +331,6 @@ def _pixels(image: Image) -> Iterator[memoryview]:
         yield buffer
 
 
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Have SIGALRM sent after `seconds`. It raises in Python code; a C call delays it until it returns."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _raise_timeout(number: int, frame: object) -> NoReturn:
-    raise ImageTimeout
-
-
 def die_with_parent() -> None:
     """Have the kernel kill this process when the daemon's main thread ends, even in a C call."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -352,4 +339,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

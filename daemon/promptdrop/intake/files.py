@@ -43,7 +43,7 @@ def job_files(root: Path, recursive: bool, sick: Callable[[str, OSError], None])
             with untrusted.below(root, sub) as folder:
                 for entry, siblings in _listed(folder):
                     if _is_folder(entry):
-                        if recursive and _is_entered(entry, sub, device):
+                        if recursive and is_entered(entry, sub, device):
                             folders.append(below(sub, entry.name))
                     elif _is_ours(entry.name) and _may_be_file(entry):
                         yield sub, entry, siblings
@@ -87,7 +87,7 @@ def _is_ours(name: str) -> bool:
     return names.is_job_name(name) or names.is_cancel(name)
 
 
-def _is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
+def is_entered(entry: os.DirEntry[str], sub: str, device: int) -> bool:
     """Whether a sub-folder is entered: not another program's own, no mount point, not too deep."""
     return (
         not names.is_ignored_folder(entry.name)

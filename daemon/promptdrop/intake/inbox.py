@@ -180,6 +180,12 @@ class Inbox:
             seen.obstacle, seen.offered = obstacle, False
             seen.obstacle_until = now + delay(seconds, seen.tries)
 
+    def move_deadlines(self, seconds: float) -> None:
+        """Let every file settle so much later: we stood still, and perhaps its writer with us."""
+        for seen in self._seen.values():
+            seen.since += seconds
+        self._cancels = {path: since + seconds for path, since in self._cancels.items()}
+
     def put_back(self, path: str) -> None:
         """Forget an offered file that was taken, withdrawn or changed; a changed one settles anew."""
         self._seen.pop(path, None)

@@ -108,6 +108,11 @@ class Intake:
         """Whether nothing is being looked at or taken."""
         return not (self._scanning or self.arriving or self._verdicts)
 
+    @property
+    def behind(self) -> int:
+        """Count the files that wait because others of their lane are held up."""
+        return self._turns.held
+
     def is_stuck(self) -> bool:
         """Whether nothing is left that could be taken now, since every file left is held up."""
         return self._is_all_blocked and not (self._scanning or self._taking or self._verdicts)
@@ -145,6 +150,11 @@ class Intake:
     def _turn_away_stalled(self, begins: bool) -> None:
         self._taking += -1 if begins else 1
         self._take_turns()
+
+    def move_deadlines(self, seconds: float) -> None:
+        """Let what waits in the inbox wait so much longer: we stood still, perhaps its writers, too."""
+        self._verdicts.append(partial(self._inbox.move_deadlines, seconds))
+        self._woken = True
 
     def close(self) -> None:
         """Stop watching."""

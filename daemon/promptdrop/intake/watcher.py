@@ -1,121 +1,170 @@
 """Notice changes in the inbox. An event only means "look now"; the periodic scan finds the rest."""
 
+import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from watchdog.events import (
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileDeletedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
-from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver
-from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper
+from watchdog.observers.inotify_c import CallbackId, InotifyConstants, InotifyEvent, InotifyFD, Mask
+from watchdog.observers.inotify_c import WatchDescriptor as Watch
 
-# watchdog holds every move out of a folder, and all events behind it, back for half a second in case
-# the other half of the move comes. Our claims are moves out of the inbox, and we pair nothing.
-InotifyMoveEventGrouper.delay = 0.0
+from promptdrop.intake.files import below, is_entered
 
 Mode = Literal["inotify", "poll"]
 
-STOP_SECONDS = 2.0  # longest wait for the end of watchdog's threads
+STOP_SECONDS = 2.0  # longest wait for the end of watchdog's thread
 # File systems whose other writers inotify cannot see: inotify(7), "Limitations".
 REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "afs", "ceph", "lustre", "glusterfs")
 
 
-_EVENTS: list[type[FileSystemEvent]] = [
-    # Not *opened* and *closed without write*: our own looking would wake us for ever.
-    FileCreatedEvent,
-    FileMovedEvent,
-    FileModifiedEvent,
-    FileClosedEvent,
-    FileDeletedEvent,
-    DirCreatedEvent,
-    DirMovedEvent,
-    DirDeletedEvent,
-]
+# Not *opened* and *closed without write*: our own looking would wake us for ever.
+_CHANGES = (
+    InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_DELETE
+    | InotifyConstants.IN_MOVE
+    | InotifyConstants.IN_MODIFY
+    | InotifyConstants.IN_ATTRIB
+    | InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_DELETE_SELF
+    | InotifyConstants.IN_MOVE_SELF
+    | InotifyConstants.IN_ONLYDIR
+    | InotifyConstants.IN_EXCL_UNLINK
+)
+_ROOT = Mask(_CHANGES)
+_BELOW = Mask(_CHANGES | InotifyConstants.IN_DONT_FOLLOW)
+_OURS = CallbackId(0)  # the name of our callback, of which each watch has one
+_EXHAUSTED = (
+    errno.ENOSPC,
+    errno.ENOMEM,
+    errno.EMFILE,
+)  # no more watches; any other error is a folder's
 
-
-class _Handler(FileSystemEventHandler):
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        """Wake the loop. Called in watchdog's thread, which an exception would end."""
-        self._wake()
+_Identity = tuple[int, int]  # device and inode
 
 
 class Watcher:
-    """Calls `wake`, from a thread of its own, when something in the watched folders changes."""
+    """Calls `wake`, from a thread of watchdog's, when something in the watched folders changes.
+
+    It has one inotify descriptor and one thread, whoever makes, moves and replaces folders. watchdog's
+    own observers follow folders by their paths: 7.1.0 warns of nested mkdir, and raises KeyError where a
+    folder was replaced, which leaves threads that nothing ends. Here a watch is a folder's, not a path's,
+    and a folder that came or went only means that they are walked again.
+    """
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        self._handler = _Handler(wake)
-        self._observer: BaseObserver | None = None
-        self._watched: dict[Path, tuple[int, int]] = {}
+        self._wake = wake
+        self._inotify: InotifyFD | None = None
+        self._roots: dict[Path, tuple[bool, _Identity | None]] = {}  # as they were last walked
+        self._watched: dict[_Identity, Watch] = {}
+        self._gone: deque[Watch] = deque()  # watches that the kernel has removed with their folders
+        self._is_stale = True  # a folder came or went since they were last walked
 
     def check(self, folders: dict[Path, bool]) -> None:
-        """Watch `folders` (path -> recursive). Begins anew if a thread has ended or a folder was replaced.
+        """Watch `folders` (path -> recursive) and what is below them now.
 
         Thread: scanner.
         """
-        there = {path: _identity(path) for path in folders}
-        if self._is_alive() and there == self._watched:
-            return
-        self.close()
-        observer = Observer()
+        roots = {path: (recursive, _identity(path)) for path, recursive in folders.items()}
         try:
-            observer.start()
-            for path, recursive in folders.items():
-                if there[path] is not None:
-                    self._schedule(observer, str(path), recursive)
+            if self._inotify is None or not self._inotify.is_alive():
+                self.close()
+                self._inotify = InotifyFD()
+                self._inotify.start()
+            if self._is_stale or roots != self._roots:
+                self._is_stale, self._roots = False, roots
+                self._walk(self._inotify)
         except OSError:
-            observer.stop()  # out of inotify watches: the periodic scan still finds everything
-            return
-        self._observer = observer
-        self._watched = {path: identity for path, identity in there.items() if identity}
-
-    def _schedule(self, observer: BaseObserver, path: str, recursive: bool) -> None:
-        try:
-            observer.schedule(self._handler, path, recursive=recursive, event_filter=_EVENTS)
-        except RecursionError:  # too deep for os.walk: below `path` only the periodic scan looks
-            observer.schedule(self._handler, path, recursive=False, event_filter=_EVENTS)
-
-    def _is_alive(self) -> bool:
-        """Whether all of watchdog's threads run: one that calls us and one for each folder."""
-        threads = [self._observer, *self._observer.emitters] if self._observer else []
-        return bool(threads) and all(thread.is_alive() for thread in threads)
+            self._is_stale = (
+                True  # out of inotify watches: the periodic scan still finds everything
+            )
 
     def close(self) -> None:
-        """Stop watching. Waits at most STOP_SECONDS for watchdog's threads; those left end with the process."""
-        observer, self._observer, self._watched = self._observer, None, {}
-        if observer is not None:
-            stopping = threading.Thread(target=_stop, args=(observer,), name="watch", daemon=True)
+        """Stop watching. Waits at most STOP_SECONDS, if a disk that hangs holds a lock of watchdog's."""
+        inotify, self._inotify = self._inotify, None
+        self._watched, self._gone, self._is_stale = {}, deque(), True
+        if inotify is not None:
+            stopping = threading.Thread(target=_stop, args=(inotify,), name="watch", daemon=True)
             stopping.start()
             stopping.join(STOP_SECONDS)
 
+    # --- called by watchdog, in its thread, which an exception would end --------------------------
 
-def _stop(observer: BaseObserver) -> None:
-    """End an observer's threads, if watchdog can.
+    def on_event(self, event: InotifyEvent) -> None:
+        """Wake the loop; note whether a folder has come or gone."""
+        if event.is_directory:
+            self._is_stale = True
+        self._wake()
 
-    Where a watched folder was replaced by another of its name, watchdog 7.1.0 keeps two watches for one
-    path. Removing the second raises KeyError (InotifyWatchGroup._remove_watch_internally), which leaves
-    threads that nothing ends any more: a second `stop` waits for them for ever.
-    """
+    def on_watch_deleted(self, watch: Watch) -> None:
+        """Forget a watch whose folder is gone."""
+        self._gone.append(watch)
+        self._is_stale = True
+        self._wake()
+
+    def on_queue_overflow(self) -> None:
+        """Look everywhere: events were lost."""
+        self._is_stale = True
+        self._wake()
+
+    # --- the folders ------------------------------------------------------------------------------
+
+    def _walk(self, inotify: InotifyFD) -> None:
+        """Watch what is there and is not watched; let go of what is no longer there.
+
+        Each folder is watched before it is listed, so that what is made in it meanwhile is an event.
+        """
+        gone = {self._gone.popleft() for _ in range(len(self._gone))}
+        self._watched = {
+            identity: watch for identity, watch in self._watched.items() if watch not in gone
+        }
+        there: set[_Identity] = set()
+        for root, (recursive, identity) in self._roots.items():
+            todo = [("", identity)] if identity else []
+            while todo:
+                sub, identity = todo.pop()
+                if self._watch(inotify, root, sub, identity):
+                    there.add(identity)
+                    todo += _below(root, sub, identity[0]) if recursive else []
+        for identity in self._watched.keys() - there:
+            inotify.remove_callbacks([(self._watched.pop(identity), _OURS)])
+
+    def _watch(self, inotify: InotifyFD, root: Path, sub: str, identity: _Identity) -> bool:
+        """Watch a folder, unless it is watched. False: it is gone, or not ours to read."""
+        if identity in self._watched:
+            return True
+        path, mask = os.fsencode(root / sub), _BELOW if sub else _ROOT
+        try:
+            watch = inotify.add_callback(path, mask, self, _OURS)
+        except OSError as e:
+            if e.errno in _EXHAUSTED:
+                raise
+            return False
+        if watch < 0:  # not permitted, of which watchdog makes no error
+            inotify.remove_callbacks([(watch, _OURS)])
+            return False
+        self._watched[identity] = watch
+        return True
+
+
+def _below(root: Path, sub: str, device: int) -> list[tuple[str, _Identity]]:
+    """List the sub-folders of a folder that are entered, each with what it is."""
+    found = []
     try:
-        observer.stop()
-    except KeyError:
-        return
-    observer.join()
+        with os.scandir(root / sub) as scan:
+            for entry in scan:
+                if entry.is_dir(follow_symlinks=False) and is_entered(entry, sub, device):
+                    found.append((below(sub, entry.name), (device, entry.inode())))
+    except OSError:
+        pass  # gone, or not ours to read
+    return found
+
+
+def _stop(inotify: InotifyFD) -> None:
+    inotify.stop()
+    inotify.join()
 
 
 def watch_mode(wanted: Literal["auto", "inotify", "poll"], kind: str) -> tuple[Mode, str]:

@@ -53,11 +53,16 @@ class Held:
     step: int = 0
     is_shared: bool = False  # since its last step the text of another image is encoded, too
     recalled: bool = False  # it was asked back, for another engine
+    away: float = 0.0  # seconds since it began in which the daemon stood still
 
     @property
     def timeout_seconds(self) -> float:
         """Seconds for the whole batch: the image's timeout times the images begun together."""
         return self.spec.timeout_seconds * self.batch
+
+    def timed_out(self, began: float, grace: float) -> float:
+        """Return when its time is over, and `grace` with it, on the daemon's monotonic clock."""
+        return began + self.away + self.timeout_seconds + grace
 
 
 @dataclass(slots=True)
@@ -232,7 +237,7 @@ class EngineLink:
                 return f"not loaded and warm within {limits.load:g} s (engine.load_timeout_seconds)"
             return None
         for held, began in self._begun():
-            if now > began + held.timeout_seconds + limits.grace:
+            if now > held.timed_out(began, limits.grace):
                 return f"no answer {limits.grace:g} s after the image's {held.timeout_seconds:g} s (timeout_seconds, engine.kill_grace_seconds)"
             if limits.stall is not None and now > held.last_sign + limits.stall:
                 return f"silent for {limits.stall:g} s between steps (engine.stall_seconds)"
@@ -254,10 +259,22 @@ class EngineLink:
         if self._must_begin():
             deadlines.append(self._last_sign + limits.begin)
         for held, began in self._begun():
-            deadlines.append(began + held.timeout_seconds + limits.grace)
+            deadlines.append(held.timed_out(began, limits.grace))
             if limits.stall is not None:
                 deadlines.append(held.last_sign + limits.stall)
         return min(deadlines)
+
+    def move_deadlines(self, seconds: float) -> None:
+        """Let every limit pass so much later: the daemon stood still, and perhaps the engine with it."""
+        if self.loads_since is not None:
+            self.loads_since += seconds
+        self._last_sign += seconds
+        self._killed_at += seconds
+        self._closed_at += seconds
+        for held in self.in_hand.values():
+            held.last_sign += seconds
+        for held, _ in self._begun():
+            held.away += seconds
 
     def kill(self, reason: str, now: float, timed_out: bool = False) -> None:
         """Kill it, without waiting for its end. If it was killed before, the first reason stands."""

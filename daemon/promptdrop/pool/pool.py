@@ -86,6 +86,9 @@ class Backend(Protocol):
     def next_deadline(self) -> float:
         """Return when `hear` is to be called at the latest, on the daemon's monotonic clock."""
 
+    def move_deadlines(self, seconds: float) -> None:
+        """Let every limit pass so much later: the daemon stood still."""
+
     def close(self) -> None:
         """Let go of everything, because the daemon ends."""
 
@@ -137,6 +140,9 @@ class ChildProcesses:
 
     def next_deadline(self) -> float:
         return float("inf")
+
+    def move_deadlines(self, seconds: float) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -197,6 +203,13 @@ class Pool:
             elif not slot.trouble:
                 due.append(slot.link.next_deadline(limits))
         return min(due)
+
+    def move_deadlines(self, seconds: float) -> None:
+        """Let every limit of an engine pass so much later: the daemon stood still."""
+        self._backend.move_deadlines(seconds)
+        for slot in self.slots:
+            if slot.link:
+                slot.link.move_deadlines(seconds)
 
     def hear(
         self, now: float, may_start: bool

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from promptdrop import log
 from promptdrop.config import Config
 from promptdrop.pool.link import EngineLink
 
@@ -22,11 +23,13 @@ class ChildProcess:
         Raises OSError: out of descriptors, processes or memory.
         """
         self.socket, theirs = socket.socketpair()
+        # Its lines go where ours go; what else it writes is captured by us, like our own.
+        passed = [theirs.fileno()] + ([] if (lines := log.descriptor()) is None else [lines])
         try:
             with theirs:
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-m", "promptdrop.engines.worker", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
+                    [sys.executable, "-m", "promptdrop.engines.worker", *map(str, passed)],
+                    pass_fds=passed,
                     stdin=subprocess.DEVNULL,
                     stdout=sys.stderr,
                     start_new_session=True,

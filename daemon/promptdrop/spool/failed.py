@@ -6,27 +6,43 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from promptdrop import fs, names, untrusted
-from promptdrop.records import ErrorRecord, to_bytes
+from promptdrop.records import ERROR_BYTES, ErrorRecord, fitting, to_bytes
+from promptdrop.spool.ids import is_job_id
 from promptdrop.spool.job import Job, Unresolved
-from promptdrop.spool.paths import FAILING, REASON, reason_file
+from promptdrop.spool.paths import FAILING, REASON, dropped_path, reason_file
 from promptdrop.spool.permissions import is_for_us
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 
 
-def failures(failed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def failures(failed: Path) -> Iterator[tuple[str, ErrorRecord | None]]:
     """Yield every file in failed/ that has a reason beside it: (path below failed/, its error record).
+
+    The record is None if it cannot be read, or is none that we can have written.
 
     Thread: any.
     """
     found = (Path(entry.path) for _, listed in fs.walk(failed) for entry in listed)
     for reason in sorted(path for path in found if path.name.endswith(REASON)):
-        target = reason.with_name(reason.name.removesuffix(REASON))
-        if target.is_file():
-            yield os.path.relpath(target, failed), read_json(reason)
+        sub, file = os.path.relpath(reason.parent, failed), reason.name.removesuffix(REASON)
+        sub = "" if sub == "." else sub
+        try:
+            with untrusted.below(failed, sub) as folder:
+                if (status := status_of(folder / file)) and stat.S_ISREG(status.st_mode):
+                    yield dropped_path(sub, file), _reason(folder / reason.name)
+        except (FileNotFoundError, PermissionError, untrusted.NotPlain):
+            continue  # taken away, closed or swapped since it was listed
+
+
+def _reason(path: Path) -> ErrorRecord | None:
+    """Read an error record, which anybody of the group may have written; None if it is not ours."""
+    try:
+        record = fitting(ErrorRecord, read_json(path, ERROR_BYTES))
+    except OSError:
+        return None
+    return record if record and (record.id is None or is_job_id(record.id)) else None
 
 
 def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> None:

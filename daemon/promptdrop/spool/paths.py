@@ -6,6 +6,7 @@ outbox/status.json                    for those who see nothing but the outbox
 failed/SUB/FILE, FILE.error.json      refused or failed, with the reason
 ROOT/.promptdrop/                     the state folder
     lock, version, mounts.json, status.json
+    last-words                        the traceback of a daemon that a fatal signal ended
     control/                          commands; spool/control.py names the files
     cache/taken/                      files that were taken before (inbox.duplicates: refuse)
     cluster                           the prefix of actors' names; see cluster/backend.py
@@ -68,6 +69,11 @@ class Paths:
     def lock(self) -> Path:
         """The file that the daemon locks with flock(2); it holds the daemon's pid."""
         return self.state / "lock"
+
+    @property
+    def last_words(self) -> Path:
+        """The file for the traceback of a daemon that a fatal signal ends; the next start logs it."""
+        return self.state / "last-words"
 
     @property
     def version(self) -> Path:

@@ -20,14 +20,18 @@ from promptdrop.spool.paths import (
     state_of,
 )
 
+# What anything but the request of a large job fits in: 16,000 images of job.json with long errors.
+_LIMIT = 64 << 20  # bytes
 
-def read_json(path: Path | str) -> dict[str, Any]:
+
+def read_json(path: Path | str, limit: int | None = _LIMIT) -> dict[str, Any]:
     """Read a record of our own; empty if it is gone, torn, no regular file or no JSON object.
 
     Thread: any.
     """
     try:
-        loaded = json.loads(untrusted.read_plain(Path(path), None)[0])
+        data = untrusted.read_plain(Path(path), limit)[0]
+        loaded = json.loads(data) if limit is None or len(data) <= limit else {}
     except (FileNotFoundError, NotADirectoryError, untrusted.NotPlain, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

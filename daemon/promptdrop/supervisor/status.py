@@ -108,6 +108,7 @@ class Composer:
                 jobs=len(running),
                 images=left,
                 publishing=self._publishing.under_way + self._publishing.stalled,
+                behind=self._publishing.set_aside + self._intake.behind,
             ),
             jobs=[_job(one) for one in islice(running.values(), LISTED)],
             waiting=[

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
-from promptdrop import config_file, log
+from promptdrop import captured, clock, config_file, log, signals
 from promptdrop.config import Config
 from promptdrop.engines import engine
 from promptdrop.errors import ConfigError, RequestError
@@ -54,6 +54,7 @@ from promptdrop.version import __version__
 # One of the middle generation, of at most 50,000 objects, costs 10 to 20 ms.
 GC_THRESHOLDS = 5_000, 10, 1_000_000
 HELD_NAMED = 10  # files that hold up a drain
+TICK_SECONDS = 0.5  # the longest wait while a limit runs, so that a loop that stood still knows it
 
 
 class Supervisor:
@@ -70,6 +71,7 @@ class Supervisor:
         self._drain = drain
         self._signals: list[int] = []
         self._notifier = Notifier()
+        self._presence = clock.Presence(0.0)
         self._loop = loop = Loop(settings.watch.rescan_seconds)
         self._intake = intake = Intake(loop, spool, self)
         self._pool = pool = Pool(settings, _backend(settings, drain))
@@ -111,6 +113,7 @@ class Supervisor:
         self.spool.folders.require_mount()
         self.spool.folders.prepare()
         self.spool.lock.acquire()
+        captured.keep_last_words(self.spool.paths.last_words)
         os.umask(0o022 | os.umask(0o022))  # only we may change the files that we make for ourselves
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -125,6 +128,7 @@ class Supervisor:
     def _startup(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        self._signals += signals.noted()
         # Sent if somebody opens a file just as intake/writers.py takes a lease on it: fcntl(2).
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         self._intake.decide_watch()
@@ -140,7 +144,10 @@ class Supervisor:
             log.get().warning("inbox.unusable", reason=f"the inbox {why}")
         self._export_metrics()
         self._reporter.start()
-        self._engines.hear(time.monotonic())  # starts them
+        self._heed_signals()  # no engine is begun to be killed at once
+        now = time.monotonic()
+        self._presence = clock.Presence(now)
+        self._engines.hear(now)  # starts them
         self._recovery.start()
 
     def _export_metrics(self) -> None:
@@ -151,11 +158,14 @@ class Supervisor:
             prometheus.start(listen, lambda: self._reporter.shown)
 
     def _turn(self) -> None:
-        deadline = self._next_deadline(time.monotonic())
+        before = time.monotonic()
+        deadline = self._next_deadline(before)
         self._loop.wait(self._pool.readers(), self._pool.writers(), deadline)
         self._heed_signals()
         self._loop.run_results()
         now = time.monotonic()
+        if away := self._presence.away(now, planned=max(0.0, deadline - before)):
+            self._move_deadlines(away)
         self._engines.hear(now)
         if not self._recovery.is_looking:
             self._recovery.go_on(now)
@@ -164,6 +174,14 @@ class Supervisor:
         self._engines.maybe_unload(now)
         self._maybe_end(now)
         self._report(now)
+
+    def _move_deadlines(self, seconds: float) -> None:
+        """Charge nobody for time in which this process stood still, perhaps engines and writers, too."""
+        log.get().info("daemon.stood_still", seconds=round(seconds, 1))
+        self._pool.move_deadlines(seconds)
+        self._intake.move_deadlines(seconds)
+        if self._gate.stop_at is not None:
+            self._gate.stop_at += seconds
 
     def _report(self, now: float) -> None:
         self._reporter.report(now)
@@ -174,6 +192,8 @@ class Supervisor:
             due.append(self._intake.next_look())
         if self._gate.stop_at is not None:
             due.append(self._gate.stop_at)
+        if self._gate.stop_at or self._intake.waiting or self._pool.next_deadline() < float("inf"):
+            due.append(now + TICK_SECONDS)
         return min(due)
 
     def _shutdown(self) -> None:

@@ -45,28 +45,18 @@ def make_loop_late(module: ModuleType) -> None:
     module.Loop.wait, module.Loop.off = late_wait, late_off
 
 
-class LateStream:
-    """stderr, some lines of which are late, and with them all that follow."""
-
-    def __init__(self) -> None:
-        self._next = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> int:
-        """Write a line."""
-        if time.monotonic() >= self._next:
-            delay(LOG_SECONDS)
-            self._next = time.monotonic() + LOG_EVERY
-        return sys.stderr.write(text)
-
-
 def make_log_late(module: ModuleType) -> None:
-    """Delay the thread that writes the log."""
-    late_sys = ModuleType("sys")
-    late_sys.stderr = LateStream()
-    module.sys = late_sys
+    """Make some lines of the log late, and with them all that follow."""
+    put, due = module._put, 0.0
+
+    def late_put(text: str) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            delay(LOG_SECONDS)
+            due = time.monotonic() + LOG_EVERY
+        put(text)
+
+    module._put = late_put
 
 
 MAKE_LATE = {"promptdrop.loop": make_loop_late, "promptdrop.log": make_log_late}
