@@ -163,6 +163,7 @@ class Loop:
         _, hung = concurrent.futures.wait(list(self._futures), CLOSE_SECONDS)
         os.close(self._wake_read)
         os.close(self._wake_write)
+        self._wake_write = -1  # a late signal must not write into another file
         return not hung
 
     def _submit(self, work: _Work) -> None:

@@ -1,17 +1,20 @@
 """`promptdrop retry`: parked jobs go on, refused files are dropped again."""
 
+import json
+import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import crash_at
-from promptdrop.errors import Problem, UsageError
+from promptdrop import untrusted
+from promptdrop.errors import DiskTrouble, Problem, UsageError
 from promptdrop.outbox import publish
-from promptdrop.spool import claim, ending, record, retry
+from promptdrop.spool import claim, ending, record, recovery, retry
 from promptdrop.spool.job import Job
 from promptdrop.spool.spool import Spool
-from spools import claimed_job, files_below, make_spool, publication, recovered
+from spools import claimed_job, files_below, make_spool, publication, put, recovered
 
 
 def parked_job(spool: Spool, path: str) -> Job:
@@ -103,6 +106,73 @@ def test_a_reason_that_names_another_job_moves_only_its_own_file(spool: Spool) -
     assert again is None
     assert files_below(spool.paths.inbox) == ["b.txt"]
     assert (spool.paths.failed / "a.txt").exists()
+
+
+def test_a_marker_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Somebody may have put FILE.done there as a link; the file is dropped beside it."""
+    spool = make_spool(tmp_path, watch={"ready_suffix": ".done"})
+    spool.folders.init()
+    refuse(spool, "a.txt")
+    (spool.paths.inbox / "a.txt.done").symlink_to(tmp_path / "aim")
+    retry.retry(spool, "a.txt")
+
+    assert not (tmp_path / "aim").exists()
+    assert files_below(spool.paths.inbox) == ["a.txt", "a.txt.done"]
+
+
+@pytest.mark.parametrize("swapped", ["link", "pipe", "folder"])
+def test_only_a_regular_file_is_moved_back(spool: Spool, tmp_path: Path, swapped: str) -> None:
+    """What somebody has put into the place of a parked job's file stays there, and the job stays parked."""
+    job = parked_job(spool, "a.txt")
+    place = spool.paths.failed / "a.txt"
+    place.unlink()
+    {
+        "link": lambda: place.symlink_to(tmp_path / "aim"),
+        "pipe": lambda: os.mkfifo(place),
+        "folder": place.mkdir,
+    }[swapped]()
+
+    with pytest.raises(untrusted.NotPlain):
+        retry.retry(spool, "a.txt")
+    assert os.path.lexists(place)
+    assert spool.paths.home("parked", job.id).is_dir()
+    assert files_below(spool.paths.home("parked", job.id) / "drop") == []
+
+
+@pytest.mark.parametrize(
+    "target", ["../inbox/a.txt", "/etc/passwd", "sub/../../a.txt", "", 7, None]
+)
+def test_a_forged_place_is_none(spool: Spool, target: object) -> None:
+    """A record that leads out of failed/ says nothing; the job's file stays where it is."""
+    job = parked_job(spool, "a.txt")
+    home = spool.paths.home("parked", job.id)
+    plan = json.loads((home / "failing.json").read_bytes())
+    (home / "failing.json").write_text(json.dumps({**plan, "target": target}))
+    put(spool, "a.txt")
+    recovery.recover(spool)
+
+    assert spool.parked.targets() == []
+    assert (spool.paths.failed / "a.txt").exists()
+    assert (spool.paths.inbox / "a.txt").exists()
+
+
+def test_a_job_that_has_not_quite_ended_is_not_dropped_again(spool: Spool) -> None:
+    """Its file lies in failed/ already while its outbox folder is in trouble: a retry waits for its end."""
+    job = claimed_job(spool, "a.txt")
+    claim.take(job)
+    record.fail_image(job, 1, "no luck")
+    away = spool.paths.outbox.rename(spool.paths.root / "away")
+    with pytest.raises(OSError, match="outbox"):
+        ending.finish(spool, job)
+    away.rename(spool.paths.outbox)
+
+    with pytest.raises(DiskTrouble):
+        retry.retry(spool, "a.txt")
+    ending.finish(spool, job)
+    again = retry.retry(spool, "a.txt")
+
+    assert again
+    assert again.id == job.id
 
 
 def test_a_retry_that_is_cut_short_is_completed(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from parts import Parts
 from promptdrop.intake.intake import Survey
 from promptdrop.pool import messages
-from promptdrop.spool import control
+from promptdrop.spool import control, record, retry
 from promptdrop.spool.control import Cancel, Retry
 from promptdrop.spool.job import Job
-from promptdrop.supervisor import commands
+from promptdrop.supervisor import errands
 from promptdrop.supervisor.supervisor import Supervisor
 
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -26,7 +26,7 @@ def send(parts: Parts, command: control.Command) -> None:
 
 def listing(parts: Parts) -> tuple[control.Command, ...]:
     """The commands that a look finds in the control folder now."""
-    return control.read(parts.spool.paths.control)
+    return control.CommandFiles(parts.spool.paths.control).read(0.0)
 
 
 def obey(parts: Parts, found: tuple[control.Command, ...]) -> None:
@@ -143,7 +143,7 @@ def test_a_retry_of_many_leaves_the_clerk_to_others(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     """It is carried out in parts, each target once, and its file goes at the end."""
-    monkeypatch.setattr(commands, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(errands, "SLICE_SECONDS", 0.0)
     send(parts, Retry(tuple(f"{n}.txt" for n in range(5))))
     found = listing(parts)
     slices: list[int] = []
@@ -172,6 +172,71 @@ def test_trouble_with_a_disk_repeats_no_target(parts: Parts, logged: Logged) -> 
 
     assert len(logged("job.retried")) == 1
     assert len(logged("job.not_retried")) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyError])
+@pytest.mark.parametrize("kind", [Cancel, Retry])
+def test_a_command_that_ends_the_daemon_ends_no_second_life(
+    parts: Parts,
+    monkeypatch: pytest.MonkeyPatch,
+    logged: Logged,
+    kind: type[Cancel] | type[Retry],
+    error: type[Exception],
+) -> None:
+    """Its file is removed and named before an unknown error goes on."""
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(retry, "retry", fail)
+    monkeypatch.setattr(record, "cancel", fail)
+    parts.accept(job := parts.job())
+    send(parts, kind((job.id,)))
+    (command,) = listing(parts)
+    parts.commands.surveyed([command])
+
+    with pytest.raises(error):
+        parts.until(lambda: not parts.commands.is_busy, "the end of the command")
+    assert listing(parts) == ()
+    assert [line["file"] for line in logged("command.failed")] == [command.file]
+
+
+def test_a_command_that_cannot_be_read_to_its_end_ends_no_second_life(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if memory runs out while the scanner reads it."""
+
+    def fail(data: bytes) -> None:
+        raise MemoryError
+
+    send(parts, Retry(("a.txt",)))
+    monkeypatch.setattr(control.json, "loads", fail)
+
+    with pytest.raises(MemoryError):
+        listing(parts)
+    assert listing(parts) == ()
+
+
+def test_a_drop_is_claimed_between_the_cancels_of_one_command(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clerk has its other work between two slices, also between those of two commands."""
+    monkeypatch.setattr(errands, "SLICE_SECONDS", 0.0)
+    jobs = [parts.job(f"{n}.txt") for n in range(8)]
+    for job in jobs:
+        parts.accept(job)
+    for some in (jobs[:4], jobs[4:]):
+        send(parts, Cancel(tuple(job.id for job in some)))
+    parts.commands.surveyed(listing(parts))
+    seen: list[int] = []
+    for times in range(1, 4):
+        count = lambda: sum((job.home / "cancelled").exists() for job in jobs)  # noqa: E731
+        parts.loop.off("clerk", count, seen.append)
+        parts.until(lambda times=times: len(seen) == times, "other work")
+    parts.until(lambda: not parts.work.running, "the end of all")
+
+    assert all(n < 8 for n in seen)
+    assert [end.outcome for end in parts.jobs.finished] == ["cancelled"] * 8
 
 
 def test_commands_wait_until_every_job_is_known(parts: Parts) -> None:

@@ -10,6 +10,7 @@ from parts import Parts
 from promptdrop.errors import RequestError
 from promptdrop.pool.messages import Cancel, CountTokens, Tokens
 from promptdrop.supervisor import jobs as jobs_room
+from promptdrop.supervisor.errands import Progress
 
 MakeParts = Callable[..., Parts]
 REFUSE = {"prompt": {"overflow": "refuse", "max_tokens": 16}}
@@ -56,7 +57,7 @@ def test_a_cancel_is_durable_before_its_command_goes(parts: Parts) -> None:
     parts.jobs.cancel([job.id], remove, ends.append)
     until_ended(parts)
 
-    assert (found, ends) == ([True], [True])
+    assert (found, ends) == ([True], [Progress.DONE])
 
 
 def test_a_cancelled_job_waits_for_the_image_that_is_rendered(parts: Parts) -> None:
@@ -67,7 +68,7 @@ def test_a_cancelled_job_waits_for_the_image_that_is_rendered(parts: Parts) -> N
     parts.feed()
     (ticket,) = engine.begin()
     parts.hear()
-    recorded: list[bool] = []
+    recorded: list[Progress] = []
     parts.jobs.cancel([job.id], lambda: None, recorded.append)
     parts.until(lambda: recorded, "the record of the cancel")
 

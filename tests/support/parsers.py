@@ -66,7 +66,7 @@ def command(data: bytes) -> None:
     """Read what anybody of the group may leave in control/: a command or nothing."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.json").write_bytes(data)
-        control.read(Path(folder))
+        control.CommandFiles(Path(folder)).read(0.0)
 
 
 def infotext(data: bytes) -> None:

@@ -180,7 +180,7 @@ class Intake:
             self._spool.folders.require_space(settings.limits.min_free_disk_mib)
         except TROUBLE as e:
             trouble = reason_of(e)
-        commands = control.read(self._spool.paths.control)
+        commands = self._spool.commands.read(time.monotonic())
         return Survey(
             scan=scan,
             trouble=trouble,

@@ -111,7 +111,7 @@ def take(job: Job) -> None:
     Its detail is read first, so that trouble with a disk shows here and not later. This takes the reading
     of one small file if the job is closed, and one rename. Raises OSError.
 
-    Thread: loop.
+    Thread: loop; clerk, once the loop has failed.
     """
     job.open()
     if job.place == "pending":

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from promptdrop import fs, names, untrusted
@@ -49,22 +50,30 @@ def move_to_failed(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> 
 
     Thread: clerk.
     """
-    if planned := read_failing(spool.paths, job.home):
-        target = spool.paths.failed / planned["target"]
-        record = ErrorRecord.model_validate(planned["record"])
-    else:
-        target = _plan(spool, job, record)
+    planned = read_plan(spool, job.home)
+    target, record = planned or (_plan(spool, job, record), record)
     while fs.exists(job.drop):
-        _make_folder_of(spool, target)
-        share_drop(job.drop, _file_mode(spool), target.parent)
+        if isinstance(job, Job):
+            spool.parked.add(target, job.id)
         try:
-            fs.move(job.drop, target)
-        except FileExistsError:
+            with _folder_of(spool, target) as folder:
+                share_drop(job.drop, _file_mode(spool), folder)
+                fs.move(job.drop, folder / os.path.basename(target))
+        except (FileExistsError, untrusted.NotPlain):
+            spool.parked.forget(target)
             target = _plan(spool, job, record)
-    reason = reason_file(target)
-    if not fs.exists(reason):
-        _make_folder_of(spool, target)
-        fs.write_durably(reason, to_bytes(record), _file_mode(spool))
+    if isinstance(job, Job):
+        spool.parked.add(target, job.id)
+    _write_reason(spool, target, record)
+
+
+def read_plan(spool: Spool, home: Path) -> tuple[str, ErrorRecord] | None:
+    """Read where in failed/ the file of a job goes, as a path below it, and why; None if that is not recorded.
+
+    Thread: clerk.
+    """
+    plan = read_failing(spool.paths, home)
+    return (plan["target"], ErrorRecord.model_validate(plan["record"])) if plan else None
 
 
 def share_drop(drop: Path, mode: int, folder: Path) -> None:
@@ -85,43 +94,65 @@ def status_of(path: Path) -> os.stat_result | None:
         return None
 
 
-def _plan(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> Path:
+def _plan(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> str:
     """Choose a free name in failed/ and record it with the reason."""
-    stem, suffix = names.split(job.file)
-    folder = _mirror(spool.paths.failed, job.sub)
-    n = 1
-    while True:
-        target = folder / names.numbered(stem, suffix, n, 255 - len(REASON))
-        if not fs.exists(target) and not fs.exists(reason_file(target)):
-            break
-        n += 1
-    document = {
-        "target": os.path.relpath(target, spool.paths.failed),
-        "record": record.model_dump(mode="json"),
-    }
-    mode = spool.config.output.record_mode
-    fs.write_durably(job.home / FAILING, json.dumps(document).encode(), mode)
+    sub = _mirror(spool.paths.failed, job.sub)
+    target = os.path.join(sub, _free_name(spool.paths.failed, sub, job.file))
+    document = {"target": target, "record": record.model_dump(mode="json")}
+    fs.write_durably(
+        job.home / FAILING, json.dumps(document).encode(), spool.config.output.record_mode
+    )
     return target
 
 
-def _mirror(failed: Path, sub: str) -> Path:
-    """Return failed/SUB, or SUB~2 where a file has that name or we may not use the folder."""
-    folder = failed
+def _free_name(failed: Path, sub: str, file: str) -> str:
+    """Return FILE, or FILE~2 ... where a file or its reason has that name in failed/SUB."""
+    stem, suffix = names.split(file)
+    n = 1
+    try:
+        with untrusted.below(failed, sub) as folder:
+            while True:
+                name = names.numbered(stem, suffix, n, 255 - len(REASON))
+                if not fs.exists(folder / name) and not fs.exists(reason_file(folder / name)):
+                    return name
+                n += 1
+    except FileNotFoundError:
+        return names.numbered(stem, suffix, n, 255 - len(REASON))  # the folder is not made yet
+
+
+def _mirror(failed: Path, sub: str) -> str:
+    """Return SUB, or SUB~2 where a file or link has that name in failed/ or we may not use the folder."""
+    mirror = ""
     for part in Path(sub).parts:
         n = 1
         while True:
-            inner = folder / names.numbered(part, "", n)
-            if not fs.exists(inner) or is_for_us(inner):
+            inner = failed / mirror / names.numbered(part, "", n)
+            status = status_of(inner)
+            if status is None or (stat.S_ISDIR(status.st_mode) and is_for_us(inner)):
                 break
             n += 1
-        folder = inner
-    return folder
+        mirror = os.path.join(mirror, inner.name)
+    return mirror
 
 
-def _make_folder_of(spool: Spool, target: Path) -> None:
-    mode = int(spool.config.output.directory_mode, 8)
-    failed = spool.paths.failed
-    fs.make_directories(failed, str(target.parent.relative_to(failed)), mode)
+@contextmanager
+def _folder_of(spool: Spool, target: str) -> Iterator[Path]:
+    """Yield the folder of failed/`target`, made if need be. Raises NotPlain: a part of it is a link or file."""
+    sub = os.path.dirname(target)
+    fs.make_directories(spool.paths.failed, sub, int(spool.config.output.directory_mode, 8))
+    with untrusted.below(spool.paths.failed, sub) as folder:
+        yield folder
+
+
+def _write_reason(spool: Spool, target: str, record: ErrorRecord) -> None:
+    """Write why a file lies in failed/, unless something has the name of its reason already."""
+    try:
+        with _folder_of(spool, target) as folder:
+            reason = reason_file(folder / os.path.basename(target))
+            if not fs.exists(reason):
+                fs.write_once(reason, to_bytes(record), _file_mode(spool))
+    except (FileExistsError, untrusted.NotPlain):
+        pass  # somebody was faster, or has put a link or a file in the place of the folder
 
 
 def _file_mode(spool: Spool) -> int:

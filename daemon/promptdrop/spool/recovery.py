@@ -7,8 +7,8 @@ from pathlib import Path
 
 from promptdrop import fs
 from promptdrop.records import ErrorRecord
-from promptdrop.spool import claim, ending, record, retry
-from promptdrop.spool.failed import move_to_failed
+from promptdrop.spool import claim, cleared, ending, record, retry
+from promptdrop.spool.failed import move_to_failed, read_plan
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.outbox import FolderLost
 from promptdrop.spool.paths import (
@@ -44,6 +44,7 @@ def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
     spool.duplicates.forget_old()
     for finished in spool.folders.homes("finished"):
         fs.remove_tree(Path(finished))
+    spool.parked.clear()
     left: list[Left] = []
     troubled: list[Path] = []
 
@@ -156,12 +157,17 @@ def _forget_images(home: Path) -> None:
 
 def _recover_parked(spool: Spool, home: Path) -> None:
     """Complete a retry that had begun; remove a job whose file somebody has taken out of failed/."""
-    plan = read_failing(spool.paths, home)
     if any(True for _ in fs.files(home / DROP)):
         if retry.unpark(spool, home) is None:
             _claim_again(spool, home)
-    elif plan and not fs.exists(spool.paths.failed / plan["target"]):
-        fs.remove_tree(home)  # the file is a new job now, if it is dropped again
+    elif plan := read_plan(spool, home):
+        target, _ = plan
+        if cleared.is_missing(spool, target):
+            ending.leave(
+                spool, home, "finished"
+            )  # the file is a new job now, if it is dropped again
+        else:
+            spool.parked.add(target, home.name)
 
 
 def _claim_again(spool: Spool, home: Path) -> None:

@@ -3,17 +3,17 @@
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from promptdrop import fs, names, untrusted
-from promptdrop.errors import UsageError
+from promptdrop.errors import DiskTrouble, UsageError
 from promptdrop.spool import record
-from promptdrop.spool.failed import status_of
-from promptdrop.spool.ids import is_job_id
+from promptdrop.spool.failed import read_plan, status_of
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import CANCELLED, FAILING, parse_image_record, reason_file
 from promptdrop.spool.permissions import SHARED_MODE
-from promptdrop.spool.record import read_failing, read_json
+from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 
 _INCURABLE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # waiting does not make the path good
@@ -25,15 +25,13 @@ def retry(spool: Spool, target: str) -> Job | None:
     Returns None where there is no job to resume, because the file was refused or the job's record is
     torn: the file is dropped anew.
 
-    Raises UsageError: nothing there can be retried.
+    Raises UsageError: nothing there can be retried. DiskTrouble: the job has not quite ended.
 
     Thread: clerk.
     """
-    _require_inside(spool.paths.failed, target)
     if (home := _parked_home(spool, target)) and (job := unpark(spool, home)):
         return job
-    if not (spool.paths.failed / target).is_file():
-        raise UsageError(f"{names.printable(target)}: no such file in {spool.paths.failed}")
+    _require_file(spool.paths.failed, target)
     _drop_again(spool, target)
     return None
 
@@ -50,21 +48,56 @@ def unpark(spool: Spool, home: Path) -> Job | None:
     job = record.load_if_whole(spool.paths, str(home), os.listdir(home))
     if job is None:
         return None
-    plan = read_failing(spool.paths, home)
-    if plan and not fs.exists(job.drop):
-        sub, _, file = plan["target"].rpartition("/")
-        with untrusted.below(spool.paths.failed, sub) as folder:
-            fs.move(folder / file, job.drop)
+    plan = read_plan(spool, home)
+    if plan:
+        _take_back(spool, plan[0], job.drop)
     _forget_failures(home)
     if plan:
-        fs.remove_file(reason_file(spool.paths.failed / plan["target"]))
+        _remove_reason(spool.paths.failed, plan[0])
     fs.remove_file(home / CANCELLED)
     fs.remove_file(home / FAILING)
     pending = spool.paths.home("pending", job.id)
     fs.rename(home, pending)
     fs.sync_directory(pending.parent)
+    if plan:
+        spool.parked.forget(plan[0])
     spool.outbox.hold(job)
     return record.load(spool.paths, pending, os.listdir(pending))
+
+
+def _take_back(spool: Spool, target: str, drop: Path) -> None:
+    """Move the file of a job back from failed/`target`, if that is not done yet."""
+    sub, file = os.path.split(target)
+    if not fs.exists(drop):
+        with untrusted.below(spool.paths.failed, sub) as folder:
+            _move_file(folder / file, drop, spool.job_file_bytes)
+        return
+    with suppress(OSError), untrusted.below(spool.paths.failed, sub) as folder:
+        fs.move(folder / file, drop)  # the rest of a copy to another file system, if it is that
+
+
+def _require_plain(source: Path, folder: Path, limit: int) -> None:
+    """Raise NotPlain unless `source` is a regular file; UsageError if moving it to `folder` takes too long.
+
+    limit: bytes that may be copied to another file system.
+    """
+    status = os.lstat(source)
+    if not stat.S_ISREG(status.st_mode):
+        raise untrusted.NotPlain(errno.EINVAL, "not a regular file", str(source))
+    if status.st_size > limit and status.st_dev != os.stat(folder).st_dev:
+        raise UsageError(f"{status.st_size} bytes; expected at most {limit}: limits.job_file_kib")
+
+
+def _move_file(source: Path, target: Path, limit: int) -> None:
+    """Move a regular file, as `_require_plain`. What was swapped in for it at the last moment is put back.
+
+    Raises FileExistsError.
+    """
+    _require_plain(source, target.parent, limit)
+    fs.move(source, target)
+    if not stat.S_ISREG(os.lstat(target).st_mode):
+        fs.rename(target, source)
+        raise untrusted.NotPlain(errno.EINVAL, "changed while it was moved", str(source))
 
 
 def _forget_failures(home: Path) -> None:
@@ -79,51 +112,85 @@ def _forget_failures(home: Path) -> None:
             os.unlink(entry.path)
 
 
-def _require_inside(failed: Path, target: str) -> None:
-    """Raise UsageError if `target` cannot be a file in failed/: anybody in the group may name it."""
-    sub, _, file = target.rpartition("/")
-    try:
-        is_inside = bool(file) and ".." not in (file, *Path(sub).parts) and target[0] != "/"
-        if is_inside and fs.exists(failed / sub):
-            with untrusted.below(failed, sub) as folder:
-                status = status_of(folder / file)
-            is_inside = status is None or stat.S_ISREG(status.st_mode)
-    except ValueError:  # NUL, or half a surrogate pair
-        is_inside = False
-    except OSError as e:
-        if not isinstance(e, untrusted.NotPlain) and e.errno not in _INCURABLE:
-            raise
-        is_inside = False
-    if not is_inside:
-        raise UsageError(f"{names.printable(target[:300])}: no file in {failed}")
+def _remove_reason(failed: Path, target: str) -> None:
+    """Remove the reason of a file that is retried. One that cannot be removed says nothing any more."""
+    sub, file = os.path.split(target)
+    with suppress(OSError), untrusted.below(failed, sub) as folder:
+        os.unlink(reason_file(folder / file))
 
 
 def _parked_home(spool: Spool, target: str) -> Path | None:
     """Find the folder of the parked job whose file is failed/`target`; None if there is none."""
-    known = str(read_json(reason_file(spool.paths.failed / target)).get("id"))
-    likely = [str(spool.paths.home("parked", known))] if is_job_id(known) else []
-    # All are read only if the reason is gone, as after a retry that trouble with a disk cut short.
-    for home in likely or spool.folders.homes("parked"):
-        if read_failing(spool.paths, home).get("target") == target:
-            return Path(home)
+    if (job_id := spool.parked.id_of(target)) is None:
+        return None
+    home = spool.paths.home("parked", job_id)
+    if fs.exists(home):
+        return home
+    if spool.paths.is_in_hand(job_id):
+        raise DiskTrouble(f"failed/{names.printable(target)}: its job {job_id} has not ended yet")
     return None
+
+
+def _require_file(failed: Path, target: str) -> None:
+    """Raise UsageError unless failed/`target` is a regular file: anybody in the group may name it."""
+    sub, file = os.path.split(target)
+    status = None
+    try:
+        if names.is_below(target):
+            with untrusted.below(failed, sub) as folder:
+                status = status_of(folder / file)
+    except (ValueError, FileNotFoundError, untrusted.NotPlain):
+        pass  # half a surrogate pair; gone; a link on the way there
+    except OSError as e:
+        if e.errno not in _INCURABLE:
+            raise
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{names.printable(target[:300])}: no such file in {failed}")
 
 
 def _drop_again(spool: Spool, target: str) -> None:
     """Move a refused file back to the inbox. Its reason is removed first: a crash repeats the command."""
-    sub, _, file = target.rpartition("/")
+    sub, file = os.path.split(target)
     stem, suffix = names.split(file)
-    root = spool.paths.inbox
+    root, ready = spool.paths.inbox, spool.config.watch.ready_suffix
+    longest = 255 - len(os.fsencode(ready or ""))
     fs.make_directories(root, sub, SHARED_MODE)
     with untrusted.below(spool.paths.failed, sub) as failed, untrusted.below(root, sub) as inbox:
-        fs.remove_file(reason_file(failed / file))
+        _require_plain(failed / file, inbox, spool.job_file_bytes)
+        _remove_reason(failed, file)
         n = 1
-        while fs.exists(failed / file):
-            name = names.numbered(stem, suffix, n)
-            try:
-                fs.move(failed / file, inbox / name)
-            except FileExistsError:
-                n += 1
-                continue
-            if ready := spool.config.watch.ready_suffix:
-                (inbox / f"{name}{ready}").touch()
+        while True:
+            drop = inbox / names.numbered(stem, suffix, n, longest)
+            marker = drop.with_name(f"{drop.name}{ready}") if ready else None
+            if not fs.exists(drop) and _drop(failed / file, drop, marker, spool.job_file_bytes):
+                return
+            n += 1
+
+
+def _drop(source: Path, drop: Path, marker: Path | None, limit: int) -> bool:
+    """Move a file into the inbox, with its marker; False if another has taken the name meanwhile.
+
+    The marker comes first, so that no crash leaves the file without. Nobody else's file is taken for
+    its sake: one that was made just now has not settled.
+    """
+    is_marked = marker is not None and _make_marker(marker)
+    try:
+        _move_file(source, drop, limit)
+    except (OSError, UsageError) as e:
+        was_taken = isinstance(e, FileExistsError)
+        if marker and is_marked and (was_taken or not fs.exists(drop)):
+            fs.remove_file(marker)
+        if was_taken:
+            return False
+        raise
+    return True
+
+
+def _make_marker(path: Path) -> bool:
+    """Make an empty file, following no link; False if something has its name."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        os.close(os.open(path, flags, 0o666))
+    except FileExistsError:
+        return False
+    return True

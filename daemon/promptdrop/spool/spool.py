@@ -18,11 +18,13 @@ function says where. On the loop itself run only `claim.take`, `record.begin_ima
 
 from promptdrop import clock
 from promptdrop.config import Config
+from promptdrop.spool.control import CommandFiles
 from promptdrop.spool.duplicates import Duplicates
 from promptdrop.spool.folders import Folders
 from promptdrop.spool.ids import Ids
 from promptdrop.spool.lock import Lock
 from promptdrop.spool.outbox import Outbox
+from promptdrop.spool.parked import Parked
 from promptdrop.spool.paths import Paths
 
 
@@ -36,6 +38,8 @@ class Spool:
         self.folders = Folders(config, self.paths, self.lock)
         self.outbox = Outbox(self.paths)
         self.duplicates = Duplicates(self.paths)
+        self.parked = Parked()
+        self.commands = CommandFiles(self.paths.control)
         self.ids = Ids()
         self.boot = clock.boot_id()
 

@@ -12,6 +12,7 @@ from promptdrop.loop import Loop
 from promptdrop.spool import claim
 from promptdrop.spool.job import Job
 from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.errands import Progress
 from promptdrop.supervisor.gate import Gate
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.obeying import Obeying
@@ -74,13 +75,20 @@ class Cancels:
             if len(ids) == 1:
                 self._obeying.begin([path])
                 remove = partial(claim.take_cancel, self._spool, path)
-                self._jobs.cancel(ids, remove, partial(self._obeying.end, path))
+                self._jobs.cancel(ids, remove, partial(self._went_on, path), path)
             elif since <= too_late and self._intake.has_room():
                 self._turned_away.add(path)
                 why = f"names {len(ids)} jobs: {', '.join(ids[:20])}" if ids else ""
                 why = why or "names no job that waits or is being rendered"
                 self._intake.turn_away(path, RequestError(why))
         self._gate.open()
+
+    def _went_on(self, path: str, progress: Progress) -> None:
+        """Note what became of a mark."""
+        if progress is Progress.DONE:
+            self._obeying.done(path)
+        elif progress is Progress.LATER:
+            self._obeying.leave([path])
 
 
 def _find_jobs(

@@ -4,17 +4,19 @@ import time
 from collections.abc import Iterable
 from functools import partial
 
-from promptdrop import log, names
+from promptdrop import log, names, untrusted
 from promptdrop.errors import UsageError
 from promptdrop.intake.intake import Intake
 from promptdrop.loop import Loop
 from promptdrop.spool import control, retry
+from promptdrop.spool.cleared import Sweep
 from promptdrop.spool.job import Job
 from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.errands import SLICE_SECONDS, Errand, Progress
 from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.obeying import Obeying
 
-RETRY_SECONDS = 0.1  # that the clerk spends at once on a command with many targets
+SWEEP_SHARE = 0.05  # the part of the clerk's time that looks for files taken out of failed/ may use
 
 
 class Commands:
@@ -23,6 +25,9 @@ class Commands:
     def __init__(self, loop: Loop, spool: Spool, jobs: Jobs, intake: Intake) -> None:
         self._loop, self._spool, self._jobs, self._intake = loop, spool, jobs, intake
         self._obeying = Obeying()
+        self._sweep = Sweep(spool)
+        self._next_sweep = 0.0  # monotonic seconds
+        self._swept = 0.0  # seconds that this sweep has taken
 
     @property
     def is_busy(self) -> bool:
@@ -30,55 +35,94 @@ class Commands:
         return bool(self._obeying)
 
     def surveyed(self, commands: Iterable[control.Command]) -> None:
-        """Begin the commands that a look has found."""
+        """Begin the commands that a look has found; see now and then what was taken out of failed/."""
         for command in commands:
-            if command.file in self._obeying:
-                continue
-            self._obeying.begin([command.file])
-            if isinstance(command, control.Retry):
-                self._obey_retry(command.file, list(command.targets))
-            else:
-                remove = partial(control.done, self._spool.paths.control, command.file)
-                self._jobs.cancel(command.targets, remove, partial(self._obeying.end, command.file))
+            if command.file not in self._obeying:
+                self._obeying.begin([command.file])
+                self._spool.commands.begin(command.file)
+                with self._spool.commands.removed_if_fatal(command.file):
+                    self._begin(command)
         self._obeying.looked()
+        if (now := time.monotonic()) >= self._next_sweep:
+            self._begin_sweep(now)
 
-    def _obey_retry(self, file: str, left: list[str]) -> None:
-        then = partial(self._retry_done, file, left)
-        self._loop.off("clerk", partial(self._retry, file, left, []), then)
+    def _begin(self, command: control.Command) -> None:
+        remove = partial(self._spool.commands.remove, command.file)
+        if isinstance(command, control.Cancel):
+            report = partial(self._went_on, command.file)
+            self._jobs.cancel(command.targets, remove, report, command.file)
+            return
+        results: list[Job | str] = []
+        errand = Errand(
+            command.file,
+            command.targets,
+            do=partial(self._retry, results),
+            remove=remove,
+            report=partial(self._retried, command.file, results),
+        )
+        self._jobs.errands.begin(errand)
 
-    def _retry(self, file: str, left: list[str], results: list[Job | str]) -> list[Job | str]:
-        """Retry as many targets as one turn of the clerk has time for; the rest stays in `left`.
+    def _went_on(self, file: str, progress: Progress) -> None:
+        """Note what a slice of a command has come to."""
+        if progress is Progress.DISK:
+            self._spool.commands.set_aside(file)
+        elif progress is Progress.LATER:
+            self._spool.commands.wait(file, time.monotonic())
+            self._obeying.leave([file])
+        elif progress is Progress.DONE:
+            self._spool.commands.end(file)
+            self._obeying.done(file)
 
-        `left` and `results` keep what was done when trouble with a disk repeats this. Returns the jobs to go on with, and texts
-        that say why something is not retried.
+    # --- retry --------------------------------------------------------------------------------
+
+    def _retry(self, results: list[Job | str], target: str) -> bool:
+        """Retry one target. Adds the job to go on with, or a text that says why it is not retried.
 
         Thread: clerk.
         """
         self._spool.folders.require()
-        until = time.monotonic() + RETRY_SECONDS
-        while left:
-            try:
-                results += [job] if (job := retry.retry(self._spool, left[0])) else []
-            except (UsageError, FileNotFoundError, PermissionError) as e:
-                results.append(f"cannot retry {names.printable(left[0][:300])}: {e}")
-            left.pop(0)
-            if time.monotonic() >= until:
-                break
-        if not left:
-            control.done(self._spool.paths.control, file)
-        return results
+        try:
+            results += [job] if (job := retry.retry(self._spool, target)) else []
+        except (UsageError, FileNotFoundError, PermissionError, untrusted.NotPlain) as e:
+            results.append(f"cannot retry {names.printable(target[:300])}: {e}")
+        return True
 
-    def _retry_done(self, file: str, left: list[str], results: list[Job | str]) -> None:
-        for result in results:
-            if isinstance(result, Job):
-                path, images = names.printable(result.path), len(result.todo())
-                log.get().info("job.retried", job=result.id, file=path, images=images)
-                self._jobs.accept(result)
-            else:
-                log.get().warning("job.not_retried", reason=result)
-        if left:
-            self._obey_retry(file, left)
-        else:
-            self._obeying.done(file)
+    def _retried(self, file: str, results: list[Job | str], progress: Progress) -> None:
+        """Go on with the jobs that a slice of a command has resumed."""
+        with self._spool.commands.removed_if_fatal(file):
+            for result in results:
+                if isinstance(result, Job):
+                    path, images = names.printable(result.path), len(result.todo())
+                    log.get().info("job.retried", job=result.id, file=path, images=images)
+                    self._jobs.accept(result)
+                else:
+                    log.get().warning("job.not_retried", reason=result)
+        results.clear()
+        self._went_on(file, progress)
         self._intake.last_activity = time.monotonic()
         self._intake.wake()
+
+    # --- what was taken out of failed/ --------------------------------------------------------
+
+    def _begin_sweep(self, now: float) -> None:
+        self._next_sweep, self._swept = float("inf"), 0.0
+        self._loop.off("clerk", self._go_on, self._go_on_done)
+
+    def _go_on(self) -> list[tuple[str, str]]:
+        """Look for the files of some parked jobs, and remove the jobs whose file is gone.
+
+        Thread: clerk.
+        """
+        began = time.monotonic()
+        removed = self._sweep.go_on(SLICE_SECONDS)
+        self._swept += time.monotonic() - began
+        return removed
+
+    def _go_on_done(self, removed: list[tuple[str, str]]) -> None:
+        for job_id, target in removed:
+            log.get().info("job.forgotten", job=job_id, file=names.printable(target))
+        if not self._sweep.is_over:
+            self._loop.off("clerk", self._go_on, self._go_on_done)
+            return
+        rest = max(self._spool.config.watch.rescan_seconds, self._swept / SWEEP_SHARE)
+        self._next_sweep = time.monotonic() + rest

@@ -1,8 +1,9 @@
 """Keep the engines busy: the next image goes to the one with the fewest in hand."""
 
+from functools import partial
 from typing import Any
 
-from promptdrop.loop import PUBLISHERS
+from promptdrop.loop import PUBLISHERS, Loop, Owner
 from promptdrop.pool.messages import Render
 from promptdrop.pool.pool import Slot
 from promptdrop.spool import claim
@@ -16,8 +17,10 @@ from promptdrop.supervisor.work import Running, Work
 class Feeder:
     """Sends queued images to engines."""
 
-    def __init__(self, work: Work, gate: Gate, holding: Holding, publishing: Publishing) -> None:
-        self._work, self._gate = work, gate
+    def __init__(
+        self, work: Work, gate: Gate, loop: Loop, holding: Holding, publishing: Publishing
+    ) -> None:
+        self._work, self._gate, self._loop = work, gate, loop
         self._holding, self._publishing = holding, publishing
 
     def feed(self, now: float) -> None:
@@ -35,13 +38,35 @@ class Feeder:
                 pool.share()
                 return
             job, number = taken
+            running = self._work.running[job.id]
             try:
                 claim.take(job)
-                self._send(slot, self._work.running[job.id], number, now)
+            except OSError:
+                self._hold(running, number)
+                continue
+            try:
+                self._send(slot, running, number, now)
             except OSError as e:
                 queue.put_back(job, number)
                 self._gate.disk_failed(e)
                 return
+
+    def _hold(self, running: Running, number: int) -> None:
+        """Have the clerk take a job that the loop cannot; until then none of its images begins."""
+        self._holding.stalled(running, begins=True)
+        self._holding.set_aside(running, number)
+        work, then = partial(self._take_job, running.job), partial(self._take_job_done, running)
+        self._loop.off("clerk", work, then, owner=Owner(running.job.shown, running.job.lane))
+
+    def _take_job(self, job: Job) -> None:
+        """Move a job to the active ones.
+
+        Thread: clerk.
+        """
+        claim.take(job)
+
+    def _take_job_done(self, running: Running, _: None) -> None:
+        self._holding.stalled(running, begins=False)
 
     def _take(self) -> tuple[Job, int] | None:
         """Take the next image that nothing holds: (job, number)."""

@@ -17,11 +17,13 @@ from promptdrop.spool import ending, record
 from promptdrop.spool.ids import is_job_id
 from promptdrop.spool.job import Job, Unresolved
 from promptdrop.spool.spool import Spool
+from promptdrop.supervisor.errands import Errand, Errands, Progress
 from promptdrop.supervisor.holding import Holding
 from promptdrop.supervisor.measuring import Measuring
 from promptdrop.supervisor.work import Running, Work
 
 OPEN_IMAGES = 1000  # so many queued: a new job's detail is kept on the disk only
+CANCEL_SHARE = 0.1  # to end a job takes about ten times as long as to record that it is cancelled
 LISTED = 100  # ends that are remembered for the status
 
 
@@ -31,6 +33,7 @@ class Jobs:
     def __init__(
         self, work: Work, loop: Loop, spool: Spool, intake: Intake, holding: Holding
     ) -> None:
+        self.errands = Errands(loop)  # of commands
         self.measuring = Measuring(work, self._enqueue, self._refuse_too_long)
         self.finished: deque[StatusFinished] = deque(maxlen=LISTED)
         self.refusing = 0  # files on their way to failed/
@@ -58,12 +61,16 @@ class Jobs:
     # --- cancelling ---------------------------------------------------------------------------
 
     def cancel(
-        self, ids: Sequence[str], remove: Callable[[], None], then: Callable[[bool], None]
+        self,
+        ids: Sequence[str],
+        remove: Callable[[], None],
+        report: Callable[[Progress], None],
+        name: str = "",
     ) -> None:
         """Withdraw jobs, of which no image begins from now on; those being rendered stop at their next step.
 
-        Once that is recorded, `remove` takes the command away on the clerk's thread. `then(False)`:
-        the command stays for the next look, as it names a job that is claimed but not accepted yet.
+        Once that is recorded, `remove` takes the command `name` away on the clerk's thread. It is reported
+        how that goes; LATER: the command stays, as it names a job that is claimed but not accepted yet.
         """
         running = self._work.running
         unknown = [job_id for job_id in ids if job_id not in running]
@@ -71,8 +78,16 @@ class Jobs:
         withdrawn = [one for one in named if not (one.ending or one.job.cancelled)]
         for one in withdrawn:
             self._withdraw(one)
-        work = partial(self._cancel, [one.job for one in withdrawn], unknown, remove)
-        self._loop.off("clerk", work, partial(self._cancel_done, withdrawn, then))
+        recorded: list[Running] = []
+        errand = Errand(
+            name,
+            [*withdrawn, *unknown],
+            do=partial(self._cancel, recorded),
+            remove=remove,
+            report=partial(self._cancelled, recorded, report),
+            share=CANCEL_SHARE,
+        )
+        self.errands.begin(errand)
 
     def _withdraw(self, running: Running) -> None:
         running.job.cancelled = True
@@ -83,27 +98,26 @@ class Jobs:
         self._work.stop(running)
         log.get().info("job.cancelling", job=running.job.id)
 
-    def _cancel(
-        self, jobs: Sequence[Job], unknown: Sequence[str], remove: Callable[[], None]
-    ) -> bool:
-        """Record durably that nobody wants these jobs, then remove the command if it is done with.
+    def _cancel(self, recorded: list[Running], one: Running | str) -> bool:
+        """Record durably that nobody wants a job; False for the id of one that is not accepted yet.
 
         Thread: clerk.
         """
-        for job in jobs:
-            record.cancel(job)
-        if any(is_job_id(one) and self._spool.paths.is_in_hand(one) for one in unknown):
-            return False
-        remove()
+        if isinstance(one, str):
+            return not (is_job_id(one) and self._spool.paths.is_in_hand(one))
+        record.cancel(one.job)
+        recorded.append(one)
         return True
 
-    def _cancel_done(
-        self, withdrawn: Sequence[Running], then: Callable[[bool], None], is_done: bool
+    def _cancelled(
+        self, recorded: list[Running], report: Callable[[Progress], None], progress: Progress
     ) -> None:
-        then(is_done)
-        for running in withdrawn:
+        """End the jobs of which a slice has recorded that they are cancelled."""
+        report(progress)
+        for running in recorded:
             running.busy -= 1
             self.maybe_finish(running)
+        recorded.clear()
 
     # --- refusing -----------------------------------------------------------------------------
 

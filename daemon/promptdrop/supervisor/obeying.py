@@ -34,13 +34,6 @@ class Obeying:
         self._under_way.discard(file)
         self._removed.add(file)
 
-    def end(self, file: str, is_done: bool) -> None:
-        """Note what came of a command: `done`, or else `leave`."""
-        if is_done:
-            self.done(file)
-        else:
-            self.leave([file])
-
     def looked(self) -> None:
         """Forget the removed files: the look that was just dealt with was the last that may list them."""
         self._removed.clear()

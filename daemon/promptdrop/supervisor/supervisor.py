@@ -7,7 +7,7 @@
     feeding      queued images go to engines
     engines      what follows from their answers and deaths; unloading them when idle
     images       what comes of an image that an engine held; publishing: on its way to the outbox
-    commands     `promptdrop cancel` and `retry`; cancels: NAME.cancel in the inbox
+    commands     `promptdrop cancel` and `retry`; cancels: NAME.cancel in the inbox; errands: in slices
     status       what the daemon does; reporting: to whom it is shown, and when
 
 Everything here runs on the loop, except functions whose docstring names a room. Nothing imports torch.
@@ -84,7 +84,7 @@ class Supervisor:
         self._cancels = Cancels(work, gate, loop, spool, jobs, intake)
         self._publishing = Publishing(loop, spool, holding, jobs.image_ended)
         self._images = Images(work, loop, jobs, self._publishing)
-        self._feeder = Feeder(work, gate, holding, self._publishing)
+        self._feeder = Feeder(work, gate, loop, holding, self._publishing)
         self._engines = Engines(work, gate, loop, self._images, jobs.measuring, self._notifier)
         composer = Composer(work, gate, intake, jobs, self._images, self._publishing)
         self._reporter = Reporter(
