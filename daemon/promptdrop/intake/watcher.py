@@ -69,13 +69,14 @@ class Watcher:
         """
         roots = {path: (recursive, _identity(path)) for path, recursive in folders.items()}
         try:
-            if self._inotify is None or not self._inotify.is_alive():
+            if (inotify := self._inotify) is None or not inotify.is_alive():
                 self.close()
-                self._inotify = InotifyFD()
-                self._inotify.start()
+                inotify = InotifyFD()
+                inotify.start()
+                self._inotify = inotify  # only now, as the loop may close what it sees here
             if self._is_stale or roots != self._roots:
                 self._is_stale, self._roots = False, roots
-                self._walk(self._inotify)
+                self._walk(inotify)
         except OSError:
             self._is_stale = (
                 True  # out of inotify watches: the periodic scan still finds everything
@@ -129,7 +130,8 @@ class Watcher:
                     there.add(identity)
                     todo += _below(root, sub, identity[0]) if recursive else []
         for identity in self._watched.keys() - there:
-            inotify.remove_callbacks([(self._watched.pop(identity), _OURS)])
+            if (watch := self._watched.pop(identity, None)) is not None:  # else it was closed
+                inotify.remove_callbacks([(watch, _OURS)])
 
     def _watch(self, inotify: InotifyFD, root: Path, sub: str, identity: _Identity) -> bool:
         """Watch a folder, unless it is watched. False: it is gone, or not ours to read."""
