@@ -33,22 +33,26 @@ def test_images_that_are_saved_slowly_hold_back_the_next(parts: Parts) -> None:
     assert engine.renders() == []
 
 
-def test_trouble_with_a_disk_puts_the_image_back(parts: Parts) -> None:
-    """The first image moves its job's folder; nothing is sent until a look finds the disk well."""
+def test_a_job_that_cannot_be_taken_is_held_alone(make_parts: Callable[..., Parts]) -> None:
+    """Its folder cannot be moved to the active ones: it waits with the reason until it can, others go on."""
+    parts = make_parts(slots=2)
     parts.look()
     parts.warm()
-    parts.accept(job := parts.job())
-    away = job.home.rename(parts.spool.paths.root / "away")
+    parts.accept(sick := parts.job("sick/a.txt"))
+    parts.accept(well := parts.job("well/b.txt"))
+    away = sick.home.rename(parts.spool.paths.root / "away")
     parts.feed()
-    held = parts.gate.why_held()
-    away.rename(job.home)
-    parts.feed()
-    still = len(parts.work.tickets)
-    parts.look()
+    sent = [running.job for running in parts.work.tickets.values()]
+    parts.until(lambda: list(parts.gate.held()), "trouble")
+    (held,) = parts.gate.held()
+    away.rename(sick.home)
+    parts.until(lambda: not parts.loop.troubles, "the cure")
     parts.feed()
 
-    assert "No such file" in str(held)
-    assert (still, len(parts.work.tickets)) == (0, 1)
+    assert sent == [well]
+    assert (held.name, "No such file" in held.why) == ("sick/a.txt", True)
+    assert [running.job for running in parts.work.tickets.values()] == [well, sick]
+    assert parts.gate.why_held() is None
 
 
 def test_only_what_may_not_be_poison_is_rendered_together(parts: Parts) -> None:

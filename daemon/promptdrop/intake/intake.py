@@ -16,6 +16,7 @@ from promptdrop.config import Config
 from promptdrop.errors import RequestError
 from promptdrop.intake import taking
 from promptdrop.intake.inbox import Inbox, Offer, Scan
+from promptdrop.intake.sick import Sick
 from promptdrop.intake.turns import Turns, by_lane
 from promptdrop.intake.watcher import Mode, Watcher, watch_mode
 from promptdrop.loop import TROUBLE, Loop, Owner, reason_of
@@ -78,7 +79,7 @@ class Intake:
         self._taking = (
             0  # ... of which have had their turn, and do not wait for a disk of their own
         )
-        self._sick: set[str] = set()  # SUB/FILE in the inbox whose disk is in trouble
+        self._sick = Sick(spool.paths.inbox, loop.troubles)
         self._is_all_blocked = False  # whether the last look found only files that cannot be taken
         self._verdicts: list[Callable[[], None]] = []  # changes of the inbox, made by the next look
 
@@ -225,22 +226,7 @@ class Intake:
             self._turns.add(survey.lanes)
             self._take_turns()
             self._is_all_blocked = len(scan.blocked) + self._turns.held >= scan.found
-            self._note_sick(scan)
-
-    def _note_sick(self, scan: Scan) -> None:
-        """Note the trouble of files that the last look could not look at; forget what is over."""
-        for path, why in scan.sick.items():
-            self._trouble(path, f"{names.printable(str(self._spool.paths.inbox / path))}: {why}")
-        for path in self._sick - scan.waiting.keys() - self.arriving.keys():
-            self._cured(path)
-
-    def _trouble(self, path: str, reason: str) -> None:
-        self._sick.add(path)
-        self._loop.troubles.note(("inbox", path), reason, names.printable(path))
-
-    def _cured(self, path: str) -> None:
-        self._sick.discard(path)
-        self._loop.troubles.end(("inbox", path))
+            self._sick.looked(scan.sick.items(), scan.waiting, self.arriving)
 
     # --- taking -------------------------------------------------------------------------------
 
@@ -298,13 +284,13 @@ class Intake:
 
     def _gone(self, offer: Offer) -> None:
         """Look anew at a file that was withdrawn or changed."""
-        self._cured(offer.path)
+        self._sick.end(offer.path)
         self._not_taken(offer.path, lambda: self._inbox.put_back(offer.path))
 
     def _fails(self, offer: Offer, error: OSError) -> None:
         """Leave a file in the inbox that a disk does not give; its place is free for others."""
         reason, now, seconds = reason_of(error), time.monotonic(), self._loop.retry_seconds
-        self._trouble(offer.path, reason)
+        self._sick.note(offer.path, reason)
         self._not_taken(offer.path, lambda: self._inbox.block(offer.path, reason, now, seconds))
 
     def _not_taken(self, path: str, verdict: Callable[[], None]) -> None:
@@ -329,7 +315,7 @@ class Intake:
             again = self._desk.config.watch.rescan_seconds
             self._not_taken(offer.path, lambda: self._inbox.block(offer.path, claimed, now, again))
             return
-        self._cured(offer.path)
+        self._sick.end(offer.path)
         # Its name is free: the next file under it may be there before the next look.
         self._verdicts.append(lambda: self._inbox.put_back(offer.path))
         if isinstance(result, RequestError):

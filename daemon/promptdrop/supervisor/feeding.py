@@ -55,7 +55,8 @@ class Feeder:
         """Have the clerk take a job that the loop cannot; until then none of its images begins."""
         self._holding.stalled(running, begins=True)
         self._holding.set_aside(running, number)
-        work, then = partial(self._take_job, running.job), partial(self._take_job_done, running)
+        work = partial(self._take_job, running.job)
+        then = partial(self._take_job_done, running)
         self._loop.off("clerk", work, then, owner=Owner(running.job.shown, running.job.lane))
 
     def _take_job(self, job: Job) -> None:
