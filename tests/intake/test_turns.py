@@ -1,7 +1,10 @@
 """Whose file is taken next: owners take turns, then their lanes; within a lane files go by arrival."""
 
+import pytest
+
 from promptdrop.intake.inbox import Offer
-from promptdrop.intake.turns import Turns, by_lane
+from promptdrop.intake.turns import STUCK, Turns, by_lane
+from promptdrop.spool.lanes import lane_of
 
 ANN, BOB = 1001, 1002  # uids
 
@@ -51,3 +54,20 @@ def test_fifo_asks_nobody_for_his_name() -> None:
     turns.add(by_lane([*offers(ANN, "a/1.txt", "b/2.txt"), *offers(BOB, "3.txt")], "fifo"))
 
     assert taken(turns) == ["a/1.txt", "b/2.txt", "3.txt"]
+
+
+@pytest.mark.parametrize("policy", ["fair", "fifo"])
+def test_files_behind_stuck_ones_wait(policy: str) -> None:
+    """With several claimed files of a lane that wait for its disk, its others wait until one of them goes on;
+    other lanes are served, whatever the policy."""
+    turns = Turns()
+    stuck = lane_of(ANN, "a", "")
+    for _ in range(STUCK):
+        turns.stalled(stuck, begins=True)
+    turns.add(by_lane([*offers(ANN, "a/1.txt", "a/2.txt"), *offers(BOB, "b.txt")], policy))
+    while_stuck, held = taken(turns), turns.held
+    turns.stalled(stuck, begins=False)
+
+    assert (while_stuck, held) == (["b.txt"], 2)
+    assert taken(turns) == ["a/1.txt", "a/2.txt"]
+    assert turns.held == 0

@@ -292,7 +292,7 @@ def _sidecar_of(image: Path) -> Path:
 def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
     """Write the sidecar beside its image.
 
-    Raises FileNotFoundError: the image is gone, so that they never stood together as far as we can tell.
+    Raises FileNotFoundError: the image is gone, so that they would never stand together.
     FileExistsError: somebody's file has the sidecar's name.
     """
     now = time.monotonic()
@@ -305,13 +305,8 @@ def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
     with fs.temporary(folder, job.settings.file_mode) as (file, name):
         file.write(to_bytes(Sidecar.model_validate(document)))
         fs.sync(file)
-        os.lstat(image)
+        os.lstat(image)  # just before: from the next call on a reader may take both
         fs.rename(name, path)
-    try:
-        os.lstat(image)
-    except FileNotFoundError:
-        fs.remove_file(path)
-        raise
     fs.sync_directory(folder)
 
 

@@ -4,11 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from promptdrop import fs
 from promptdrop.loop import CLOSE_SECONDS, TROUBLE, Loop
 from promptdrop.records import Status, StatusFinished, to_bytes
 from promptdrop.sdnotify import Notifier
+from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.status import Composer, one_line
@@ -17,6 +19,7 @@ from promptdrop.supervisor.work import Work
 STATUS_SECONDS = 1.0  # shortest time between two writes, unless a job has ended
 HEARTBEAT_SECONDS = 10.0  # longest time between two writes
 PROGRESS_SECONDS = 0.1  # between two calls of `on_change`
+_STATUS_BYTES = 4 << 20  # of a status: four lists of at most 100 files, each with a path and a reason
 
 
 class OutboxCopy:
@@ -54,10 +57,21 @@ class OutboxCopy:
         """
         try:
             self._spool.folders.require()
+            if not self._is_ours(self._spool.paths.shared_status):
+                return
             mode = int(self._spool.config.output.mode, 8)
             fs.write_quickly(self._spool.paths.shared_status, to_bytes(status), mode)
         except TROUBLE:
             pass  # reported by the work that needs the outbox
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether a status.json in the outbox is one that a daemon wrote, or there is none.
+
+        Thread: herald.
+        """
+        if not fs.exists(path):
+            return True
+        return read_json(path, _STATUS_BYTES).get("schema") == "promptdrop.status/1"
 
     def _write_done(self, _: None) -> None:
         self._is_writing, self._written_at = False, time.monotonic()
