@@ -75,7 +75,9 @@ def test_a_lane_whose_every_call_fails(sick: Daemon, disk: Faulty, error: str, m
     assert sick.stop() == 0
     drained = sick.drain()
     disk.heal()
-    sick.start().until_ready()
+    process = sick.start().process
+    assert process
+    sick.until_status("a daemon that heeds signals", lambda s: s["pid"] == process.pid)
     until(lambda: len(summaries(outbox)) == FILES + 6, "all jobs")
     assert sick.stop() == 0
 

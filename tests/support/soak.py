@@ -11,6 +11,7 @@ them all. Short campaigns run in the suite (test_crash.py).
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ QUIET_IMAGES = 1500  # of the last phase, in which nothing is killed and the mem
 def main() -> None:
     """A campaign, then a quiet life; prints what was done and what was measured."""
     given = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is cleaned up
     print(f"seed {given.seed}", flush=True)
     changes = {"engine": {"workers": given.workers}}
     began = time.monotonic()
