@@ -251,20 +251,24 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Yield every folder at and below `root` that can be read, with its entries; follow no link.
+    """Yield every folder at and below `root` that can be read, as a path below it, with its entries.
 
-    It goes to any depth: os.walk and Path.rglob recurse, and anybody can make a tree too deep for them.
+    No link is followed, not even one that was put there meanwhile; the entries' own paths hold until the
+    next folder. It goes to any depth: os.walk and Path.rglob recurse, and anybody can make a tree too deep
+    for them.
     """
-    folders = [str(root)]
+    folders = [""]
     while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as scan:
-                listed = list(scan)
-            folders += [entry.path for entry in listed if entry.is_dir(follow_symlinks=False)]
-        except OSError:
-            continue  # gone, closed to us, or its path is too long
-        yield folder, listed
+        sub = folders.pop()
+        with contextlib.ExitStack() as stack:
+            try:
+                with os.scandir(stack.enter_context(below(root, sub))) as scan:
+                    listed = list(scan)
+                inner = [entry.name for entry in listed if entry.is_dir(follow_symlinks=False)]
+            except OSError:
+                continue  # gone, closed to us, or its path is too long
+            folders += [os.path.join(sub, name) for name in inner]
+            yield sub, listed
 
 
 def remove_empty_tree(path: Path) -> None:

@@ -15,7 +15,7 @@ def queued(parts: Parts, path: str, images: int = 1) -> Running:
 def next_jobs(parts: Parts) -> list[str]:
     """Take every image that may begin now, and return the files of their jobs."""
     taken: list[str] = []
-    while found := parts.feeder._take():  # noqa: SLF001 - without an engine to send it to
+    while found := parts.feeder._take():
         taken.append(found[0].path)
     return taken
 

@@ -55,8 +55,8 @@ class Accounts:
 
     def __post_init__(self) -> None:
         for name in ("spool", "archive", "other", "people"):
-            for folder, entries in fs.walk(self.home / name):
-                self._look(Path(folder), {e.name for e in entries if e.is_file()}, name)
+            for sub, entries in fs.walk(self.home / name):
+                self._look(self.home / name / sub, {e.name for e in entries if e.is_file()}, name)
 
     def _look(self, folder: Path, files: set[str], place: str) -> None:
         hidden = {name for name in files if name.startswith(fs.TEMPORARY)}

@@ -303,7 +303,12 @@ class Reader(Person):
 
     def clear_failed(self) -> None:
         """Delete a file in failed/ and its reason."""
-        found = [Path(e.path) for _, listed in fs.walk(self.failed) for e in listed if e.is_file()]
+        found = [
+            self.failed / sub / entry.name
+            for sub, listed in fs.walk(self.failed)
+            for entry in listed
+            if entry.is_file()
+        ]
         reasons = [path for path in found if path.name.endswith(".error.json")]
         if not reasons or self.random.random() < 0.8:  # seldom: the images of such a file are gone
             return
@@ -345,9 +350,9 @@ class Reader(Person):
     def _some_folder(self) -> Path:
         """Choose a folder in the outbox that has files."""
         found = [
-            Path(folder)
-            for folder, listed in fs.walk(self.outbox)
-            if folder != str(self.outbox) and any(entry.is_file() for entry in listed)
+            self.outbox / sub
+            for sub, listed in fs.walk(self.outbox)
+            if sub and any(entry.is_file() for entry in listed)
         ]
         if not found:
             raise FileNotFoundError

@@ -243,7 +243,7 @@ class CrowdedCampaign(Campaign):
         return not self._left_in_failed() and not self._in_hand()
 
     def _in_hand(self) -> list[str]:
-        files = [e.path for _, listed in fs.walk(self.daemon.inbox) for e in listed if e.is_file()]
+        files = [e.name for _, listed in fs.walk(self.daemon.inbox) for e in listed if e.is_file()]
         return [*files, *self.daemon.unfinished()]
 
     def _is_idle(self) -> bool:

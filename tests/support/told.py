@@ -62,5 +62,7 @@ def lone(*folders: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for _, entries in fs.walk(folder):
-        yield from (Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False))
+    for sub, entries in fs.walk(folder):
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                yield folder / sub / entry.name

@@ -129,8 +129,8 @@ def check_file_system(spool: Spool) -> Iterator[Finding]:
 
 def check_claims(spool: Spool) -> Iterator[Finding]:
     """Check that files can be moved out of the inbox and each of its sub-folders."""
-    for folder, _ in fs.walk(spool.paths.inbox):
-        if why := why_not_moved(Path(folder)):
+    for sub, _ in fs.walk(spool.paths.inbox):
+        if why := why_not_moved(spool.paths.inbox / sub):
             yield Finding("bad", "inbox", why)
 
 

@@ -69,9 +69,9 @@ def _listed(folder: Path) -> Iterator[tuple[os.DirEntry[str], set[str]]]:
 
 def strangers(root: Path) -> Iterator[tuple[str, str]]:
     """Find what looks like a job or folder but is never taken: (path below the inbox, why)."""
-    for _, listed in fs.walk(root):
+    for sub, listed in fs.walk(root):
         for entry in listed:
-            path = os.path.relpath(entry.path, root)
+            path = below(sub, entry.name)
             if entry.is_symlink():
                 yield path, "a symbolic link is not followed"
             elif entry.is_dir(follow_symlinks=False):

@@ -24,14 +24,13 @@ def failures(failed: Path) -> Iterator[tuple[str, ErrorRecord | None]]:
 
     Thread: any.
     """
-    found = (Path(entry.path) for _, listed in fs.walk(failed) for entry in listed)
-    for reason in sorted(path for path in found if path.name.endswith(REASON)):
-        sub, file = os.path.relpath(reason.parent, failed), reason.name.removesuffix(REASON)
-        sub = "" if sub == "." else sub
+    found = ((sub, e.name) for sub, listed in fs.walk(failed) for e in listed)
+    for sub, reason in sorted(one for one in found if one[1].endswith(REASON)):
+        file = reason.removesuffix(REASON)
         try:
             with untrusted.below(failed, sub) as folder:
                 if (status := status_of(folder / file)) and stat.S_ISREG(status.st_mode):
-                    yield dropped_path(sub, file), _reason(folder / reason.name)
+                    yield dropped_path(sub, file), _reason(folder / reason)
         except (FileNotFoundError, PermissionError, untrusted.NotPlain):
             continue  # taken away, closed or swapped since it was listed
 

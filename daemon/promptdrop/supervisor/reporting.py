@@ -19,7 +19,9 @@ from promptdrop.supervisor.work import Work
 STATUS_SECONDS = 1.0  # shortest time between two writes, unless a job has ended
 HEARTBEAT_SECONDS = 10.0  # longest time between two writes
 PROGRESS_SECONDS = 0.1  # between two calls of `on_change`
-_STATUS_BYTES = 4 << 20  # of a status: four lists of at most 100 files, each with a path and a reason
+_STATUS_BYTES = (
+    4 << 20
+)  # of a status: four lists of at most 100 files, each with a path and a reason
 
 
 class OutboxCopy:
