@@ -230,7 +230,11 @@ def reason_of(error: BaseException) -> str:
     assert isinstance(error, OSError)
     if error.filename is None:
         return error.strerror or str(error)
-    where = Path(os.fsdecode(error.filename))
-    if where.name.startswith(fs.TEMPORARY):
-        where = where.parent  # a temporary has another name at every try
-    return f"{names.printable(str(where))}: {error.strerror or error}"
+    target = f" -> {_shown(error.filename2)}" if error.filename2 else ""
+    return f"{_shown(error.filename)}{target}: {error.strerror or error}"
+
+
+def _shown(file: str | bytes) -> str:
+    """Return a file name for people; of a temporary, which has another name at every try, its folder."""
+    where = Path(os.fsdecode(file))
+    return names.printable(str(where.parent if where.name.startswith(fs.TEMPORARY) else where))

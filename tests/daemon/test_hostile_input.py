@@ -76,7 +76,7 @@ def test_a_pipe_among_the_records_of_others_hangs_nobody(spool: Spool) -> None:
     (spool.paths.failed / "a.txt").write_text("a cat\n")
     os.mkfifo(spool.paths.failed / "a.txt.error.json")
 
-    assert list(failures(spool.paths.failed)) == [("a.txt", {})]
+    assert list(failures(spool.paths.failed)) == [("a.txt", None)]
 
 
 # --- folders --------------------------------------------------------------------------------

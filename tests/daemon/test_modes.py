@@ -43,10 +43,10 @@ def command(person: Person, daemon: Daemon, *words: str) -> subprocess.Completed
 
 
 def is_of_no_use(name: str) -> bool:
-    """Whether the group has no use for a file of the spool: notes on bytes, an empty mark, half a file."""
+    """Whether a file of the spool is the daemon's alone: notes on bytes, an empty mark, half a file, last words."""
     file = Path(name).name
     is_half = file.startswith(".promptdrop-")
-    return name.startswith(".promptdrop/cache/") or file == "cancelled" or is_half
+    return name.startswith(".promptdrop/cache/") or file in ("cancelled", "last-words") or is_half
 
 
 def of_every_fate(daemon: Daemon) -> None:

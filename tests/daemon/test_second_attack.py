@@ -246,7 +246,8 @@ def test_a_retry_leaves_the_next_job_of_that_name_alone(daemon: Daemon, archive:
     BOB.drop(daemon, "a.yaml", "prompt: a dog\n")
     others = daemon.job("a")
     before = sorted((p.name, p.read_bytes()) for p in (daemon.outbox / "a").iterdir())
-    ALICE.sh(" ".join(daemon.command("retry", "a.yaml")), Path("/"))
+    words = [*promptdrop_as(ALICE), "retry", "a.yaml", "--config", str(daemon.config)]
+    subprocess.run(words, check=True, capture_output=True)
     daemon.until_log("job.done", job=parked)
     assert daemon.stop() == 0
 

@@ -158,6 +158,6 @@ def test_what_is_taken_or_dropped_is_forgotten(parts: Parts) -> None:
     del gone, taken, job
     gc.collect()
 
-    known = [o for o in gc.get_objects() if isinstance(o, Job) and o.paths is parts.spool.paths]
+    known = [o for o in gc.get_objects() if type(o) is Job and o.paths is parts.spool.paths]
     assert [job.path for job in known] == ["urgent.txt"]
     assert turns(queue) == ["urgent.txt:1"]

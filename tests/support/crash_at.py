@@ -104,7 +104,8 @@ def use_forked_engine() -> None:
 
     def popen(command: list[str], **options: Any) -> Any:
         if forked:
-            return forked.pop().start(int(command[-1]))
+            pipe = command[command.index(worker.__name__) + 1]
+            return forked.pop().start(int(pipe))
         return subprocess.Popen(command, **options)
 
     process.subprocess = SimpleNamespace(

@@ -27,6 +27,7 @@ from people import (
     give_to_group,
     open_home,
     promptdrop_as,
+    python,
 )
 from promptdrop import fs
 from promptdrop.spool import control
@@ -57,7 +58,8 @@ class Crowd:
         self.life += 1
         for role, people in (("dropper", DROPPERS), ("reader", READERS)):
             for name, person in people.items():
-                words = [sys.executable, CROWD, role, name, str(self.daemon.home)]
+                interpreter = python() if self.are_users else [sys.executable]
+                words = [*interpreter, CROWD, role, name, str(self.daemon.home)]
                 words += [str(self.seed), str(self.life), self.without]
                 self._processes[name] = subprocess.Popen(
                     [*(person.prefix() if self.are_users else []), *words],

@@ -38,8 +38,12 @@ def claim(spool: Spool, sub: str, file: str) -> Unresolved:
                 raise untrusted.NotPlain(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
             with suppress(OSError):  # the same
                 fs.sync_directory(inner)
-    except OSError:
+    except OSError as e:
         fs.remove_empty_tree(home)  # keeps the file, if it was moved after all
+        if (
+            e.filename2
+        ):  # which of two folders has no room, nobody can tell; each try has another id
+            e.filename2 = str(home.parent)
         raise
     take_marker(spool, home, sub, file)
     between = [folder, *folder.parents]
