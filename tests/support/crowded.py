@@ -162,9 +162,9 @@ class CrowdedCampaign(Campaign):
         while len(self._commands) >= COMMANDS_AT_ONCE:
             self._heard(self._commands.pop(0))
         self.done[f"promptdrop {words[0]}"] += 1
-        command = self.daemon.command(*words)
-        if self.crowd.are_users:
-            command = [*DAEMON.prefix(), *command]
+        _, *rest = self.daemon.command(*words)
+        who = [*DAEMON.prefix(), *python()] if self.crowd.are_users else [sys.executable]
+        command = [*who, *rest]
         self._commands.append(
             subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
