@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,30 @@ def test_a_folder_that_moves_while_an_image_is_published_has_both(spool: Spool) 
 
     assert files_below(fetched) == ["cat-0001.json", "cat-0001.png"]
     assert job.todo() == []
+
+
+def test_a_reader_may_take_both_as_soon_as_they_stand_together(spool: Spool) -> None:
+    """It is published, and not again, though nothing of it is left, nor the folder."""
+    job, fetched = job_in_hand(spool), spool.paths.root / "fetched"
+    fetched.mkdir()
+    taking = threading.Thread(target=take_pair, args=(job.outbox_folder, fetched))
+    taking.start()
+    file = publication(job).run(spool.outbox)
+    taking.join()
+
+    assert job.states[1].file == file
+    assert files_below(fetched) == ["cat-0001.json", "cat-0001.png"]
+    assert not job.outbox_folder.exists()
+
+
+def take_pair(folder: Path, target: Path) -> None:
+    """Take an image and its sidecar in the moment in which that comes, and remove the folder."""
+    sidecar = folder / "cat-0001.json"
+    while not sidecar.exists():
+        pass
+    for path in (sidecar.with_suffix(".png"), sidecar):
+        path.rename(target / path.name)
+    folder.rmdir()
 
 
 def test_a_folder_that_is_another_jobs_by_now_is_left_alone(spool: Spool) -> None:

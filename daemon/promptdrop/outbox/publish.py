@@ -174,8 +174,16 @@ def complete(job: Job, number: int, folder: Path) -> str:
         published = read_publication(job, number, "published")
         assert published is not None
         return _remember(job, number, published)
+    if not _has_sidecar(job, number, folder, record):
+        record = _stand_together(job, number, folder, record)
+    os.replace(job.record_path(number, "publishing"), job.record_path(number, "published"))
+    return _remember(job, number, record)
+
+
+def _stand_together(job: Job, number: int, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Give the image its name and put its sidecar beside it; returns the record with that name."""
     began = time.monotonic()
-    while not _has_sidecar(job, number, folder, record):
+    while True:
         record = _give_name(job, number, folder, record)
         save_ms = record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3
         latency_ms = {**record["latency_ms"], "save": round(save_ms, 1)}
@@ -183,8 +191,8 @@ def complete(job: Job, number: int, folder: Path) -> str:
             _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder)
         except FileExistsError:  # a stranger was faster: the image gets the next name
             fs.rename(folder / record["image"]["file"], folder / record["temporary"])
-    os.replace(job.record_path(number, "publishing"), job.record_path(number, "published"))
-    return _remember(job, number, record)
+        else:
+            return record  # by now a reader may have taken both
 
 
 def recover(job: Job, outbox: Outbox) -> None:
@@ -307,7 +315,8 @@ def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
         fs.sync(file)
         os.lstat(image)  # just before: from the next call on a reader may take both
         fs.rename(name, path)
-    fs.sync_directory(folder)
+    with suppress(FileNotFoundError):  # they stood together, though the folder was removed since
+        fs.sync_directory(folder)
 
 
 def _read_record(job: Job, number: int) -> dict[str, Any] | None:
