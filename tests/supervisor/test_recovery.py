@@ -3,6 +3,7 @@
 import time
 
 from parts import Parts
+from promptdrop.spool import claim, record
 from promptdrop.spool.job import DEATHS_FAILED
 
 
@@ -47,3 +48,23 @@ def test_an_image_that_daemons_died_of_is_given_up(parts: Parts) -> None:
     assert running.job.states[1].error == (
         f"the daemon died {DEATHS_FAILED} times with this image in hand"
     )
+
+
+def test_a_job_that_cannot_be_recovered_holds_nobody_up(parts: Parts) -> None:
+    """One of its records can be neither read nor removed: it waits with the reason until that is over."""
+    sick, well = parts.job("sick/a.txt"), parts.job("well/b.txt")
+    for job in (sick, well):
+        claim.take(job)
+        record.begin_image(job, 1)
+    (obstacle := sick.record_path(1, "publishing")).mkdir()
+    recovered(parts)
+    parts.recovery.go_on(time.monotonic())
+    at_first = [running.job.path for running in parts.work.running.values()]
+    parts.until(lambda: list(parts.gate.held()), "trouble")
+    (held,) = parts.gate.held()
+    obstacle.rmdir()
+    parts.until(lambda: not parts.recovery.troubled, "the other job")
+
+    assert at_first == ["well/b.txt"]
+    assert (held.name, "0001.publishing" in held.why) == (sick.id, True)
+    assert [one.job.path for one in parts.work.running.values()] == ["well/b.txt", "sick/a.txt"]
