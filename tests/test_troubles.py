@@ -3,7 +3,7 @@
 import pytest
 from structlog.testing import capture_logs
 
-from promptdrop.troubles import Held, Troubles
+from promptdrop.troubles import Stuck, Troubles
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def test_a_files_trouble_is_not_everybodys(troubles: Troubles) -> None:
     left = troubles.everybodys(), list(troubles.own())
     troubles.end(3)
 
-    assert both == ("/outbox: full", [Held("a.txt", "/outbox/a: no, either")])
-    assert left == (None, [Held("a.txt", "/outbox/a: no, either")])
+    assert both == ("/outbox: full", [Stuck("a.txt", "/outbox/a: no, either")])
+    assert left == (None, [Stuck("a.txt", "/outbox/a: no, either")])
     assert not troubles
 
 
@@ -36,7 +36,10 @@ def test_trouble_may_become_another(troubles: Troubles) -> None:
     troubles.note(1, "/outbox/a: no", "a.txt")
 
     assert shared == ("outbox is missing", [])
-    assert (troubles.everybodys(), list(troubles.own())) == (None, [Held("a.txt", "/outbox/a: no")])
+    assert (troubles.everybodys(), list(troubles.own())) == (
+        None,
+        [Stuck("a.txt", "/outbox/a: no")],
+    )
 
 
 def test_a_reason_is_said_once_until_it_is_over(troubles: Troubles) -> None:

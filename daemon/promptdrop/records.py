@@ -243,7 +243,7 @@ class StatusQueue(Record):
     publishing: int
     behind: int = Field(
         default=0,
-        description="files and images that wait because others of their folder are held up",
+        description="files and images that wait because others of their folder are stuck",
     )
 
 
@@ -252,7 +252,7 @@ class StatusWaiting(Record):
     why: str
 
 
-class StatusHeld(Record):
+class StatusStuck(Record):
     file: str
     why: str
 
@@ -292,9 +292,9 @@ class Status(Record):
     waiting: list[StatusWaiting] = Field(
         default_factory=list, description="files in the inbox that are not taken yet; the first 100"
     )
-    held: list[StatusHeld] = Field(
+    stuck: list[StatusStuck] = Field(
         default_factory=list,
-        description="files held up by trouble of their own with a disk; the first 100",
+        description="files that wait for trouble of their own with a disk; the first 100",
     )
     finished: list[StatusFinished] = Field(default_factory=list, description="the last 100")
     window: Window

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from promptdrop import log
 
 
-class Held(NamedTuple):
-    """A dropped file that is held up by trouble of its own."""
+class Stuck(NamedTuple):
+    """A dropped file that waits for trouble of its own."""
 
     name: str  # SUB/FILE
     why: str
@@ -19,7 +19,7 @@ class Troubles:
 
     def __init__(self) -> None:
         self._shared: dict[object, str] = {}
-        self._own: dict[object, Held] = {}
+        self._own: dict[object, Stuck] = {}
         self._reasons: Counter[str] = Counter()
 
     def note(self, key: object, reason: str, name: str | None = None) -> None:
@@ -30,7 +30,7 @@ class Troubles:
         if name is None:
             self._shared[key] = reason
         else:
-            self._own[key] = Held(name, reason)
+            self._own[key] = Stuck(name, reason)
         self._reasons[reason] += 1
         if self._reasons[reason] == 1:
             log.get().warning("disk.trouble", reason=reason)
@@ -50,8 +50,8 @@ class Troubles:
         """Say what holds everybody up; None if nothing does."""
         return next(iter(self._shared.values()), None)
 
-    def own(self) -> Iterator[Held]:
-        """Yield the files that are held up by trouble of their own; one with several troubles once."""
+    def own(self) -> Iterator[Stuck]:
+        """Yield the files with trouble of their own; one with several troubles once."""
         named = {held.name: held for held in self._own.values()}
         yield from named.values()
 

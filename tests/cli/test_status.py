@@ -21,7 +21,7 @@ BUSY = {
                "images_per_second": 1.344},
     "eta_seconds": 7800.0,
     "waiting": [{"file": f"w{n}.txt", "why": "still settling"} for n in range(12)],
-    "held": [{"file": f"h{n}.txt", "why": "outbox/h is a file"} for n in range(12)],
+    "stuck": [{"file": f"h{n}.txt", "why": "outbox/h is a file"} for n in range(12)],
     "finished": [end("good.txt"), *(end(f"bad{n}.txt", "failed", error="no luck") for n in range(7))],
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_rows_of_a_busy_daemon() -> None:
         ("done in", "2 h 10 min"),
     ]
     assert rows[7:17] == [("waiting", f"w{n}.txt: still settling") for n in range(10)]
-    assert rows[17:27] == [("held up", f"h{n}.txt: outbox/h is a file") for n in range(10)]
+    assert rows[17:27] == [("stuck", f"h{n}.txt: outbox/h is a file") for n in range(10)]
     assert rows[27:] == [("failed", f"bad{n}.txt: no luck") for n in range(2, 7)]
 
 

@@ -111,7 +111,7 @@ def hostile_status() -> dict[str, Any]:
         ("name", "stage", "model", "device", "dtype", "host", "reason"), HOSTILE
     )
     lists = {"waiting": [{"file": HOSTILE, "why": HOSTILE}], "engines": [engine, engine]}
-    lists["held"] = lists["waiting"]
+    lists["stuck"] = lists["waiting"]
     finished = [end(HOSTILE, "failed", error=HOSTILE, folder=HOSTILE)]
     texts = {"state": HOSTILE, "reason": HOSTILE, "watch": HOSTILE, "new": [HOSTILE_NAME]}
     return {**IDLE, **lists, **texts, "finished": finished}

@@ -1,4 +1,4 @@
-"""Whatever fails in one lane's folders, and however, nobody else is held up (issue 16).
+"""Whatever fails in one lane's folders, and however, nobody else waits (issue 16).
 
 Every call on one lane's paths in inbox, outbox and failed fails, behind a FUSE file system.
 """

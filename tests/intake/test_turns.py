@@ -65,9 +65,9 @@ def test_files_behind_stuck_ones_wait(policy: str) -> None:
     for _ in range(STUCK):
         turns.stalled(stuck, begins=True)
     turns.add(by_lane([*offers(ANN, "a/1.txt", "a/2.txt"), *offers(BOB, "b.txt")], policy))
-    while_stuck, held = taken(turns), turns.held
+    while_stuck, behind = taken(turns), turns.behind
     turns.stalled(stuck, begins=False)
 
-    assert (while_stuck, held) == (["b.txt"], 2)
+    assert (while_stuck, behind) == (["b.txt"], 2)
     assert taken(turns) == ["a/1.txt", "a/2.txt"]
-    assert turns.held == 0
+    assert turns.behind == 0

@@ -43,14 +43,14 @@ def test_a_job_that_cannot_be_taken_is_held_alone(make_parts: Callable[..., Part
     away = sick.home.rename(parts.spool.paths.root / "away")
     parts.feed()
     sent = [running.job for running in parts.work.tickets.values()]
-    parts.until(lambda: list(parts.gate.held()), "trouble")
-    (held,) = parts.gate.held()
+    parts.until(lambda: list(parts.gate.stuck()), "trouble")
+    (stuck,) = parts.gate.stuck()
     away.rename(sick.home)
     parts.until(lambda: not parts.loop.troubles, "the cure")
     parts.feed()
 
     assert sent == [well]
-    assert (held.name, "No such file" in held.why) == ("sick/a.txt", True)
+    assert (stuck.name, "No such file" in stuck.why) == ("sick/a.txt", True)
     assert [running.job for running in parts.work.tickets.values()] == [well, sick]
     assert parts.gate.why_held() is None
 

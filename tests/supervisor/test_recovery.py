@@ -60,11 +60,11 @@ def test_a_job_that_cannot_be_recovered_holds_nobody_up(parts: Parts) -> None:
     recovered(parts)
     parts.recovery.go_on(time.monotonic())
     at_first = [running.job.path for running in parts.work.running.values()]
-    parts.until(lambda: list(parts.gate.held()), "trouble")
-    (held,) = parts.gate.held()
+    parts.until(lambda: list(parts.gate.stuck()), "trouble")
+    (stuck,) = parts.gate.stuck()
     obstacle.rmdir()
     parts.until(lambda: not parts.recovery.troubled, "the other job")
 
     assert at_first == ["well/b.txt"]
-    assert (held.name, "0001.publishing" in held.why) == (sick.id, True)
+    assert (stuck.name, "0001.publishing" in stuck.why) == (sick.id, True)
     assert [one.job.path for one in parts.work.running.values()] == ["well/b.txt", "sick/a.txt"]

@@ -68,7 +68,7 @@ def rows(status: "Status") -> Iterator[Row]:
         yield from _engine_rows(engine, are_several=len(status.engines) > 1)
     queue = status.queue
     saving = f"{queue.publishing} being saved"
-    behind = f", {queue.behind} behind what is held up" if queue.behind else ""
+    behind = f", {queue.behind} behind what is stuck" if queue.behind else ""
     yield "queue", f"{queue.images} images of {queue.jobs} jobs, {saving}{behind}"
     yield "watch", status.watch
     yield from _rate_rows(status.window)
@@ -76,8 +76,8 @@ def rows(status: "Status") -> Iterator[Row]:
         yield "done in", duration(status.eta_seconds)
     for waiting in status.waiting[:_WAITING_SHOWN]:
         yield "waiting", f"{waiting.file}: {waiting.why}"
-    for held in status.held[:_WAITING_SHOWN]:
-        yield "held up", f"{held.file}: {held.why}"
+    for stuck in status.stuck[:_WAITING_SHOWN]:
+        yield "stuck", f"{stuck.file}: {stuck.why}"
     bad = [end for end in status.finished if end.outcome != "done"]
     for end in bad[-_ENDS_SHOWN:]:
         yield end.outcome, f"{end.file}: {end.error or ''}"

@@ -111,11 +111,11 @@ class Intake:
 
     @property
     def behind(self) -> int:
-        """Count the files that wait because others of their lane are held up."""
-        return self._turns.held
+        """Count the files that wait because others of their lane are stuck."""
+        return self._turns.behind
 
     def is_stuck(self) -> bool:
-        """Whether nothing is left that could be taken now, since every file left is held up."""
+        """Whether nothing is left that could be taken now, since every file left is stuck."""
         return self._is_all_blocked and not (self._scanning or self._taking or self._verdicts)
 
     def look(self, now: float) -> None:
@@ -225,7 +225,7 @@ class Intake:
             self.arriving.update(offer.path for offer in scan.offers)
             self._turns.add(survey.lanes)
             self._take_turns()
-            self._is_all_blocked = len(scan.blocked) + self._turns.held >= scan.found
+            self._is_all_blocked = len(scan.blocked) + self._turns.behind >= scan.found
             self._sick.looked(scan.sick.items(), scan.waiting, self.arriving)
 
     # --- taking -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self.held = 0  # offers that lie behind stuck files of their lane
+        self.behind = 0  # offers that lie behind stuck files of their lane
         self._rounds: Rounds[deque[Offer]] = Rounds()
         self._stuck: Counter[Lane] = Counter()
         self._behind: dict[Lane, list[tuple[Lane, Offer]]] = {}
@@ -39,7 +39,7 @@ class Turns:
             if self._stuck[offer.lane] < STUCK:
                 return offer
             self._behind.setdefault(offer.lane, []).append((place, offer))
-            self.held += 1
+            self.behind += 1
         return None
 
     def stalled(self, lane: Lane, begins: bool) -> None:
@@ -48,7 +48,7 @@ class Turns:
         if self._stuck[lane] < STUCK:
             for place, offer in self._behind.pop(lane, ()):
                 self._rounds.lane(place, deque).append(offer)
-                self.held -= 1
+                self.behind -= 1
         if not self._stuck[lane]:
             del self._stuck[lane]
 

@@ -6,7 +6,7 @@ from promptdrop import log
 from promptdrop.intake.intake import Survey
 from promptdrop.loop import Loop, reason_of
 from promptdrop.pool.pool import Pool
-from promptdrop.troubles import Held
+from promptdrop.troubles import Stuck
 
 
 class Gate:
@@ -39,8 +39,8 @@ class Gate:
         """Whether a new engine may be started."""
         return self.exit_status is None and self.stop_at is None
 
-    def held(self) -> Iterator[Held]:
-        """Yield the files that trouble of their own holds up, while others go on."""
+    def stuck(self) -> Iterator[Stuck]:
+        """Yield the files that wait for trouble of their own, while others go on."""
         return self._loop.troubles.own()
 
     def why_held(self) -> str | None:

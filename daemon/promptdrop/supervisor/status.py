@@ -14,10 +14,10 @@ from promptdrop.records import (
     Status,
     StatusEngine,
     StatusFinished,
-    StatusHeld,
     StatusImage,
     StatusJob,
     StatusQueue,
+    StatusStuck,
     StatusWaiting,
     Window,
 )
@@ -26,7 +26,7 @@ from promptdrop.supervisor.images import Images
 from promptdrop.supervisor.jobs import LISTED, Jobs
 from promptdrop.supervisor.publishing import Publishing
 from promptdrop.supervisor.work import Running, Work
-from promptdrop.troubles import Held
+from promptdrop.troubles import Stuck
 
 State = Literal["starting", "ready", "rendering", "paused", "waiting", "stopping"]
 
@@ -54,7 +54,7 @@ class Composer:
             return "stopping"
         if self._gate.paused:
             return "paused"
-        if self._gate.why_held() or self._is_held_up():
+        if self._gate.why_held() or self._is_stuck():
             return "waiting"
         if self._pool.is_unloaded:
             return "ready"
@@ -81,14 +81,14 @@ class Composer:
             last.id if last else None,
             stages,
             tuple(self._waiting()),
-            tuple(self._held()),
+            tuple(self._stuck()),
         )
 
     def _reason(self, now: float) -> str | None:
-        if (reason := self._gate.reason(now)) or not self._is_held_up():
+        if (reason := self._gate.reason(now)) or not self._is_stuck():
             return reason
-        held = next(self._held())
-        return f"{held.name} is held up: {held.why}"
+        stuck = next(self._stuck())
+        return f"{stuck.name} is stuck: {stuck.why}"
 
     def compose(self, state: State, now: float) -> Status:
         """Compose the whole status, as of now."""
@@ -114,7 +114,7 @@ class Composer:
             waiting=[
                 StatusWaiting(file=names.printable(path), why=why) for path, why in self._waiting()
             ],
-            held=[StatusHeld(file=held.name, why=held.why) for held in self._held()],
+            stuck=[StatusStuck(file=one.name, why=one.why) for one in self._stuck()],
             finished=list(self._jobs.finished),
             window=window,
             eta_seconds=self._eta_seconds(left, window),
@@ -124,13 +124,13 @@ class Composer:
             version=VERSION,
         )
 
-    def _held(self) -> Iterator[Held]:
-        return islice(self._gate.held(), LISTED)
+    def _stuck(self) -> Iterator[Stuck]:
+        return islice(self._gate.stuck(), LISTED)
 
-    def _is_held_up(self) -> bool:
-        """Whether all that is left is held up by trouble of its own."""
+    def _is_stuck(self) -> bool:
+        """Whether all that is left is stuck."""
         has_work = self._work.tickets or len(self._work.queue) or self._publishing.under_way
-        return not has_work and any(True for _ in self._held())
+        return not has_work and any(True for _ in self._stuck())
 
     def _waiting(self) -> Iterator[tuple[str, str]]:
         return islice(self._intake.waiting.items(), LISTED)

@@ -47,13 +47,13 @@ from promptdrop.supervisor.recovery import Recovery
 from promptdrop.supervisor.reporting import Reporter
 from promptdrop.supervisor.status import Composer
 from promptdrop.supervisor.work import Work
-from promptdrop.troubles import Held
+from promptdrop.troubles import Stuck
 from promptdrop.version import __version__
 
 # Full collections only when idle: with a hundred thousand jobs one would stop a turn for half a second.
 # One of the middle generation, of at most 50,000 objects, costs 10 to 20 ms.
 GC_THRESHOLDS = 5_000, 10, 1_000_000
-HELD_NAMED = 10  # files that hold up a drain
+STUCK_NAMED = 10  # files that hold up a drain
 TICK_SECONDS = 0.5  # the longest wait while a limit runs, so that a loop that stood still knows it
 
 
@@ -299,17 +299,17 @@ class Supervisor:
             return
         if not (self._pool.is_unloaded or self._pool.first_warm()):
             return
-        held = list(self._gate.held())
+        stuck = list(self._gate.stuck())
         if not self._is_busy():
             if self._intake.is_quiet():
                 self._gate.end(0)
-            elif self._intake.obstacle and self._intake.is_idle() and not held:
+            elif self._intake.obstacle and self._intake.is_idle() and not stuck:
                 self._gate.end(1, f"cannot drain: {self._intake.obstacle}")
-        if held and self._intake.is_stuck() and not self._is_working():
-            self._gate.end(1, _cannot_drain(held))
+        if stuck and self._intake.is_stuck() and not self._is_working():
+            self._gate.end(1, _cannot_drain(stuck))
 
     def _is_working(self) -> bool:
-        """Whether anything is left to do that is not held up by trouble of its own."""
+        """Whether anything is left to do that is not stuck."""
         return bool(
             self._work.tickets
             or len(self._work.queue)
@@ -331,11 +331,11 @@ class Supervisor:
         )
 
 
-def _cannot_drain(held: list[Held]) -> str:
+def _cannot_drain(stuck: list[Stuck]) -> str:
     """Name what holds up a drain."""
-    named = "; ".join(f"{one.name}: {one.why}" for one in held[:HELD_NAMED])
-    more = f"; and {len(held) - HELD_NAMED} more" if len(held) > HELD_NAMED else ""
-    return f"cannot drain: held up: {named}{more}"
+    named = "; ".join(f"{one.name}: {one.why}" for one in stuck[:STUCK_NAMED])
+    more = f"; and {len(stuck) - STUCK_NAMED} more" if len(stuck) > STUCK_NAMED else ""
+    return f"cannot drain: stuck: {named}{more}"
 
 
 def _backend(settings: Config, drain: bool) -> Backend:
