@@ -8,6 +8,7 @@ record in the job's folder stands before the image has its name, so after a cras
 completes the same image instead of rendering it again, if it still lies there.
 """
 
+import errno
 import hashlib
 import json
 import mmap
@@ -59,6 +60,7 @@ class Publication:
     _sha256: str = field(default="", init=False)
     _save_ms: float = field(default=0.0, init=False)
     _temporary: str = field(default="", init=False)  # its name in the job's folder
+    _stood: bool = field(default=False, init=False)  # its sidecar has stood beside it
 
     def run(self, outbox: Outbox) -> str:
         """Publish; returns the image's file name. Call again after an error.
@@ -68,11 +70,18 @@ class Publication:
 
         Thread: publisher.
         """
+        if not self._stood:
+            self._stand(outbox)
+            self._stood = True  # from now on readers may take it, and it does not come again
+        return _note(self.job, self.spec.image)
+
+    def _stand(self, outbox: Outbox) -> None:
+        """Have image and sidecar stand together in the job's folder. Raises FolderLost, OSError."""
         with outbox.folder(self.job) as folder:
             try:
                 if not stands(self.job, self.spec.image, folder):
                     self.prepare(folder)
-                return complete(self.job, self.spec.image, folder)
+                _stand_together(self.job, self.spec.image, folder)
             except BaseException as e:
                 with suppress(OSError):  # the folder is gone, or its disk is sick
                     self._take_back(folder)
@@ -169,30 +178,39 @@ def complete(job: Job, number: int, folder: Path) -> str:
 
     Thread: publisher, clerk.
     """
+    _stand_together(job, number, folder)
+    return _note(job, number)
+
+
+def _stand_together(job: Job, number: int, folder: Path) -> None:
+    """Give the image its name and put its sidecar beside it, unless they have stood together."""
     record = _read_record(job, number)
-    if record is None:  # renamed to `published` before a crash or error
-        published = read_publication(job, number, "published")
-        assert published is not None
-        return _remember(job, number, published)
-    if not _has_sidecar(job, number, folder, record):
-        record = _stand_together(job, number, folder, record)
-    os.replace(job.record_path(number, "publishing"), job.record_path(number, "published"))
-    return _remember(job, number, record)
-
-
-def _stand_together(job: Job, number: int, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Give the image its name and put its sidecar beside it; returns the record with that name."""
+    if record is None or _has_sidecar(job, number, folder, record):
+        return
     began = time.monotonic()
     while True:
         record = _give_name(job, number, folder, record)
         save_ms = record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3
         latency_ms = {**record["latency_ms"], "save": round(save_ms, 1)}
         try:
-            _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder)
+            return _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder)
         except FileExistsError:  # a stranger was faster: the image gets the next name
             fs.rename(folder / record["image"]["file"], folder / record["temporary"])
-        else:
-            return record  # by now a reader may have taken both
+
+
+def _note(job: Job, number: int) -> str:
+    """Record that an image is published, and note it in memory; returns its file name."""
+    publishing = job.record_path(number, "publishing")
+    if fs.exists(publishing):  # else it was renamed before a crash or error
+        os.replace(publishing, job.record_path(number, "published"))
+    record = read_publication(job, number, "published")
+    if record is None:
+        path = job.record_path(number, "published")
+        raise OSError(errno.EIO, "is not what was written", str(path))
+    state, file = job.state(number), str(record["image"]["file"])
+    state.outcome, state.file, state.error = record["outcome"], file, record["error"]
+    fs.remove_file(job.record_path(number, "begun"))  # it is not in hand any more
+    return file
 
 
 def recover(job: Job, outbox: Outbox) -> None:
@@ -238,14 +256,6 @@ def infotext(spec: ImageSpec, model: str) -> str:
         "Version": VERSION,
     }
     return format_infotext(spec.prompt, spec.negative_prompt, fields)
-
-
-def _remember(job: Job, number: int, record: dict[str, Any]) -> str:
-    """Note in memory that the image is published; it is not in hand any more."""
-    state, file = job.state(number), str(record["image"]["file"])
-    state.outcome, state.file, state.error = record["outcome"], file, record["error"]
-    fs.remove_file(job.record_path(number, "begun"))
-    return file
 
 
 def _has_sidecar(job: Job, number: int, folder: Path, record: dict[str, Any]) -> bool:

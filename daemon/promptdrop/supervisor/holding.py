@@ -36,7 +36,8 @@ class Holding:
             self._jobs -= 1
         if not stuck:
             del self._stuck[lane]
-        self._let_go(lane)
+        for freed in list(self._aside) if self._jobs == STUCK_IN_ALL - 1 else [lane]:
+            self._let_go(freed)
 
     def is_held(self, job: Job) -> bool:
         """Whether no image of this job may begin now."""
@@ -54,15 +55,16 @@ class Holding:
 
     def forget(self, job: Job) -> None:
         """Forget what was set aside of a job that was cancelled."""
-        if taken := self._aside[job.lane].pop(job.id, None):
+        if taken := self._aside.get(job.lane, {}).pop(job.id, None):
             self.images -= len(taken[1])
 
     def _let_go(self, lane: Lane) -> None:
         """Queue the images of this lane again that are held no more."""
-        for job_id, (running, numbers) in list(self._aside[lane].items()):
+        aside = self._aside.get(lane, {})
+        for job_id, (running, numbers) in list(aside.items()):
             if not self.is_held(running.job):
-                del self._aside[lane][job_id]
+                del aside[job_id]
                 self.images -= len(numbers)
                 self._queue.add(running.job, sorted(numbers))
-        if not self._aside[lane]:
-            del self._aside[lane]
+        if not aside:
+            self._aside.pop(lane, None)
