@@ -3,24 +3,25 @@
 import os
 import stat
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from promptdrop import fs, mounts
-from promptdrop.untrusted import NotPlain
+from promptdrop.untrusted import NotPlain, below
 
 
 def test_a_move_never_overwrites(tmp_path: Path) -> None:
-    """Another file under the name stays; one with the same bytes is the rest of a move cut short."""
+    """Another file under the name stays, whatever its bytes: a rename is never half done."""
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / name).write_text(text)
 
-    with pytest.raises(FileExistsError):
-        fs.move(tmp_path / "a", tmp_path / "b")
-    fs.move(tmp_path / "a", tmp_path / "c")
+    for taken in "bc":
+        with pytest.raises(FileExistsError):
+            fs.move(tmp_path / "a", tmp_path / taken)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     assert (tmp_path / "b").read_text() == "two"
 
 
@@ -145,3 +146,33 @@ def test_folders_are_made_without_following_a_link(tmp_path: Path) -> None:
 
     assert stat.S_IMODE((tmp_path / "root/a/b").stat().st_mode) == 0o2770
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_move_that_a_crash_cut_short_is_completed(tmp_path: Path) -> None:
+    """On another file system the same bytes under the name are the copy: the original goes. Others stay."""
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or os.stat(elsewhere).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is no other file system here")
+    target = elsewhere / f"promptdrop-{os.getpid()}"
+    try:
+        for text, is_gone in (("two", False), ("one", True)):
+            (tmp_path / "a").write_text("one")
+            target.write_text(text)
+            with nullcontext() if is_gone else pytest.raises(FileExistsError):
+                fs.move(tmp_path / "a", target)
+
+            assert (tmp_path / "a").exists() is not is_gone
+            assert target.read_text() == text
+    finally:
+        target.unlink()
+
+
+def test_folders_are_made_to_any_depth(tmp_path: Path) -> None:
+    """Deeper than Python recurses."""
+    deep = "/".join(["d"] * 1500)
+    fs.make_directories(tmp_path, deep, 0o775)
+    with below(tmp_path, deep) as folder:
+        is_there = folder.is_dir()
+    subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
+
+    assert is_there

@@ -9,7 +9,6 @@ Everything here may wait for a disk. Any thread may call it, since there is no s
 import contextlib
 import ctypes
 import errno
-import filecmp
 import os
 import secrets
 import shutil
@@ -21,6 +20,7 @@ from typing import BinaryIO
 from promptdrop.untrusted import below, open_plain
 
 TEMPORARY = ".promptdrop-"
+_COMPARED = 64 << 20  # bytes: more than limits.job_file_kib allows by far
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1  # renameat2(2); glibc 2.28
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS, some FUSE file systems
@@ -156,17 +156,21 @@ def make_directories(root: Path, sub: str, mode: int) -> None:
 
     Raises NotPlain: a part of `sub` is a link or no folder. FileNotFoundError: `root` is gone.
     """
-    try:
-        with below(root, sub):
-            return
-    except FileNotFoundError:
-        if not sub:
-            raise
-    outer, name = os.path.split(sub)
-    make_directories(root, outer, mode)
-    with below(root, outer) as folder, contextlib.suppress(FileExistsError):  # somebody was faster
-        make_directory(folder / name, mode)
-        sync_directory(folder)
+    missing = []
+    while True:
+        try:
+            with below(root, sub):
+                break
+        except FileNotFoundError:
+            if not sub:
+                raise
+        sub, name = os.path.split(sub)
+        missing.append(name)
+    for name in reversed(missing):
+        with below(root, sub) as outer, contextlib.suppress(FileExistsError):  # somebody was faster
+            make_directory(outer / name, mode)
+            sync_directory(outer)
+        sub = os.path.join(sub, name)
     with below(root, sub):
         pass  # it is a folder
 
@@ -367,7 +371,13 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _is_rest_of_move(source: Path, target: Path) -> bool:
-    """Whether a crash came between the copy of a file and the removal of the original."""
-    return (
-        target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
-    )
+    """Whether a crash came between the copy of a file and the removal of the original.
+
+    The target may be anybody's: it is opened without waiting, and no more is compared than a job file has.
+    """
+    there, here = os.lstat(target), os.lstat(source)
+    is_copy = there.st_dev != here.st_dev and there.st_size == here.st_size <= _COMPARED
+    if not is_copy or not (stat.S_ISREG(there.st_mode) and stat.S_ISREG(here.st_mode)):
+        return False
+    with open_plain(source) as original, open_plain(target) as copy:
+        return original.read(_COMPARED) == copy.read(_COMPARED)

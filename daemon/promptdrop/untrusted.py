@@ -69,7 +69,9 @@ def below(root: Path, sub: str) -> Iterator[Path]:
     try:
         yield Path(held)
     except OSError as e:
-        e.filename, e.filename2 = (_named(name, held, asked) for name in (e.filename, e.filename2))
+        e.filename = _named(e.filename, held, asked)
+        if e.filename2 is not None:  # set, it would be shown
+            e.filename2 = _named(e.filename2, held, asked)
         raise
     finally:
         os.close(folder)

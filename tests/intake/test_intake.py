@@ -295,3 +295,15 @@ def test_too_little_space_is_reported_and_files_are_claimed_all_the_same(
 
     assert "MiB" in (front.desk.surveys[-1].trouble or "")
     assert front.desk.paths == ["a.txt"]
+
+
+def test_what_was_found_is_taken_though_the_commands_cannot_be_read(front: Front) -> None:
+    """The control folder is no folder for a while: that is told, and no file of that look is forgotten."""
+    control = front.spool.paths.control
+    control.rmdir()
+    control.touch()
+    front.drop("a.txt")
+    front.look_twice(0.0)
+    front.until(lambda: front.desk.accepted)
+
+    assert front.desk.paths == ["a.txt"]

@@ -1,7 +1,9 @@
 """Publishing an image: it becomes visible whole and once, its sidecar after it."""
 
+import errno
 import json
 import os
+import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 import crash_at
+from promptdrop import fs
 from promptdrop.nouns import FORMATS, Request
 from promptdrop.outbox import publish
 from promptdrop.picture import read_parameters
@@ -319,3 +322,27 @@ def test_the_sidecar_has_what_was_recorded_before_the_crash(spool: Spool) -> Non
     assert (sidecar["device"]["engine"], sidecar["job"]["attempt"]) == ("engine-7", 3)
     assert sidecar["window"] == recorded["window"]
     assert sidecar["image"]["sha256"] == recorded["image"]["sha256"]
+
+
+def test_what_has_stood_is_not_published_again_after_trouble(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder could not be flushed after the sidecar came, and a reader has taken both since."""
+    job, sync = job_in_hand(spool), fs.sync_directory
+    one = publication(job)
+
+    def sync_until_the_sidecar_comes(folder: Path) -> None:
+        if (folder / "cat-0001.json").exists():
+            raise OSError(errno.EMFILE, "too many open files", str(folder))
+        sync(folder)
+
+    monkeypatch.setattr(fs, "sync_directory", sync_until_the_sidecar_comes)
+    with pytest.raises(OSError, match="too many open files"):
+        one.run(spool.outbox)
+    monkeypatch.setattr(fs, "sync_directory", sync)
+    stood = files_below(job.outbox_folder)
+    shutil.rmtree(job.outbox_folder)
+
+    assert stood == ["cat-0001.json", "cat-0001.png"]
+    assert one.run(spool.outbox) == "cat-0001.png"
+    assert not job.outbox_folder.exists()

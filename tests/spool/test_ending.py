@@ -1,6 +1,9 @@
 """The end of a job: the place of its file, and the record of the reason."""
 
+import fcntl
 import json
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,3 +164,19 @@ def test_a_refusal_that_is_cut_short_is_completed(tmp_path: Path) -> None:
         assert files_below(spool.paths.failed) == ["a.txt", "a.txt.error.json"]
         assert not list(spool.paths.homes("pending", "active", "finished"))
     assert n > 5
+
+
+def test_nobodys_file_in_the_place_of_the_request_is_waited_for(spool: Spool) -> None:
+    """A lease on a file of that name, or its size, costs nothing: the dropped file gets the next name."""
+    job = ended_job(spool, "a.txt", "rendered")
+    os.truncate(job.drop, 64 << 30)  # sparse: a writer has it open still
+    request = job.outbox_folder / "request.txt"
+    request.touch()
+    os.truncate(request, 64 << 30)
+    with request.open("r+b") as file:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # whoever opens it breaks the lease: fcntl(2)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        ended = ending.finish(spool, job)
+
+    assert ended == "done"
+    assert (job.outbox_folder / "request~2.txt").stat().st_size == 64 << 30

@@ -1,7 +1,11 @@
 """The jobs' folders in the outbox, and their names."""
 
+import subprocess
+
+import pytest
+
 from promptdrop.spool.spool import Spool
-from spools import claimed_job
+from spools import claimed, claimed_job, put, resolved
 
 
 def test_folders_are_never_shared(spool: Spool) -> None:
@@ -65,3 +69,19 @@ def test_a_folder_that_was_taken_away_is_made_again(spool: Spool) -> None:
     spool.outbox.renew(job)
 
     assert job.outbox_folder.is_dir()
+
+
+def test_an_outbox_that_takes_no_folder_is_trouble(spool: Spool) -> None:
+    """Not one name after the other is tried there: the claimed file waits, and has the first in the end."""
+    put(spool, "a.txt")
+    unresolved, outbox = claimed(spool, "a.txt"), str(spool.paths.outbox)
+    closed = subprocess.run(["chattr", "+i", outbox], capture_output=True, check=False)
+    if closed.returncode:
+        pytest.skip(f"no folder can be made immutable here: {closed.stderr.decode()}")
+    try:
+        with pytest.raises(PermissionError):
+            resolved(spool, unresolved)
+    finally:
+        subprocess.run(["chattr", "-i", outbox], check=True)
+
+    assert resolved(spool, unresolved).folder == "a"

@@ -2,14 +2,15 @@
 
 import json
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import crash_at
-from promptdrop import untrusted
-from promptdrop.errors import DiskTrouble, Problem, UsageError
+from promptdrop import fs, untrusted
+from promptdrop.errors import Problem, UsageError
 from promptdrop.outbox import publish
 from promptdrop.spool import claim, ending, record, recovery, retry
 from promptdrop.spool.job import Job
@@ -166,7 +167,7 @@ def test_a_job_that_has_not_quite_ended_is_not_dropped_again(spool: Spool) -> No
         ending.finish(spool, job)
     away.rename(spool.paths.outbox)
 
-    with pytest.raises(DiskTrouble):
+    with pytest.raises(OSError, match="has not ended yet"):
         retry.retry(spool, "a.txt")
     ending.finish(spool, job)
     again = retry.retry(spool, "a.txt")
@@ -194,3 +195,39 @@ def test_a_retry_that_is_cut_short_is_completed(tmp_path: Path) -> None:
         assert left[0].drop.read_text() == "a\n"
         assert files_below(spool.paths.failed) == []
     assert n > 5
+
+
+def test_no_folder_is_made_that_is_never_entered(spool: Spool) -> None:
+    """A target may lie deeper in failed/ than the inbox is looked at."""
+    deep = "/".join(["d"] * 1500)
+    fs.make_directories(spool.paths.failed, deep, 0o775)
+    with untrusted.below(spool.paths.failed, deep) as folder:
+        (folder / "a.txt").write_text("a cat\n")
+    with pytest.raises(UsageError):
+        retry.retry(spool, f"{deep}/a.txt")
+    subprocess.run(["rm", "-rf", str(spool.paths.failed / "d")], check=True)
+
+    assert list(spool.paths.inbox.iterdir()) == []
+
+
+def test_a_retry_that_had_trouble_is_completed(spool: Spool) -> None:
+    """The job is pending already, but nobody has accepted it: the same command goes on with it."""
+    job = parked_job(spool, "a.txt")
+    pending = spool.paths.home("pending", job.id)
+    retry.unpark(spool, spool.paths.home("parked", job.id))  # and then a disk failed
+    again = retry.retry(spool, "a.txt")
+
+    assert again
+    assert (again.id, again.home) == (job.id, pending)
+    assert spool.parked.targets() == []
+
+
+def test_a_recovery_that_had_trouble_is_completed(spool: Spool) -> None:
+    """A job whose retry a crash cut short is gone on with, also if it is recovered by itself."""
+    job = parked_job(spool, "a.txt")
+    parked = spool.paths.home("parked", job.id)
+    (spool.paths.failed / "a.txt").rename(parked / "drop/a.txt")
+    left = [recovery.recover_one(make_spool(spool.paths.root.parent), parked) for _ in range(2)]
+
+    assert [one.id for one in left if isinstance(one, Job)] == [job.id, job.id]
+    assert not parked.exists()

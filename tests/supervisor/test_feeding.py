@@ -82,3 +82,20 @@ def test_the_engine_with_the_least_in_hand_is_next(make_parts: MakeParts) -> Non
     parts.feed()
 
     assert [len(engine.renders()) for engine in engines] == [1, 1]
+
+
+def test_a_job_that_cannot_be_taken_can_be_cancelled(parts: Parts) -> None:
+    """It ends once its folder is there again, and nothing of it stays stuck."""
+    parts.look()
+    parts.warm()
+    parts.accept(job := parts.job("a.txt"))
+    away = job.home.rename(parts.spool.paths.root / "away")
+    parts.feed()
+    parts.until(lambda: list(parts.gate.stuck()), "trouble")
+    parts.jobs.cancel([job.id], lambda: None, lambda progress: None, "a command")
+    away.rename(job.home)
+    parts.until(lambda: not parts.work.running, "the end of the job")
+
+    assert (parts.spool.paths.failed / "a.txt").exists()
+    assert list(parts.gate.stuck()) == []
+    assert not parts.holding.is_held(parts.job("b.txt"))

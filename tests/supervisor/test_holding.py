@@ -2,7 +2,7 @@
 
 from parts import Parts
 from promptdrop.spool.job import Job
-from promptdrop.supervisor.holding import STUCK_OF_LANE
+from promptdrop.supervisor.holding import STUCK_IN_ALL, STUCK_OF_LANE
 from promptdrop.supervisor.work import Running
 
 
@@ -75,3 +75,34 @@ def test_a_recalled_image_of_a_held_job_waits_too(parts: Parts) -> None:
     assert first == (job, 1)
     assert held == []
     assert numbers == [(job, 1), (job, 2), (job, 3)]
+
+
+def test_an_image_that_is_queued_again_meanwhile_is_not_lost(parts: Parts) -> None:
+    """Nobody has taken it since an engine gave it back: it is queued with those that were set aside."""
+    stuck = queued(parts, "a/stuck.txt", images=3)
+    queue = parts.work.queue
+    taken = [queue.take(), queue.take()]
+    parts.holding.stalled(stuck, begins=True)
+    held = next_jobs(parts)
+    queue.put_back(stuck.job, 2)
+    parts.holding.stalled(stuck, begins=False)
+    left = [queue.take(), queue.take()]
+
+    assert taken == [(stuck.job, 1), (stuck.job, 2)]
+    assert held == []
+    assert left == [(stuck.job, 2), (stuck.job, 3)]
+    assert len(queue) == 0
+
+
+def test_many_such_jobs_hold_all_lanes_of_their_owner(parts: Parts) -> None:
+    """A new sub-folder is a new lane: the memory that one person's images may take is bounded all the same."""
+    stuck = [queued(parts, f"{n}/a.txt") for n in range(STUCK_IN_ALL)]
+    for running in stuck:
+        parts.holding.stalled(running, begins=True)
+    more, other = queued(parts, "new/a.txt"), queued(parts, "other/a.txt")
+    other.job.owner += 1
+    held = [parts.holding.is_held(running.job) for running in (more, other)]
+    parts.holding.stalled(stuck[0], begins=False)
+
+    assert held == [True, False]
+    assert not parts.holding.is_held(more.job)

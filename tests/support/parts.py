@@ -57,7 +57,7 @@ class Parts:
         self.cancels = Cancels(work, self.gate, loop, self.spool, jobs, intake)
         self.publishing = Publishing(loop, self.spool, self.holding, jobs.image_ended)
         self.images = Images(work, loop, jobs, self.publishing)
-        self.feeder = Feeder(work, self.gate, loop, self.holding, self.publishing)
+        self.feeder = Feeder(work, self.gate, loop, jobs, self.holding, self.publishing)
         self.notifier = Notifier({})
         self.engines = Engines(
             work, self.gate, loop, self.images, jobs.measuring, notifier=self.notifier

@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from promptdrop import fs, names, untrusted
+from promptdrop.spool.paths import SUB_BYTES
 
-SUB_BYTES = (
-    1024  # of the longest path that is entered below the inbox: it must fit below our folders, too
-)
 NOT_OURS = (
     FileNotFoundError,
     NotADirectoryError,

@@ -181,7 +181,11 @@ class Intake:
             self._spool.folders.require_space(settings.limits.min_free_disk_mib)
         except TROUBLE as e:
             trouble = reason_of(e)
-        commands = self._spool.commands.read(time.monotonic())
+        commands: tuple[control.Command, ...] = ()
+        try:
+            commands = self._spool.commands.read(time.monotonic())
+        except OSError as e:  # what was found in the inbox is known all the same
+            trouble = trouble or reason_of(e)
         return Survey(
             scan=scan,
             trouble=trouble,
@@ -225,7 +229,8 @@ class Intake:
             self.arriving.update(offer.path for offer in scan.offers)
             self._turns.add(survey.lanes)
             self._take_turns()
-            self._is_all_blocked = len(scan.blocked) + self._turns.behind >= scan.found
+            waits = (p for p in scan.waiting if p not in scan.blocked and not names.is_cancel(p))
+            self._is_all_blocked = not scan.offers and not any(True for _ in waits)
             self._sick.looked(scan.sick.items(), scan.waiting, self.arriving)
 
     # --- taking -------------------------------------------------------------------------------

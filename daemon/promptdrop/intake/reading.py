@@ -1,6 +1,7 @@
 """Read one dropped file: the images it asks for, or why it is refused."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_job_file(
     except RequestError as e:
         return e
     except PermissionError:
-        return RequestError(f"cannot be read: {describe_permissions(path)}")
+        return RequestError(f"cannot be read: {describe_permissions(Path(os.path.realpath(path)))}")
     except (FileNotFoundError, untrusted.NotPlain):
         return None
     except BlockingIOError as e:  # fcntl(2), "Leases": we do not wait until it is broken

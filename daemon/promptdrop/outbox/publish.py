@@ -15,6 +15,7 @@ import mmap
 import os
 import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +71,10 @@ class Publication:
 
         Thread: publisher.
         """
-        if not self._stood:
+        if self._stood:
+            self._flush(outbox)
+        else:
             self._stand(outbox)
-            self._stood = True  # from now on readers may take it, and it does not come again
         return _note(self.job, self.spec.image)
 
     def _stand(self, outbox: Outbox) -> None:
@@ -81,13 +83,26 @@ class Publication:
             try:
                 if not stands(self.job, self.spec.image, folder):
                     self.prepare(folder)
-                _stand_together(self.job, self.spec.image, folder)
+                _stand_together(self.job, self.spec.image, folder, self._has_stood)
             except BaseException as e:
-                with suppress(OSError):  # the folder is gone, or its disk is sick
-                    self._take_back(folder)
-                if isinstance(e, FileNotFoundError) and _is_below(folder, e):
+                is_lost = isinstance(e, FileNotFoundError) and _is_below(folder, e)
+                if self._stood and is_lost:
+                    return  # taken, or its folder removed, since
+                if not self._stood:
+                    with suppress(OSError):  # the folder is gone, or its disk is sick
+                        self._take_back(folder)
+                if is_lost:
                     raise FolderLost(self.job.outbox_folder) from e
                 raise
+
+    def _has_stood(self) -> None:
+        """Note that readers may take it from now on, so that it does not come again."""
+        self._stood = True
+
+    def _flush(self, outbox: Outbox) -> None:
+        """Flush the folder in which it stood, if that is still there: the last try could not."""
+        with suppress(FolderLost, FileNotFoundError), outbox.folder(self.job) as folder:
+            fs.sync_directory(folder)
 
     def _take_back(self, folder: Path) -> None:
         """Remove an image that has no sidecar: its folder may be taken away before the next try."""
@@ -178,22 +193,25 @@ def complete(job: Job, number: int, folder: Path) -> str:
 
     Thread: publisher, clerk.
     """
-    _stand_together(job, number, folder)
+    _stand_together(job, number, folder, lambda: None)
     return _note(job, number)
 
 
-def _stand_together(job: Job, number: int, folder: Path) -> None:
-    """Give the image its name and put its sidecar beside it, unless they have stood together."""
+def _stand_together(job: Job, number: int, folder: Path, stood: Callable[[], None]) -> None:
+    """Give the image its name and put its sidecar beside it, unless they have stood together.
+
+    stood: called in the moment in which they do.
+    """
     record = _read_record(job, number)
     if record is None or _has_sidecar(job, number, folder, record):
-        return
+        return stood()
     began = time.monotonic()
     while True:
         record = _give_name(job, number, folder, record)
         save_ms = record["latency_ms"]["save"] + (time.monotonic() - began) * 1e3
         latency_ms = {**record["latency_ms"], "save": round(save_ms, 1)}
         try:
-            return _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder)
+            return _write_sidecar(job, {**record, "latency_ms": latency_ms}, folder, stood)
         except FileExistsError:  # a stranger was faster: the image gets the next name
             fs.rename(folder / record["image"]["file"], folder / record["temporary"])
 
@@ -296,8 +314,11 @@ def _is_whole(image: Path, record: dict[str, Any]) -> bool:
 
 
 def _is_sidecar_of(job: Job, number: int, path: Path) -> bool:
-    """Whether this is the sidecar of this image of this job."""
-    document = read_json(path, SIDECAR_BYTES)
+    """Whether this is the sidecar of this image of this job; what is closed to us is not."""
+    try:
+        document = read_json(path, SIDECAR_BYTES)
+    except PermissionError:
+        return False
     owner = document.get("job")
     return isinstance(owner, dict) and (owner.get("id"), owner.get("image")) == (job.id, number)
 
@@ -307,7 +328,9 @@ def _sidecar_of(image: Path) -> Path:
     return image.with_name(f"{image.stem}.json")
 
 
-def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
+def _write_sidecar(
+    job: Job, record: dict[str, Any], folder: Path, stood: Callable[[], None]
+) -> None:
     """Write the sidecar beside its image.
 
     Raises FileNotFoundError: the image is gone, so that they would never stand together.
@@ -325,8 +348,8 @@ def _write_sidecar(job: Job, record: dict[str, Any], folder: Path) -> None:
         fs.sync(file)
         os.lstat(image)  # just before: from the next call on a reader may take both
         fs.rename(name, path)
-    with suppress(FileNotFoundError):  # they stood together, though the folder was removed since
-        fs.sync_directory(folder)
+        stood()
+    fs.sync_directory(folder)
 
 
 def _read_record(job: Job, number: int) -> dict[str, Any] | None:

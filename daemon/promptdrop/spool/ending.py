@@ -35,6 +35,15 @@ def finish(spool: Spool, job: Job) -> JobOutcome:
     Thread: clerk.
     """
     outcome = outcome_of(job)
+    if fs.exists(job.home):  # else it has left already, and that was not flushed
+        _move_file_and_summary(spool, job, outcome)
+    leave(spool, job.home, "finished" if outcome == "done" else "parked")
+    spool.outbox.release(job)
+    return outcome
+
+
+def _move_file_and_summary(spool: Spool, job: Job, outcome: JobOutcome) -> None:
+    """Move the dropped file to its last place, and write job.json."""
     if outcome != "done":
         spool.duplicates.forget(job, spool.job_file_bytes)
         move_to_failed(spool, job, _error_record(job, outcome))
@@ -42,9 +51,6 @@ def finish(spool: Spool, job: Job) -> JobOutcome:
         if outcome == "done":
             _move_request(spool, job, folder)
         _write_summary(job, outcome, folder)
-    leave(spool, job.home, "finished" if outcome == "done" else "parked")
-    spool.outbox.release(job)
-    return outcome
 
 
 def refuse(spool: Spool, claimed: Unresolved, problems: Iterable[Problem]) -> ErrorRecord:
@@ -63,7 +69,8 @@ def refuse(spool: Spool, claimed: Unresolved, problems: Iterable[Problem]) -> Er
         host=HOST,
         version=VERSION,
     )
-    move_to_failed(spool, claimed, reason)
+    if fs.exists(claimed.home):  # else it has left already, and that was not flushed
+        move_to_failed(spool, claimed, reason)
     leave(spool, claimed.home, "finished")
     return reason
 
@@ -85,7 +92,8 @@ def leave(spool: Spool, home: Path, state: Literal["finished", "parked"]) -> Non
     Thread: clerk.
     """
     target = spool.paths.home(state, home.name)
-    fs.rename(home, target)
+    if fs.exists(home):
+        fs.rename(home, target)
     fs.sync_directory(target.parent)
     if state == "finished":
         fs.remove_tree(target)

@@ -134,7 +134,11 @@ class Outbox:
         except FolderLost:
             pass
         self.hold(job)
-        if not self._make(job):
+        try:
+            is_made = self._make(job)
+        except PermissionError:
+            is_made = False
+        if not is_made:
             self.choose_folder(job)
 
     def choose_folder(self, job: Job) -> None:
@@ -170,7 +174,7 @@ class Outbox:
         self.release(job)
 
     def _make(self, job: Job) -> bool:
-        """Make the job's folder. Returns False if its name is taken or is not to be had."""
+        """Make the job's folder. Returns False if its name, or one above it, is taken meanwhile."""
         mirror, name = os.path.split(job.folder)
         mode = job.settings.folder_mode
         try:
@@ -183,7 +187,7 @@ class Outbox:
                 except OSError:
                     fs.remove_empty_tree(outer / name)  # tried again, under the same name
                     raise
-        except (FileExistsError, NotPlain, PermissionError):
+        except (FileExistsError, NotPlain):
             return False
         return True
 

@@ -46,6 +46,9 @@ STATUS = "status.json"
 REQUEST_STEM = "request"  # request.EXT in a job's outbox folder: the dropped file
 RESERVED = frozenset((SUMMARY, STATUS, "index.html"))  # no job's or mirrored folder's name
 _DIGITS = 10  # more than the number of any image has
+SUB_BYTES = (
+    1024  # of the longest path that is entered below the inbox: it must fit below our folders, too
+)
 REASON = ".error.json"  # appended to the name of a file in failed/
 
 

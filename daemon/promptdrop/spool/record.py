@@ -104,7 +104,10 @@ def job_id_of(document: Path, limit: int) -> str | None:
 
     Thread: any.
     """
-    known = read_json(document, limit)
+    try:
+        known = read_json(document, limit)
+    except PermissionError:  # somebody's, and closed to us
+        return None
     part = known.get("job") if known.get("schema") == "promptdrop.image/1" else known
     job_id = part.get("id") if isinstance(part, dict) else None
     return job_id if isinstance(job_id, str) else None

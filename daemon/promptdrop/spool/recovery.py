@@ -24,9 +24,9 @@ from promptdrop.spool.record import read_failing
 from promptdrop.spool.spool import Spool
 
 _THREADS, _SLICE = 8, 128  # threads that read folders, and how many folders each at a time
-_TROUBLED = 1000  # jobs with trouble of their own; with more than that it is everybody's
 
-_Found = tuple[list[str], Job | None]  # the names in a job's folder, and the job if it is recorded
+# The names in a job's folder, and the job if it is recorded; or why it cannot be looked at.
+_Found = tuple[list[str], Job | None] | OSError
 Left = Job | Unresolved  # a job to go on with, or a claim to be read again
 
 
@@ -50,15 +50,15 @@ def recover(spool: Spool) -> tuple[list[Left], list[Path]]:
 
     def go_on(home: str, found: _Found) -> None:
         try:
-            one = _recover_home(spool, home, found)
+            if isinstance(found, OSError):
+                raise found
+            one = _recover_home(spool, home, *found)
         except OSError:
             troubled.append(Path(home))
-            if len(troubled) > _TROUBLED:
-                raise
         else:
             left.extend([one] if one else [])
 
-    for home in spool.folders.homes("parked"):
+    for home in spool.folders.homes("parked"):  # one that was being retried is pending then
         go_on(home, ([], None))
     homes = sorted(spool.folders.homes(*IN_HAND), key=os.path.basename)
     for home, found in zip(homes, _look_into(paths, homes), strict=True):
@@ -72,15 +72,18 @@ def recover_one(spool: Spool, home: Path) -> Left | None:
 
     Thread: clerk.
     """
-    listed = os.listdir(home) if home.is_dir() else []
-    return _recover_home(
-        spool, str(home), (listed, record.load_if_whole(spool.paths, str(home), listed))
-    )
+    if state_of(home) == "parked":
+        _recover_parked(spool, home)
+        home = spool.paths.home("pending", home.name)
+    if not fs.exists(home):
+        return None
+    listed = os.listdir(home)
+    job = record.load_if_whole(spool.paths, str(home), listed)
+    return _recover_home(spool, str(home), listed, job)
 
 
-def _recover_home(spool: Spool, home: str, found: _Found) -> Left | None:
+def _recover_home(spool: Spool, home: str, listed: list[str], job: Job | None) -> Left | None:
     """Complete what was half-done with one job; returns what to go on with, None if it has ended."""
-    listed, job = found
     if state_of(home) == "parked":
         _recover_parked(spool, Path(home))
         return None
@@ -96,16 +99,20 @@ def _look_into(paths: Paths, homes: list[str]) -> Iterator[_Found]:
     """Yield the content of each folder. Uses eight threads, because nothing is cached after a power cut."""
 
     def look(some: list[str]) -> list[_Found]:
-        found = []
-        for home in some:
-            listed = os.listdir(home)
-            found.append((listed, record.load_if_whole(paths, home, listed)))
-        return found
+        return [_look_into_one(paths, home) for home in some]
 
     slices = [homes[n : n + _SLICE] for n in range(0, len(homes), _SLICE)]
     with ThreadPoolExecutor(_THREADS) as pool:
         for found in pool.map(look, slices):
             yield from found
+
+
+def _look_into_one(paths: Paths, home: str) -> _Found:
+    try:
+        listed = os.listdir(home)
+        return listed, record.load_if_whole(paths, home, listed)
+    except OSError as e:
+        return e
 
 
 def _recover_job(spool: Spool, job: Job, is_failing: bool) -> Job | None:
@@ -118,7 +125,10 @@ def _recover_job(spool: Spool, job: Job, is_failing: bool) -> Job | None:
         _remove_temporaries_of(spool, job)
         ending.finish(spool, job)
         return None
-    job.close()
+    if job.must_fit and job.is_fresh:
+        job.open()  # it is measured first, by the loop
+    else:
+        job.close()
     return job
 
 
@@ -196,5 +206,5 @@ def _remove_temporaries(paths: Paths) -> None:
 def _remove_if_ours(path: Path) -> None:
     try:
         fs.remove_file(path)
-    except PermissionError:
-        pass  # we may not change its folder
+    except OSError:
+        pass  # we may not change its folder, or its disk is sick

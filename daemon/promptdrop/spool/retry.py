@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from promptdrop import fs, names, untrusted
-from promptdrop.errors import DiskTrouble, UsageError
+from promptdrop.errors import UsageError
 from promptdrop.spool import record
 from promptdrop.spool.failed import read_plan, status_of
 from promptdrop.spool.job import Job
-from promptdrop.spool.paths import CANCELLED, FAILING, parse_image_record, reason_file
+from promptdrop.spool.paths import CANCELLED, FAILING, SUB_BYTES, parse_image_record, reason_file
 from promptdrop.spool.permissions import SHARED_MODE
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
@@ -25,11 +25,12 @@ def retry(spool: Spool, target: str) -> Job | None:
     Returns None where there is no job to resume, because the file was refused or the job's record is
     torn: the file is dropped anew.
 
-    Raises UsageError: nothing there can be retried. DiskTrouble: the job has not quite ended.
+    Raises UsageError: nothing there can be retried. OSError: a disk is in trouble, or the job has not quite ended.
 
     Thread: clerk.
     """
     if (home := _parked_home(spool, target)) and (job := unpark(spool, home)):
+        spool.parked.forget(target)
         return job
     _require_file(spool.paths.failed, target)
     _drop_again(spool, target)
@@ -43,11 +44,24 @@ def unpark(spool: Spool, home: Path) -> Job | None:
 
     Thread: clerk.
     """
-    if spool.paths.trust.why_not_home(home):
+    pending = spool.paths.home("pending", home.name)
+    if not fs.exists(pending) and not _make_whole(spool, home):
         return None
+    if fs.exists(home):
+        fs.rename(home, pending)
+    fs.sync_directory(pending.parent)
+    job = record.load(spool.paths, pending, os.listdir(pending))
+    spool.outbox.hold(job)
+    return job
+
+
+def _make_whole(spool: Spool, home: Path) -> bool:
+    """Give a parked job its file back and forget its failures. False: its record cannot be believed."""
+    if spool.paths.trust.why_not_home(home):
+        return False
     job = record.load_if_whole(spool.paths, str(home), os.listdir(home))
     if job is None:
-        return None
+        return False
     plan = read_plan(spool, home)
     if plan:
         _take_back(spool, plan[0], job.drop)
@@ -56,13 +70,7 @@ def unpark(spool: Spool, home: Path) -> Job | None:
         _remove_reason(spool.paths.failed, plan[0])
     fs.remove_file(home / CANCELLED)
     fs.remove_file(home / FAILING)
-    pending = spool.paths.home("pending", job.id)
-    fs.rename(home, pending)
-    fs.sync_directory(pending.parent)
-    if plan:
-        spool.parked.forget(plan[0])
-    spool.outbox.hold(job)
-    return record.load(spool.paths, pending, os.listdir(pending))
+    return True
 
 
 def _take_back(spool: Spool, target: str, drop: Path) -> None:
@@ -123,11 +131,13 @@ def _parked_home(spool: Spool, target: str) -> Path | None:
     """Find the folder of the parked job whose file is failed/`target`; None if there is none."""
     if (job_id := spool.parked.id_of(target)) is None:
         return None
-    home = spool.paths.home("parked", job_id)
-    if fs.exists(home):
+    home, pending = (spool.paths.home(state, job_id) for state in ("parked", "pending"))
+    is_halfway = fs.exists(pending) and not fs.exists(pending / FAILING)  # of this retry
+    if fs.exists(home) or is_halfway:
         return home
     if spool.paths.is_in_hand(job_id):
-        raise DiskTrouble(f"failed/{names.printable(target)}: its job {job_id} has not ended yet")
+        text = f"its job {job_id} has not ended yet"
+        raise OSError(errno.EBUSY, text, str(spool.paths.failed / target))
     return None
 
 
@@ -136,7 +146,7 @@ def _require_file(failed: Path, target: str) -> None:
     sub, file = os.path.split(target)
     status = None
     try:
-        if names.is_below(target):
+        if names.is_below(target) and len(os.fsencode(sub)) <= SUB_BYTES:
             with untrusted.below(failed, sub) as folder:
                 status = status_of(folder / file)
     except (ValueError, FileNotFoundError, untrusted.NotPlain):

@@ -10,6 +10,7 @@ from promptdrop.spool import claim
 from promptdrop.spool.job import Job
 from promptdrop.supervisor.gate import Gate
 from promptdrop.supervisor.holding import Holding
+from promptdrop.supervisor.jobs import Jobs
 from promptdrop.supervisor.publishing import Publishing
 from promptdrop.supervisor.work import Running, Work
 
@@ -18,9 +19,15 @@ class Feeder:
     """Sends queued images to engines."""
 
     def __init__(
-        self, work: Work, gate: Gate, loop: Loop, holding: Holding, publishing: Publishing
+        self,
+        work: Work,
+        gate: Gate,
+        loop: Loop,
+        jobs: Jobs,
+        holding: Holding,
+        publishing: Publishing,
     ) -> None:
-        self._work, self._gate, self._loop = work, gate, loop
+        self._work, self._gate, self._loop, self._jobs = work, gate, loop, jobs
         self._holding, self._publishing = holding, publishing
 
     def feed(self, now: float) -> None:
@@ -52,7 +59,8 @@ class Feeder:
                 return
 
     def _hold(self, running: Running, number: int) -> None:
-        """Have the clerk take a job that the loop cannot; until then none of its images begins."""
+        """Have the clerk take a job that the loop cannot; until then none of its images begins, nor its end."""
+        running.busy += 1
         self._holding.stalled(running, begins=True)
         self._holding.set_aside(running, number)
         work = partial(self._take_job, running.job)
@@ -60,14 +68,17 @@ class Feeder:
         self._loop.off("clerk", work, then, owner=Owner(running.job.shown, running.job.lane))
 
     def _take_job(self, job: Job) -> None:
-        """Move a job to the active ones.
+        """Move a job to the active ones, unless nobody wants it any more.
 
         Thread: clerk.
         """
-        claim.take(job)
+        if not job.cancelled:
+            claim.take(job)
 
     def _take_job_done(self, running: Running, _: None) -> None:
+        running.busy -= 1
         self._holding.stalled(running, begins=False)
+        self._jobs.maybe_finish(running)
 
     def _take(self) -> tuple[Job, int] | None:
         """Take the next image that nothing holds: (job, number)."""

@@ -84,7 +84,7 @@ class Supervisor:
         self._cancels = Cancels(work, gate, loop, spool, jobs, intake)
         self._publishing = Publishing(loop, spool, holding, jobs.image_ended)
         self._images = Images(work, loop, jobs, self._publishing)
-        self._feeder = Feeder(work, gate, loop, holding, self._publishing)
+        self._feeder = Feeder(work, gate, loop, jobs, holding, self._publishing)
         self._engines = Engines(work, gate, loop, self._images, jobs.measuring, self._notifier)
         composer = Composer(work, gate, intake, jobs, self._images, self._publishing)
         self._reporter = Reporter(
