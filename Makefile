@@ -1,6 +1,6 @@
 # make demo: set everything up and render two job files with a small model.
 # make quick: the tests that start no daemon, in a minute.  make test: all tests.
-# make soak: 10,000 images and 500 kills among people, about 25 minutes; root becomes other users.
+# make soak: 10,000 images and 500 kills among people, about 15 minutes; root becomes other users.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

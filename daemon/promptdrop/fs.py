@@ -79,8 +79,11 @@ def write_quickly(path: Path, data: bytes, mode: int) -> None:
 
     Each path has one temporary, so that the next write removes what a crash has left.
     """
-    leftover = path.parent / f"{TEMPORARY}{path.name}.tmp"
-    remove_file(leftover)
+    leftover: Path | None = path.parent / f"{TEMPORARY}{path.name}.tmp"
+    try:
+        remove_file(path.parent / f"{TEMPORARY}{path.name}.tmp")
+    except OSError:
+        leftover = None  # somebody's folder has that name: another one does
     with temporary(path.parent, mode, name=leftover) as (file, name):
         file.write(data)
         file.flush()
@@ -181,7 +184,7 @@ def make_directory(path: Path, mode: int) -> None:
     Raises FileExistsError.
     """
     os.mkdir(path)
-    share(path, mode, path.parent)
+    share(path, mode, path.parent, os.O_DIRECTORY)
 
 
 def read_whole(path: Path | str) -> bytes:
@@ -196,14 +199,15 @@ def read_whole(path: Path | str) -> bytes:
     return b"".join(parts)
 
 
-def share(path: Path, mode: int, folder: Path) -> None:
+def share(path: Path, mode: int, folder: Path, kind: int = 0) -> None:
     """Give a file or folder this mode and the group of `folder`, as far as we may.
 
     Every program of the group can then fetch and delete it, also where setgid is not set.
-    A link is not followed.
+    A link is not followed. kind: os.O_DIRECTORY, if nothing but a folder is meant.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(path, flags | kind)
     except OSError as e:
         _refused(e)  # not ours and unreadable for us, or a link
         return
@@ -229,7 +233,7 @@ def _share(fd: int, mode: int, folder: Path) -> None:
 
 def _refused(error: OSError) -> None:
     """Ignore an error that means: not ours to change, or not supported by the file system."""
-    if error.errno not in (errno.EPERM, errno.EACCES, errno.ELOOP, *_UNSUPPORTED):
+    if error.errno not in (errno.EPERM, errno.EACCES, errno.ELOOP, errno.ENOTDIR, *_UNSUPPORTED):
         raise error
 
 

@@ -17,6 +17,17 @@ def file_system(path: Path) -> str:
     return "unknown"
 
 
+def mount_points() -> set[str]:
+    """Where something is mounted now, bind mounts too, as proc(5) lists it in mountinfo."""
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    return {_unescaped(line.split()[4]) for line in lines}
+
+
+def _unescaped(name: bytes) -> str:
+    """Return a path of mountinfo or fstab(5), in which spaces and the like are octal numbers."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), name))
+
+
 def missing_mount(path: Path) -> Path | None:
     """The mount point of fstab(5) that `path` lies at or below and that is not mounted now."""
     try:
@@ -26,8 +37,7 @@ def missing_mount(path: Path) -> Path | None:
     for fields in map(bytes.split, lines):
         if len(fields) < 2 or fields[0].startswith(b"#") or not fields[1].startswith(b"/"):
             continue
-        name = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), fields[1])
-        place = Path(os.fsdecode(name))
+        place = Path(_unescaped(fields[1]))
         if path.is_relative_to(place) and not os.path.ismount(place):
             return place
     return None

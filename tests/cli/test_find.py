@@ -68,3 +68,13 @@ def test_the_only_one() -> None:
         find.only([], "a", "in hand")
     with pytest.raises(UsageError, match=r"fits 2 jobs, nothing was done.*\n  x  a.txt\n  y  s/a"):
         find.only([one, two], "a", "in hand")
+
+
+def test_a_parked_job_whose_reason_was_taken_away_is_found(spool: Spool) -> None:
+    """The daemon's own record says where its file lies, and why."""
+    job = claimed_job(spool, "a.txt")
+    finish(spool, job, "no luck")
+    (spool.paths.failed / "a.txt.error.json").unlink()
+
+    assert [match.target for match in find.failed(spool, job.id)] == ["a.txt"]
+    assert [match.target for match in find.failed(spool, None)] == ["a.txt"]

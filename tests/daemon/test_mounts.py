@@ -10,7 +10,7 @@ import pytest
 
 import disks
 from disks import Faulty, drop_behind, nothing_was_charged
-from harness import Daemon, until
+from harness import Daemon, MakeDaemon, jsonl, until, works
 
 Make = Callable[..., Daemon]
 
@@ -107,3 +107,64 @@ def test_an_inbox_deleted_and_made_again(daemon: Daemon) -> None:
     assert not seen
     assert daemon.job("a")["outcome"] == "done"
     assert daemon.stop() == 0
+
+
+def test_a_mount_below_the_outbox_that_goes_away_is_waited_for(make_daemon: MakeDaemon) -> None:
+    """Its jobs wait alone, with the reason; nothing is written into the empty mount point."""
+    daemon = make_daemon({})
+    go, place = daemon.home / "go", daemon.outbox / "alice"
+    with disks.tmpfs(daemon.home / "disk") as disk:
+        place.mkdir()
+        subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+        try:
+            daemon.start().until_ready()
+            daemon.drop("a.jsonl", jsonl("first", f"!wait {go}"), daemon.inbox / "alice")
+            daemon.until_begun(2)
+            until((daemon.own / "mounts.json").exists, "the record of mounts")
+            disks.unmount(place)
+            go.touch()
+            status = daemon.until_status("alice's job", lambda s: s["stuck"])
+            works(daemon, "bob")
+            written = list(place.iterdir())
+        finally:
+            subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+        try:
+            job = daemon.job("alice/a")
+            assert daemon.stop() == 0
+        finally:
+            disks.unmount(place)
+
+        assert "was a mount point" in status["stuck"][0]["why"]
+        assert written == []
+        assert (job["outcome"], len(list((disk / "a").glob("*.png")))) == ("done", 2)
+
+
+def test_a_mount_below_failed_that_goes_away_keeps_its_jobs(make_daemon: MakeDaemon) -> None:
+    """What is kept of a failed job is not forgotten because nothing is at the empty mount point."""
+    daemon = make_daemon({})
+    place = daemon.failed / "alice"
+    with disks.tmpfs(daemon.home / "disk") as disk:
+        place.mkdir()
+        subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+        try:
+            daemon.start().until_ready()
+            daemon.drop("a.txt", "!raise once\n", daemon.inbox / "alice")
+            daemon.error("alice/a.txt")
+            daemon.drop("bob.txt", "!raise once\n")
+            daemon.error("bob.txt")
+            until((daemon.own / "mounts.json").exists, "the record of mounts")
+            disks.unmount(place)
+            (daemon.failed / "bob.txt").unlink()
+            daemon.until_log("job.forgotten")  # after as many looks as it takes
+            kept = list((daemon.own / "parked").iterdir())
+        finally:
+            subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+        try:
+            assert daemon.run("retry", "alice/a.txt").returncode == 0
+            daemon.until_log("job.retried")
+            assert daemon.stop() == 0
+        finally:
+            disks.unmount(place)
+
+        assert len(kept) == 1
+        assert len(daemon.log("job.forgotten")) == 1

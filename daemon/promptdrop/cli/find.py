@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from promptdrop import names
 from promptdrop.cli import client
 from promptdrop.errors import UsageError
-from promptdrop.records import ErrorRecord
+from promptdrop.records import ErrorRecord, fitting
 from promptdrop.spool.failed import failures
+from promptdrop.spool.paths import FAILING
+from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
 
 _ERROR_SHOWN = 80  # characters
@@ -32,7 +34,8 @@ def unfinished(spool: Spool, name: str) -> list[Match]:
 def failed(spool: Spool, name: str | None) -> list[Match]:
     """Find the files in failed/ that NAME (an id, SUB/FILE or SUB/JOB) fits; all of them for None."""
     matches = []
-    for target, record in failures(spool.paths.failed):
+    known = {**_parked(spool), **dict(failures(spool.paths.failed))}
+    for target, record in sorted(known.items(), key=lambda one: one[0]):
         shown = names.printable(target)
         if (
             name is None
@@ -41,6 +44,17 @@ def failed(spool: Spool, name: str | None) -> list[Match]:
         ):
             matches.append(Match(target, _describe(shown, record)))
     return matches
+
+
+def _parked(spool: Spool) -> dict[str, ErrorRecord | None]:
+    """Read which files in failed/ the daemon can go on with, also where their reason was taken away."""
+    plans = (read_json(f"{home}/{FAILING}") for home in spool.paths.homes("parked"))
+    found = ((plan.get("target"), plan.get("record")) for plan in plans)
+    return {
+        target: fitting(ErrorRecord, record)
+        for target, record in found
+        if isinstance(target, str) and isinstance(record, dict)
+    }
 
 
 def _describe(shown: str, record: ErrorRecord | None) -> str:

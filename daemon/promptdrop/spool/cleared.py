@@ -39,7 +39,16 @@ def is_missing(spool: Spool, target: str) -> bool:
     if not missing(spool.paths.failed, [target]):
         return False
     with held_open(spool) as failed:
-        return bool(missing(failed, [target]))
+        return bool(missing(failed, [target])) and _is_all_mounted(spool, target)
+
+
+def _is_all_mounted(spool: Spool, target: str) -> bool:
+    """Whether no mount point on the way to failed/`target` is without its mount now."""
+    try:
+        spool.folders.require_inner("failed", target)
+    except OSError:
+        return False
+    return True
 
 
 def missing(failed: Path, targets: Iterable[str]) -> list[str]:
@@ -106,7 +115,7 @@ class Sweep:
         removed: list[tuple[str, str]] = []
         while self._left and time.monotonic() < until:
             some = [self._left.popleft() for _ in range(min(_AT_ONCE, len(self._left)))]
-            gone = missing(failed, some)
+            gone = [one for one in missing(failed, some) if _is_all_mounted(self._spool, one)]
             self._missing.update(gone)
             for target in self._suspects.intersection(gone):
                 job_id = self._spool.parked.id_of(target)

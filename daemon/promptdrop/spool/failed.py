@@ -138,6 +138,7 @@ def _mirror(failed: Path, sub: str) -> str:
 def _folder_of(spool: Spool, target: str) -> Iterator[Path]:
     """Yield the folder of failed/`target`, made if need be. Raises NotPlain: a part of it is a link or file."""
     sub = os.path.dirname(target)
+    spool.folders.require_inner("failed", target)
     fs.make_directories(spool.paths.failed, sub, int(spool.config.output.directory_mode, 8))
     with untrusted.below(spool.paths.failed, sub) as folder:
         yield folder

@@ -1,10 +1,12 @@
 """Make the spool's folders, and check whether they can be used now."""
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from promptdrop import fs, log, mounts
 from promptdrop.config import Config
@@ -39,6 +41,7 @@ class Folders:
         ]
         self._shared = {"inbox": paths.inbox, "outbox": paths.outbox, "failed": paths.failed}
         self._mounts: list[str] = []  # which of these have been mount points
+        self._inner: list[str] = []  # mount points below outbox and failed: outbox/SUB
         self._named: set[str] = set()  # folders among our jobs that are not ours and were named
         self._output = config.output
 
@@ -85,8 +88,10 @@ class Folders:
         for path in self._to_make:
             make_folder(path, self._output.shared_folder_mode)
         self._check_version()
-        known = paths.trust.read_json(paths.mounts).get("mounts")
+        recorded = paths.trust.read_json(paths.mounts)
+        known, inner = (recorded.get(key) for key in ("mounts", "inner"))
         self._mounts = [name for name in self._shared if isinstance(known, list) and name in known]
+        self._inner = [str(one) for one in inner] if isinstance(inner, list) else []
         if os.stat(paths.inbox).st_dev != os.stat(paths.state).st_dev:
             raise ConfigError(
                 f"{paths.inbox} and {paths.state} are on different file systems; a claim is one"
@@ -193,8 +198,36 @@ class Folders:
                 )
             if mounted and name not in self._mounts:
                 self._mounts.append(name)
-                document = json.dumps({"mounts": self._mounts})
-                fs.write_durably(self._paths.mounts, document.encode(), self._output.record_mode)
+                self._record_mounts()
+
+    def require_inner(self, name: Literal["outbox", "failed"], path: str) -> None:
+        """Raise OSError if a path below outbox or failed lies below a mount point that is not mounted now.
+
+        What is written there then would be hidden once it is mounted again.
+
+        Thread: any.
+        """
+        for inner in self._inner:
+            if not f"{name}/{path}/".startswith(f"{inner}/"):
+                continue
+            place = self._shared[name].resolve() / inner.removeprefix(f"{name}/")
+            if str(place) not in mounts.mount_points():
+                why = f"was a mount point and is not mounted; waiting for it ({self._paths.mounts})"
+                raise OSError(errno.ENODEV, why, str(place))
+
+    def _note_inner(self) -> None:
+        """Remember the mount points below outbox and failed."""
+        there = mounts.mount_points()
+        for name in ("outbox", "failed"):
+            root = f"{self._shared[name].resolve()}/"
+            found = (f"{name}/{place[len(root) :]}" for place in there if place.startswith(root))
+            if new := sorted(set(found).difference(self._inner)):
+                self._inner += new
+                self._record_mounts()
+
+    def _record_mounts(self) -> None:
+        document = json.dumps({"mounts": self._mounts, "inner": self._inner})
+        fs.write_durably(self._paths.mounts, document.encode(), self._output.record_mode)
 
     def require_space(self, min_free_mib: int) -> None:
         """Raise DiskTrouble if a folder cannot be written or its disk is nearly full.
@@ -202,6 +235,7 @@ class Folders:
         Thread: scanner.
         """
         self.require()
+        self._note_inner()
         self._share_group()
         for name, path in {**self._shared, "state": self._paths.state}.items():
             if not os.access(path, os.W_OK | os.X_OK):

@@ -146,7 +146,8 @@ def _require_file(failed: Path, target: str) -> None:
     sub, file = os.path.split(target)
     status = None
     try:
-        if names.is_below(target) and len(os.fsencode(sub)) <= SUB_BYTES:
+        is_ours = names.is_job_name(file) or names.is_cancel(file)  # what a refusal moved there
+        if is_ours and names.is_below(target) and len(os.fsencode(sub)) <= SUB_BYTES:
             with untrusted.below(failed, sub) as folder:
                 status = status_of(folder / file)
     except (ValueError, FileNotFoundError, untrusted.NotPlain):

@@ -171,6 +171,7 @@ class Jobs:
         Thread: clerk.
         """
         self._spool.folders.require()
+        self._spool.folders.require_inner("outbox", job.folder)
         return ending.finish(self._spool, job)
 
     def _finish_done(self, job: Job, outcome: JobOutcome) -> None:

@@ -66,6 +66,7 @@ class Publishing:
         Thread: publisher.
         """
         self._spool.folders.require()
+        self._spool.folders.require_inner("outbox", publication.job.folder)
         try:
             return publication.run(self._spool.outbox)
         except FolderLost as e:
@@ -102,6 +103,7 @@ class Publishing:
         Thread: clerk.
         """
         self._spool.folders.require()
+        self._spool.folders.require_inner("outbox", publication.job.folder)
         self._spool.outbox.renew(publication.job)
 
     def _renew_done(self, running: Running, publication: Publication, _: None) -> None:

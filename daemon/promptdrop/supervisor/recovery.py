@@ -72,6 +72,7 @@ class Recovery:
         """
         if isinstance(one, Unresolved) or (one.is_fresh and one.place == "pending"):
             return  # none of its images was ever begun
+        self._spool.folders.require_inner("outbox", one.folder)
         publish.recover(one, self._spool.outbox)
         for number in one.todo():
             if one.deaths(number) >= DEATHS_FAILED:
