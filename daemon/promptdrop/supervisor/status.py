@@ -117,7 +117,7 @@ class Composer:
             stuck=[StatusStuck(file=one.name, why=one.why) for one in self._stuck()],
             finished=list(self._jobs.finished),
             window=window,
-            eta_seconds=self._eta_seconds(left, window),
+            eta_seconds=None if self._is_stuck() else self._eta_seconds(left, window),
             images_published=self._publishing.published,
             started=self._started,
             updated=clock.timestamp(),
