@@ -176,3 +176,13 @@ def test_folders_are_made_to_any_depth(tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
 
     assert is_there
+
+
+def test_a_quick_write_needs_no_one_name(tmp_path: Path) -> None:
+    """Somebody's folder under the temporary's usual name does not keep the file from being replaced."""
+    (tmp_path / ".promptdrop-status.json.tmp").mkdir()
+    for data in (b"one", b"two"):
+        fs.write_quickly(tmp_path / "status.json", data, 0o644)
+
+    assert (tmp_path / "status.json").read_bytes() == b"two"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -231,3 +231,14 @@ def test_a_recovery_that_had_trouble_is_completed(spool: Spool) -> None:
 
     assert [one.id for one in left if isinstance(one, Job)] == [job.id, job.id]
     assert not parked.exists()
+
+
+@pytest.mark.parametrize("name", ["a.old", "a.txt.error.json.bak", ".a.txt", "note"])
+def test_only_what_a_job_file_is_called_goes_back(spool: Spool, name: str) -> None:
+    """A command may name anything in failed/; in the inbox other names would lie for ever."""
+    (spool.paths.failed / name).write_text("a cat\n")
+    with pytest.raises(UsageError):
+        retry.retry(spool, name)
+
+    assert (spool.paths.failed / name).exists()
+    assert list(spool.paths.inbox.iterdir()) == []
