@@ -242,3 +242,15 @@ def test_only_what_a_job_file_is_called_goes_back(spool: Spool, name: str) -> No
 
     assert (spool.paths.failed / name).exists()
     assert list(spool.paths.inbox.iterdir()) == []
+
+
+def test_a_reason_is_no_job(spool: Spool) -> None:
+    """It stays beside its file, though its name ends like a job file's; without such a file it is one."""
+    refuse(spool, "a.txt")
+    refuse(spool, "b.error.json")
+    with pytest.raises(UsageError):
+        retry.retry(spool, "a.txt.error.json")
+    retry.retry(spool, "b.error.json")
+
+    assert files_below(spool.paths.failed) == ["a.txt", "a.txt.error.json"]
+    assert files_below(spool.paths.inbox) == ["b.error.json"]

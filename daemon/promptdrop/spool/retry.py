@@ -11,7 +11,14 @@ from promptdrop.errors import UsageError
 from promptdrop.spool import record
 from promptdrop.spool.failed import read_plan, status_of
 from promptdrop.spool.job import Job
-from promptdrop.spool.paths import CANCELLED, FAILING, SUB_BYTES, parse_image_record, reason_file
+from promptdrop.spool.paths import (
+    CANCELLED,
+    FAILING,
+    REASON,
+    SUB_BYTES,
+    parse_image_record,
+    reason_file,
+)
 from promptdrop.spool.permissions import SHARED_MODE
 from promptdrop.spool.record import read_json
 from promptdrop.spool.spool import Spool
@@ -141,6 +148,12 @@ def _parked_home(spool: Spool, target: str) -> Path | None:
     return None
 
 
+def _is_reason(path: Path) -> bool:
+    """Whether a file says why another one lies beside it, and is no job of its own."""
+    other = path.name.removesuffix(REASON)
+    return other not in ("", path.name) and fs.exists(path.with_name(other))
+
+
 def _require_file(failed: Path, target: str) -> None:
     """Raise UsageError unless failed/`target` is a regular file: anybody in the group may name it."""
     sub, file = os.path.split(target)
@@ -149,7 +162,8 @@ def _require_file(failed: Path, target: str) -> None:
         is_ours = names.is_job_name(file) or names.is_cancel(file)  # what a refusal moved there
         if is_ours and names.is_below(target) and len(os.fsencode(sub)) <= SUB_BYTES:
             with untrusted.below(failed, sub) as folder:
-                status = status_of(folder / file)
+                if not _is_reason(folder / file):
+                    status = status_of(folder / file)
     except (ValueError, FileNotFoundError, untrusted.NotPlain):
         pass  # half a surrogate pair; gone; a link on the way there
     except OSError as e:
