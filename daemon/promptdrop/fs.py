@@ -187,18 +187,6 @@ def make_directory(path: Path, mode: int) -> None:
     share(path, mode, path.parent, os.O_DIRECTORY)
 
 
-def read_whole(path: Path | str) -> bytes:
-    """Read a file of our own with the fewest system calls. Raises OSError as open(2)."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        parts = []
-        while part := os.read(fd, 1 << 16):
-            parts.append(part)
-    finally:
-        os.close(fd)
-    return b"".join(parts)
-
-
 def share(path: Path, mode: int, folder: Path, kind: int = 0) -> None:
     """Give a file or folder this mode and the group of `folder`, as far as we may.
 
@@ -242,11 +230,15 @@ def exists(path: Path) -> bool:
 
     Path.exists and os.path.lexists return False then, and a file taken for gone may be given up.
     """
+    return status_of(path) is not None
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """Return lstat(2) of a path; None if nothing has this name. Raises OSError: this cannot be told now."""
     try:
-        os.lstat(path)
+        return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return None
 
 
 def files(folder: Path) -> Iterator[Path]:

@@ -306,11 +306,10 @@ def _give_name(job: Job, number: int, folder: Path, record: dict[str, Any]) -> d
 
 def _is_whole(image: Path, record: dict[str, Any]) -> bool:
     """Whether an image that lies there under the recorded name can be the recorded one."""
-    try:
-        status = os.lstat(image)
-    except FileNotFoundError:
+    status = fs.status_of(image)
+    if status is None or not stat.S_ISREG(status.st_mode):
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == record["image"]["bytes"]
+    return bool(status.st_size == record["image"]["bytes"])
 
 
 def _is_sidecar_of(job: Job, number: int, path: Path) -> bool:

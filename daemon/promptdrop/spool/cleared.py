@@ -14,7 +14,6 @@ from pathlib import Path
 from promptdrop import fs, untrusted
 from promptdrop.errors import DiskTrouble
 from promptdrop.spool import ending
-from promptdrop.spool.failed import status_of
 from promptdrop.spool.paths import DROP
 from promptdrop.spool.spool import Spool
 
@@ -71,7 +70,7 @@ def missing(failed: Path, targets: Iterable[str]) -> list[str]:
 
 def _is_missing(path: Path) -> bool:
     try:
-        return status_of(path) is None
+        return fs.status_of(path) is None
     except OSError:
         return False
 

@@ -29,7 +29,7 @@ def failures(failed: Path) -> Iterator[tuple[str, ErrorRecord | None]]:
         file = reason.removesuffix(REASON)
         try:
             with untrusted.below(failed, sub) as folder:
-                if (status := status_of(folder / file)) and stat.S_ISREG(status.st_mode):
+                if (status := fs.status_of(folder / file)) and stat.S_ISREG(status.st_mode):
                     yield dropped_path(sub, file), _reason(folder / reason)
         except (FileNotFoundError, PermissionError, untrusted.NotPlain):
             continue  # taken away, closed or swapped since it was listed
@@ -81,16 +81,8 @@ def share_drop(drop: Path, mode: int, folder: Path) -> None:
     Thread: clerk.
     """
     # A file with further hard links keeps its mode, because those links are somebody else's.
-    if (status := status_of(drop)) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+    if (status := fs.status_of(drop)) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
         fs.share(drop, mode, folder)
-
-
-def status_of(path: Path) -> os.stat_result | None:
-    """Return lstat(2) of a path; None if it is gone."""
-    try:
-        return os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _plan(spool: Spool, job: Job | Unresolved, record: ErrorRecord) -> str:
@@ -126,7 +118,7 @@ def _mirror(failed: Path, sub: str) -> str:
         n = 1
         while True:
             inner = failed / mirror / names.numbered(part, "", n)
-            status = status_of(inner)
+            status = fs.status_of(inner)
             if status is None or (stat.S_ISDIR(status.st_mode) and is_for_us(inner)):
                 break
             n += 1

@@ -55,11 +55,8 @@ def is_for_us(path: Path) -> bool:
 
     Thread: clerk.
     """
-    try:
-        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return is_folder and may_fill(path)
+    status = fs.status_of(path)
+    return status is not None and stat.S_ISDIR(status.st_mode) and may_fill(path)
 
 
 def may_fill(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from promptdrop import fs, names, untrusted
 from promptdrop.errors import UsageError
 from promptdrop.spool import record
-from promptdrop.spool.failed import read_plan, status_of
+from promptdrop.spool.failed import read_plan
 from promptdrop.spool.job import Job
 from promptdrop.spool.paths import (
     CANCELLED,
@@ -163,7 +163,7 @@ def _require_file(failed: Path, target: str) -> None:
         if is_ours and names.is_below(target) and len(os.fsencode(sub)) <= SUB_BYTES:
             with untrusted.below(failed, sub) as folder:
                 if not _is_reason(folder / file):
-                    status = status_of(folder / file)
+                    status = fs.status_of(folder / file)
     except (ValueError, FileNotFoundError, untrusted.NotPlain):
         pass  # half a surrogate pair; gone; a link on the way there
     except OSError as e:
